@@ -1,0 +1,117 @@
+//! Walking over a list of buffers in pieces.
+
+use vm_memory::VolatileSlice;
+
+/// A list of buffers, consumed from the front.
+pub(crate) struct Buffers<'a, 'b> {
+    bufs: &'b [VolatileSlice<'a>],
+    /// Bytes of the first buffer that are consumed.
+    consumed: usize,
+}
+
+/// Segments that one piece can have without being split.
+const SEGMENTS: usize = 32;
+
+impl<'a, 'b> Buffers<'a, 'b> {
+    pub fn new(bufs: &'b [VolatileSlice<'a>]) -> Self {
+        Self { bufs, consumed: 0 }
+    }
+
+    /// Consumes `len` bytes, which must be there, and passes them to `visit` with their distance
+    /// from the first of them: in one call unless they are spread over more than [`SEGMENTS`]
+    /// buffers.
+    pub fn take<E>(
+        &mut self,
+        len: u64,
+        mut visit: impl FnMut(&[VolatileSlice<'a>], u64) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let mut done = 0;
+        while done < len {
+            let mut piece = [empty(); SEGMENTS];
+            let mut count = 0;
+            let start = done;
+            while count < SEGMENTS && done < len {
+                let Some(part) = self.next(len - done) else {
+                    return Ok(());
+                };
+                done += part.len() as u64;
+                piece[count] = part;
+                count += 1;
+            }
+            visit(&piece[..count], start)?;
+        }
+        Ok(())
+    }
+
+    /// The next run of at most `max` bytes in one buffer.
+    fn next(&mut self, max: u64) -> Option<VolatileSlice<'a>> {
+        loop {
+            let first = self.bufs.first()?;
+            let left = first.len() - self.consumed;
+            let n = usize::try_from(max).map_or(left, |max| left.min(max));
+            // The range lies within the buffer by construction.
+            let part = first.subslice(self.consumed, n).ok()?;
+            self.consumed += n;
+            if self.consumed == first.len() {
+                self.bufs = &self.bufs[1..];
+                self.consumed = 0;
+            }
+            if n > 0 {
+                return Some(part);
+            }
+        }
+    }
+}
+
+fn empty<'a>() -> VolatileSlice<'a> {
+    VolatileSlice::from(&mut [][..])
+}
+
+/// Sets every byte of `bufs` to zero.
+pub(crate) fn fill_zero(bufs: &[VolatileSlice<'_>]) {
+    const ZEROS: [u8; 4096] = [0; 4096];
+    for buf in bufs {
+        let mut at = 0;
+        while at < buf.len() {
+            let n = (buf.len() - at).min(ZEROS.len());
+            if let Ok(part) = buf.subslice(at, n) {
+                part.copy_from(&ZEROS[..n]);
+            }
+            at += n;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn takes_pieces_across_buffers() {
+        let mut memory: Vec<Vec<u8>> = (0..100).map(|i| vec![i; usize::from(i) % 5]).collect();
+        let whole = memory.concat();
+        let bufs: Vec<_> = memory
+            .iter_mut()
+            .map(|m| VolatileSlice::from(&mut m[..]))
+            .collect();
+        let mut cursor = Buffers::new(&bufs);
+        let mut seen = Vec::new();
+        for len in [1, 0, 7, 150, 42] {
+            let before = seen.len();
+            cursor
+                .take(len, |piece, at| {
+                    assert_eq!(seen.len() - before, at as usize);
+                    for part in piece {
+                        let mut bytes = vec![0; part.len()];
+                        part.copy_to(&mut bytes);
+                        seen.extend(bytes);
+                    }
+                    Ok::<_, ()>(())
+                })
+                .unwrap();
+        }
+        assert_eq!(seen, whole);
+        fill_zero(&bufs);
+        assert!(memory.concat().iter().all(|b| *b == 0));
+    }
+}

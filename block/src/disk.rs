@@ -1,0 +1,88 @@
+//! The [`Disk`] trait: what a device model sees of an image.
+
+use vm_memory::VolatileSlice;
+
+use crate::{Error, Result};
+
+/// What a device needs to know of a disk to describe it to its guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Limits {
+    /// Logical block size in bytes: the unit in which a guest addresses the disk.
+    pub block_size: u32,
+    /// Whether every writing call fails with [`Error::ReadOnly`](crate::Error::ReadOnly).
+    pub read_only: bool,
+}
+
+impl Limits {
+    /// For a disk that is addressed in blocks of `block_size` bytes.
+    pub fn new(block_size: u32, read_only: bool) -> Self {
+        Self {
+            block_size,
+            read_only,
+        }
+    }
+}
+
+/// A flat, fixed-size array of bytes: the guest's view of an image.
+///
+/// # Contract
+/// * Offsets and lengths are in bytes and need no alignment. Devices that serve sectors check
+///   their own alignment.
+/// * The implementation checks ranges, because only it knows the size at the moment of the call
+///   (a disk can be resized while requests are under way). A caller may pass any value: a range
+///   that does not lie within the disk fails with
+///   [`Error::OutOfRange`](crate::Error::OutOfRange) and has no effect. Implementations never
+///   panic on a caller's numbers.
+/// * All methods take `&self` and may be called from several threads at once. Concurrent requests
+///   to overlapping ranges may take effect in any order, sector by sector.
+/// * A failed write may have changed any part of its own range and nothing else.
+/// * What a completed write stored is seen by every later read. It survives a power failure once a
+///   [`flush`](Disk::flush) that began after the write had completed has returned `Ok`.
+/// * Buffers may be guest memory that changes during the call: an implementation passes it to the
+///   system call or copies it once, and never bases a decision on its content.
+pub trait Disk: Send + Sync {
+    /// Size of the disk in bytes, a multiple of 512.
+    fn size(&self) -> u64;
+
+    /// Block size and access mode.
+    fn limits(&self) -> Limits;
+
+    /// Fills `bufs`, one after another, with the bytes that start at `offset`.
+    ///
+    /// # Errors
+    /// The content of `bufs` is unspecified after an error.
+    fn read_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> Result<()>;
+
+    /// Writes the bytes of `bufs`, one after another, at `offset`.
+    fn write_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> Result<()>;
+
+    /// Makes the `len` bytes at `offset` read as zero, without transferring data where possible.
+    ///
+    /// With `unmap`, the space that the range occupies on the host may be released; without it,
+    /// space that was reserved for the range stays reserved.
+    fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> Result<()>;
+
+    /// Makes everything that was written before the call durable.
+    ///
+    /// # Errors
+    /// After an error nothing may be assumed about which earlier writes are durable.
+    fn flush(&self) -> Result<()>;
+}
+
+/// Sum of the lengths of `bufs` in bytes.
+///
+/// A list that names the same memory often enough to overflow saturates, and is then refused by
+/// [`check_range`].
+pub(crate) fn total_len(bufs: &[VolatileSlice<'_>]) -> u64 {
+    bufs.iter()
+        .fold(0u64, |sum, buf| sum.saturating_add(buf.len() as u64))
+}
+
+/// Checks that `len` bytes at `offset` lie within a disk of `size` bytes.
+pub(crate) fn check_range(offset: u64, len: u64, size: u64) -> Result<()> {
+    match offset.checked_add(len) {
+        Some(end) if end <= size => Ok(()),
+        _ => Err(Error::OutOfRange { offset, len, size }),
+    }
+}

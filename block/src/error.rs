@@ -1,0 +1,196 @@
+//! What can go wrong, in words that name the file, the field and the value.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// Result of this crate's operations.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// Why an operation on a disk or an image failed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A system call on a file failed.
+    #[error("could not {action} '{}'{}: {source}", file.display(), at(*offset))]
+    Io {
+        /// The file, as it was named when it was opened.
+        file: PathBuf,
+        /// What was being done, as a verb: "open", "read", "sync".
+        action: &'static str,
+        /// Position in the file in bytes, where the operation has one.
+        offset: Option<u64>,
+        /// The system's answer.
+        source: io::Error,
+    },
+
+    /// The file does not begin with a qcow2 header.
+    #[error(
+        "'{}' is not in qcow2 format (magic is {found:#010x}, expected 0x514649fb)",
+        file.display()
+    )]
+    NotQcow2 {
+        /// The file.
+        file: PathBuf,
+        /// Its first four bytes, big-endian.
+        found: u32,
+    },
+
+    /// A field of the image has a value that the format forbids.
+    #[error("'{}': {reason} ({field} is {value:#x})", file.display())]
+    Invalid {
+        /// The image.
+        file: PathBuf,
+        /// Name of the field in the qcow2 specification.
+        field: &'static str,
+        /// Value of the field.
+        value: u64,
+        /// What is wrong, in the words that `qemu-img` uses where it has any.
+        reason: String,
+    },
+
+    /// The image uses a feature that this version does not implement.
+    #[error("'{}': Unsupported qcow2 feature(s): {feature}", file.display())]
+    Unsupported {
+        /// The image.
+        file: PathBuf,
+        /// Name of the feature.
+        feature: String,
+    },
+
+    /// Extensions and names take more space than the header's cluster has.
+    #[error(
+        "'{}': the names and extensions do not fit into the header's cluster of {cluster_size} \
+         bytes; use shorter names or a larger cluster size",
+        file.display()
+    )]
+    HeaderFull {
+        /// The image.
+        file: PathBuf,
+        /// Size of a cluster in bytes.
+        cluster_size: u64,
+    },
+
+    /// The external data file named in an image may not or cannot be used.
+    #[error("'{}': {reason} (data-file=PATH decides which file is used)", file.display())]
+    DataFile {
+        /// The image that names the data file.
+        file: PathBuf,
+        /// What is wrong, in the words that `qemu-img` uses where it has any.
+        reason: String,
+    },
+
+    /// An earlier sync failed, so nobody can tell what of the writes before it is durable.
+    #[error(
+        "'{}': an earlier sync failed and may have lost writes; close the disk and check it",
+        file.display()
+    )]
+    SyncFailed {
+        /// The file whose sync failed.
+        file: PathBuf,
+    },
+
+    /// An option that was given when creating an image is not acceptable.
+    #[error("{0}")]
+    Option(String),
+
+    /// A request does not lie within the disk.
+    #[error("request of {len} bytes at offset {offset} lies outside the disk of {size} bytes")]
+    OutOfRange {
+        /// First byte of the request.
+        offset: u64,
+        /// Length of the request in bytes.
+        len: u64,
+        /// Size of the disk in bytes.
+        size: u64,
+    },
+
+    /// A writing request on a disk that was opened read-only.
+    #[error("the disk is read-only")]
+    ReadOnly,
+}
+
+impl Error {
+    /// What went wrong, in the words of QEMU's programs where they have any.
+    ///
+    /// They leave out the image, which stands before the text in their messages, and the field,
+    /// which they do not tell; the error's [`Display`](std::fmt::Display) text has both.
+    pub fn reason(&self) -> String {
+        match self {
+            Self::Io {
+                file,
+                action,
+                source,
+                ..
+            } => format!(
+                "Could not {action} '{}': {}",
+                file.display(),
+                system_text(source)
+            ),
+            Self::NotQcow2 { .. } => "Image is not in qcow2 format".to_owned(),
+            Self::Invalid { reason, .. } | Self::DataFile { reason, .. } => reason.clone(),
+            Self::Unsupported { feature, .. } => {
+                format!("Unsupported qcow2 feature(s): {feature}")
+            }
+            Self::HeaderFull { .. } => {
+                "Could not update qcow2 header: No space left on device".to_owned()
+            }
+            other => other.to_string(),
+        }
+    }
+
+    /// An [`Error::Invalid`].
+    pub(crate) fn invalid(
+        file: &Path,
+        field: &'static str,
+        value: u64,
+        reason: impl Into<String>,
+    ) -> Self {
+        Self::Invalid {
+            file: file.to_owned(),
+            field,
+            value,
+            reason: reason.into(),
+        }
+    }
+
+    /// An [`Error::Unsupported`].
+    pub(crate) fn unsupported(file: &Path, feature: &str) -> Self {
+        Self::Unsupported {
+            file: file.to_owned(),
+            feature: feature.to_owned(),
+        }
+    }
+
+    /// An [`Error::Io`] for `action` on `file`.
+    pub(crate) fn io(file: &Path, action: &'static str, source: io::Error) -> Self {
+        Self::Io {
+            file: file.to_owned(),
+            action,
+            offset: None,
+            source,
+        }
+    }
+
+    /// An [`Error::Io`] for `action` at `offset` of `file`.
+    pub(crate) fn io_at(file: &Path, action: &'static str, offset: u64, source: io::Error) -> Self {
+        Self::Io {
+            file: file.to_owned(),
+            action,
+            offset: Some(offset),
+            source,
+        }
+    }
+}
+
+/// The system's text for an error, without the number that the standard library adds.
+pub(crate) fn system_text(error: &io::Error) -> String {
+    let text = error.to_string();
+    match text.split_once(" (os error ") {
+        Some((text, _)) => text.to_owned(),
+        None => text,
+    }
+}
+
+fn at(offset: Option<u64>) -> String {
+    offset.map_or_else(String::new, |o| format!(" at offset {o:#x}"))
+}

@@ -1,0 +1,531 @@
+//! Making a file anew without losing the old one to a failure.
+
+use std::fs::{File, OpenOptions, Permissions};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use rustix::fs::{AtFlags, CWD, FallocateFlags, RenameFlags};
+use rustix::io::Errno;
+
+use crate::{Error, Result};
+
+/// How much of a new disk gets its space at once.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Preallocation {
+    /// Space is taken when the guest writes.
+    #[default]
+    Off,
+    /// qcow2 only: the mapping is complete, the data is sparse.
+    Metadata,
+    /// The space is reserved on the host.
+    Falloc,
+    /// Zeros are written to all of it.
+    Full,
+}
+
+/// Zeros are written in pieces of this many bytes.
+const ZEROS: usize = 1 << 20;
+
+/// At least the first block of any file system.
+const FIRST_BLOCK: u64 = 4096;
+
+/// A file in the making.
+///
+/// A regular file has no name while it grows, and takes its own, and the place of a file that is
+/// there already, in [`commit`](NewFile::commit). If it is dropped before, or the process ends,
+/// the directory is as it was. A block device is written in place.
+#[derive(Debug)]
+pub(crate) struct NewFile {
+    /// The name that was asked for, for messages.
+    name: PathBuf,
+    /// Where the file goes: `name` with symbolic links resolved.
+    target: PathBuf,
+    file: File,
+    kind: Kind,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Kind {
+    Regular {
+        /// A name in the directory of the target that goes when this is dropped: the new file's
+        /// until it is placed, then the one it has replaced.
+        temporary: Option<PathBuf>,
+        placed: Placed,
+    },
+    BlockDevice {
+        size: u64,
+        clear_start: bool,
+    },
+}
+
+/// Whether a file has its own name, and so what takes it away again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Placed {
+    No,
+    /// There was none of that name.
+    Added,
+    /// The old one has the temporary name.
+    Exchanged,
+    /// The old one is gone, on a file system that cannot exchange two names.
+    Replaced,
+}
+
+impl Kind {
+    fn regular(temporary: Option<PathBuf>) -> Self {
+        Self::Regular {
+            temporary,
+            placed: Placed::No,
+        }
+    }
+}
+
+impl NewFile {
+    /// Starts to make the file `name`.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if the file could not be created, or exists and may not be written.
+    pub fn begin(name: &Path) -> Result<Self> {
+        Self::begin_io(name).map_err(|e| Error::io(name, "create", e))
+    }
+
+    fn begin_io(name: &Path) -> io::Result<Self> {
+        let old = match OpenOptions::new()
+            .read(true)
+            .write(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open(name)
+        {
+            Ok(file) => Some(file),
+            // A link must not be replaced by a file: whoever made it wants the file elsewhere.
+            Err(e) if e.kind() == io::ErrorKind::NotFound && name.is_symlink() => {
+                let text = "it is a symbolic link to a file that does not exist";
+                return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
+            }
+            Err(e) if e.kind() == io::ErrorKind::NotFound => None,
+            Err(e) => return Err(e),
+        };
+        let Some(old) = old else {
+            let (file, temporary) = create_unnamed(name, 0o644)?;
+            return Ok(Self {
+                name: name.to_owned(),
+                target: name.to_owned(),
+                file,
+                kind: Kind::regular(temporary),
+            });
+        };
+        let target = name.canonicalize()?;
+        let metadata = old.metadata()?;
+        if metadata.file_type().is_block_device() {
+            let size = rustix::fs::seek(&old, rustix::fs::SeekFrom::End(0))?;
+            return Ok(Self {
+                name: name.to_owned(),
+                target,
+                file: old,
+                kind: Kind::BlockDevice {
+                    size,
+                    clear_start: false,
+                },
+            });
+        }
+        if !metadata.is_file() {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "it exists and is neither a regular file nor a block device",
+            ));
+        }
+        let (file, temporary) = create_unnamed(&target, 0o600)?;
+        let new = Self {
+            name: name.to_owned(),
+            target,
+            file,
+            kind: Kind::regular(temporary),
+        };
+        // Who may use the disk stays as it was, as far as this process may decide it.
+        let _ = std::os::unix::fs::fchown(&new.file, Some(metadata.uid()), Some(metadata.gid()));
+        new.file
+            .set_permissions(Permissions::from_mode(metadata.mode() & 0o777))?;
+        Ok(new)
+    }
+
+    /// The file, for positioned writes.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Makes it a file of `len` bytes that reads as zero, for metadata.
+    pub fn zeroed(&self, len: u64) -> Result<()> {
+        match self.kind {
+            Kind::Regular { .. } => self.io("resize", self.file.set_len(len)),
+            Kind::BlockDevice { size, .. } => {
+                Self::check_device(len, size, Preallocation::Off)?;
+                self.io("write", write_zeros(&self.file, 0, len))
+            }
+        }
+    }
+
+    /// Makes it a file of `len` bytes for a guest's data.
+    ///
+    /// On a block device only the first sector is cleared, so that nothing takes it for what it
+    /// held before, and that only in [`commit`](NewFile::commit).
+    pub fn with_data(&mut self, len: u64, preallocation: Preallocation) -> Result<()> {
+        if let Kind::BlockDevice { size, clear_start } = &mut self.kind {
+            *clear_start = true;
+            return Self::check_device(len, *size, preallocation);
+        }
+        self.io("resize", self.file.set_len(len))?;
+        if preallocation == Preallocation::Off {
+            // How direct I/O must be aligned can be found out only where there is a block.
+            let first_block = write_zeros(&self.file, 0, len.min(FIRST_BLOCK));
+            self.io("write", first_block)?;
+        }
+        self.preallocate(0, len, preallocation)
+    }
+
+    /// Gives space to a range within the file.
+    pub fn preallocate(&self, offset: u64, len: u64, preallocation: Preallocation) -> Result<()> {
+        let done = match preallocation {
+            _ if len == 0 => Ok(()),
+            Preallocation::Off | Preallocation::Metadata => Ok(()),
+            Preallocation::Falloc => {
+                let result = rustix::io::retry_on_intr(|| {
+                    rustix::fs::fallocate(&self.file, FallocateFlags::empty(), offset, len)
+                });
+                match result {
+                    Err(Errno::OPNOTSUPP) => write_zeros(&self.file, offset, len),
+                    other => other.map_err(io::Error::from),
+                }
+            }
+            Preallocation::Full => write_zeros(&self.file, offset, len),
+        };
+        self.io("preallocate", done)
+    }
+
+    /// Puts the files, durable, in their places: all of them or, on an error, none. (On a file
+    /// system that cannot exchange two names, an error after a file has been replaced cannot bring
+    /// back the old one.)
+    pub fn commit(mut files: Vec<Self>) -> Result<()> {
+        // What needs space comes first, block devices, which keep nothing, come last.
+        for file in &mut files {
+            file.io("sync", file.file.sync_all())?;
+            let named = file.name_temporarily();
+            file.io("name", named)?;
+        }
+        let placed = files
+            .iter_mut()
+            .try_for_each(Self::place)
+            .and_then(|()| files.iter().try_for_each(Self::sync_directory))
+            .and_then(|()| files.iter().try_for_each(Self::clear_start));
+        if placed.is_err() {
+            files.iter_mut().for_each(Self::take_back);
+        }
+        placed
+    }
+
+    fn name_temporarily(&mut self) -> io::Result<()> {
+        if let Kind::Regular { temporary, .. } = &mut self.kind
+            && temporary.is_none()
+        {
+            *temporary = Some(link_beside(&self.file, &self.target)?);
+        }
+        Ok(())
+    }
+
+    fn place(&mut self) -> Result<()> {
+        if let Kind::Regular { temporary, placed } = &mut self.kind
+            && let Some(named) = temporary
+        {
+            let done = replace(named, &self.target);
+            *placed = done.map_err(|e| Error::io(&self.name, "replace", e))?;
+            if *placed != Placed::Exchanged {
+                *temporary = None;
+            }
+        }
+        Ok(())
+    }
+
+    /// Undoes [`place`](Self::place) as far as possible.
+    fn take_back(&mut self) {
+        let Kind::Regular { temporary, placed } = &mut self.kind else {
+            return;
+        };
+        match (*placed, &temporary) {
+            (Placed::Added, _) => {
+                let _ = std::fs::remove_file(&self.target);
+            }
+            // If it fails, the old file must at least not be removed.
+            (Placed::Exchanged, Some(old)) if exchange(old, &self.target).is_err() => {
+                *temporary = None;
+            }
+            _ => {}
+        }
+    }
+
+    fn sync_directory(&self) -> Result<()> {
+        if let Kind::BlockDevice { .. } = self.kind {
+            return Ok(());
+        }
+        let synced = match File::open(directory_of(&self.target)).and_then(|d| d.sync_all()) {
+            // The file system does not sync directories.
+            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => Ok(()),
+            other => other,
+        };
+        self.io("sync the directory of", synced)
+    }
+
+    fn clear_start(&self) -> Result<()> {
+        let Kind::BlockDevice {
+            clear_start: true, ..
+        } = self.kind
+        else {
+            return Ok(());
+        };
+        let cleared = self
+            .file
+            .write_all_at(&[0; 512], 0)
+            .and_then(|()| self.file.sync_all());
+        self.io("clear the start of", cleared)
+    }
+
+    fn check_device(len: u64, size: u64, preallocation: Preallocation) -> Result<()> {
+        if matches!(preallocation, Preallocation::Falloc | Preallocation::Full) {
+            return Err(Error::Option(
+                "Preallocation of a block device is not supported; it has its space already"
+                    .to_owned(),
+            ));
+        }
+        if len > size {
+            return Err(Error::Option(
+                "Could not resize image: Cannot grow device files".to_owned(),
+            ));
+        }
+        Ok(())
+    }
+
+    fn io<T>(&self, action: &'static str, result: io::Result<T>) -> Result<T> {
+        result.map_err(|e| Error::io(&self.name, action, e))
+    }
+}
+
+impl Drop for NewFile {
+    fn drop(&mut self) {
+        if let Kind::Regular {
+            temporary: Some(temporary),
+            ..
+        } = &self.kind
+        {
+            let _ = std::fs::remove_file(temporary);
+        }
+    }
+}
+
+/// Creates a file without a name in the directory of `target`, or with a temporary one where the
+/// file system does not have such files.
+fn create_unnamed(target: &Path, mode: u32) -> io::Result<(File, Option<PathBuf>)> {
+    if target.file_name().is_none() {
+        return Err(io::Error::from_raw_os_error(libc::ENOENT));
+    }
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).mode(mode);
+    let unnamed = options
+        .clone()
+        .custom_flags(libc::O_TMPFILE)
+        .open(directory_of(target));
+    match unnamed {
+        Ok(file) => Ok((file, None)),
+        // What old kernels and file systems answer differs; the second attempt will tell.
+        Err(_) => {
+            let create = |path: &Path| options.clone().create_new(true).open(path);
+            create_beside(target, create).map(|(file, path)| (file, Some(path)))
+        }
+    }
+}
+
+/// Gives the name `target` to the file `new`.
+fn replace(new: &Path, target: &Path) -> io::Result<Placed> {
+    let placed = match exchange(new, target) {
+        Ok(()) => return Ok(Placed::Exchanged),
+        Err(Errno::NOENT) => Placed::Added,
+        Err(Errno::INVAL | Errno::NOSYS) => Placed::Replaced,
+        Err(e) => return Err(e.into()),
+    };
+    std::fs::rename(new, target).map(|()| placed)
+}
+
+fn exchange(a: &Path, b: &Path) -> rustix::io::Result<()> {
+    rustix::fs::renameat_with(CWD, a, CWD, b, RenameFlags::EXCHANGE)
+}
+
+/// Gives a temporary name in the directory of `target` to a file without one.
+fn link_beside(file: &File, target: &Path) -> io::Result<PathBuf> {
+    let unnamed = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let link = |path: &Path| {
+        Ok(rustix::fs::linkat(
+            CWD,
+            &unnamed,
+            CWD,
+            path,
+            AtFlags::SYMLINK_FOLLOW,
+        )?)
+    };
+    create_beside(target, link).map(|((), path)| path)
+}
+
+/// Calls `create` with names in the directory of `target` until one is not in use.
+fn create_beside<T>(
+    target: &Path,
+    create: impl Fn(&Path) -> io::Result<T>,
+) -> io::Result<(T, PathBuf)> {
+    static COUNTER: AtomicU32 = AtomicU32::new(0);
+    loop {
+        let number = COUNTER.fetch_add(1, Ordering::Relaxed);
+        let path = target.with_file_name(format!(".tandem-{}-{number}", std::process::id()));
+        match create(&path) {
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
+            Err(e) => return Err(e),
+            Ok(created) => return Ok((created, path)),
+        }
+    }
+}
+
+fn directory_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
+}
+
+fn write_zeros(file: &File, mut offset: u64, len: u64) -> io::Result<()> {
+    let zeros = vec![0; ZEROS.min(usize::try_from(len).unwrap_or(ZEROS))];
+    let end = offset.checked_add(len).ok_or(io::ErrorKind::InvalidInput)?;
+    while offset < end {
+        let n = (end - offset).min(zeros.len() as u64);
+        file.write_all_at(&zeros[..n as usize], offset)?;
+        offset += n;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+    use std::os::unix::fs::symlink;
+
+    #[test]
+    fn a_link_to_nowhere_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let link = dir.path().join("link");
+        std::os::unix::fs::symlink("nowhere", &link).unwrap();
+        let message = NewFile::begin(&link).unwrap_err().to_string();
+        assert!(message.contains("symbolic link"), "{message}");
+        assert!(link.is_symlink());
+    }
+
+    #[test]
+    fn takes_its_place_only_when_committed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk");
+        let names = || fs::read_dir(dir.path()).unwrap().count();
+
+        let mut new = NewFile::begin(&path).unwrap();
+        new.with_data(1000, Preallocation::Off).unwrap();
+        assert_eq!(names(), 0);
+        drop(new);
+        assert_eq!(names(), 0);
+
+        fs::write(&path, "old").unwrap();
+        fs::set_permissions(&path, Permissions::from_mode(0o640)).unwrap();
+        let mut new = NewFile::begin(&path).unwrap();
+        new.with_data(1000, Preallocation::Full).unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"old");
+        NewFile::commit(vec![new]).unwrap();
+        assert_eq!(fs::read(&path).unwrap(), [0; 1000]);
+        assert_eq!(fs::metadata(&path).unwrap().mode() & 0o7777, 0o640);
+        assert_eq!(names(), 1);
+    }
+
+    #[test]
+    fn works_without_unnamed_files() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk");
+        let create = |path: &Path| File::create_new(path);
+        for commit in [false, true] {
+            let (file, temporary) = create_beside(&path, create).unwrap();
+            let new = NewFile {
+                name: path.clone(),
+                target: path.clone(),
+                file,
+                kind: Kind::regular(Some(temporary)),
+            };
+            if commit {
+                NewFile::commit(vec![new]).unwrap();
+            } else {
+                drop(new);
+            }
+            assert_eq!(path.exists(), commit);
+            assert_eq!(
+                fs::read_dir(dir.path()).unwrap().count(),
+                usize::from(commit)
+            );
+        }
+    }
+
+    /// The second of two files cannot get its temporary name, or loses it before it is placed.
+    #[test]
+    fn a_failure_leaves_every_place_as_it_was() {
+        for old in [None, Some("old")] {
+            for named in [false, true] {
+                let dir = tempfile::tempdir().unwrap();
+                let (first, sub) = (dir.path().join("first"), dir.path().join("sub"));
+                if let Some(old) = old {
+                    fs::write(&first, old).unwrap();
+                }
+                fs::create_dir(&sub).unwrap();
+                let mut files = vec![
+                    NewFile::begin(&first).unwrap(),
+                    NewFile::begin(&sub.join("second")).unwrap(),
+                ];
+                if named {
+                    files[1].kind = Kind::regular(Some(sub.join("gone")));
+                }
+                fs::remove_dir(&sub).unwrap();
+                let error = NewFile::commit(files).unwrap_err().to_string();
+                let action = if named { "replace" } else { "name" };
+                assert!(error.contains(action), "{error}");
+                assert_eq!(fs::read_to_string(&first).ok().as_deref(), old);
+                let names = fs::read_dir(dir.path()).unwrap().count();
+                assert_eq!(names, old.iter().count());
+            }
+        }
+    }
+
+    #[test]
+    fn symbolic_links_stay() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, link) = (dir.path().join("disk"), dir.path().join("link"));
+        fs::write(&path, "old").unwrap();
+        symlink("disk", &link).unwrap();
+        NewFile::commit(vec![NewFile::begin(&link).unwrap()]).unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"");
+        assert!(link.is_symlink());
+    }
+
+    #[test]
+    fn refuses_what_cannot_become_a_disk() {
+        let dir = tempfile::tempdir().unwrap();
+        let missing = dir.path().join("no/disk");
+        for path in [
+            Path::new(""),
+            Path::new("/"),
+            dir.path(),
+            &missing,
+            Path::new("/dev/null"),
+        ] {
+            assert!(NewFile::begin(path).is_err(), "{}", path.display());
+        }
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+}

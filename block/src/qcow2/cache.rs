@@ -1,0 +1,368 @@
+//! A bounded cache of table slices, read without locks.
+//!
+//! The cache is set-associative: a slice can be in any of the [`WAYS`] frames of one set. A frame
+//! holds the entries of one slice as atomics, and a tag that says which slice, with a version that
+//! changes each time the frame is filled. A reader loads the tag, the entries and the tag again:
+//! the same tag twice means that the entries belong to the slice (a sequence lock). So a hit takes
+//! no lock and no reference count, and frames are never freed while the cache lives.
+//!
+//! Filling and changing a frame takes the lock of its set. A slice that was changed is dirty until
+//! it has been written back, and stays in its frame until then.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence};
+use std::sync::{Mutex, MutexGuard, OnceLock};
+
+use crate::sync::lock;
+
+/// Frames in a set.
+const WAYS: usize = 8;
+
+/// Bits of a tag that hold the version; the slice number plus one is above them. A reader would
+/// have to sleep through exactly 2^24 refills of a frame to take one filling for another.
+const VERSION_BITS: u32 = 24;
+
+/// Slices of L2 tables, by number.
+pub(crate) struct SliceCache {
+    /// Sets are made when first used: a small disk in a large cache costs little memory.
+    sets: Box<[OnceLock<Box<Set>>]>,
+    entries: usize,
+    dirty: AtomicUsize,
+    max_dirty: usize,
+}
+
+struct Set {
+    tags: [AtomicU64; WAYS],
+    /// Used since the clock hand passed; a hint, so relaxed.
+    used: [AtomicBool; WAYS],
+    words: Box<[AtomicU64]>,
+    state: Mutex<SetState>,
+}
+
+#[derive(Default)]
+struct SetState {
+    frames: [Frame; WAYS],
+    hand: usize,
+}
+
+#[derive(Clone, Copy, Default)]
+struct Frame {
+    version: u64,
+    /// Changed since it was last taken for writing back.
+    dirty: bool,
+    /// Taken for writing back, and not yet known to be on disk.
+    writing: bool,
+}
+
+/// A copy of a dirty slice, to be written back.
+pub(crate) struct DirtySlice {
+    pub slice: u64,
+    pub entries: Box<[u64]>,
+}
+
+/// Why a slice could not be brought into the cache.
+#[derive(Debug)]
+pub(crate) enum LoadError<E> {
+    /// Every frame of its set is dirty: write back, then try again.
+    Full,
+    /// Reading it failed.
+    Read(E),
+}
+
+impl SliceCache {
+    /// A cache for slices of `entries` entries that takes up to `limit` bytes, at least one set.
+    pub fn new(entries: usize, limit: usize) -> Self {
+        let sets = (limit / (WAYS * entries * 8)).max(1).next_power_of_two();
+        Self {
+            sets: (0..sets).map(|_| OnceLock::new()).collect(),
+            entries,
+            dirty: AtomicUsize::new(0),
+            max_dirty: (sets * WAYS / 4).max(1),
+        }
+    }
+
+    fn set(&self, slice: u64) -> &Set {
+        // Neighbouring slices, and the same slice of neighbouring tables, spread over all sets.
+        let hash = slice.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
+        let set = &self.sets[hash as usize & (self.sets.len() - 1)];
+        set.get_or_init(|| Box::new(Set::new(self.entries)))
+    }
+
+    /// Calls `look` on the entries of `slice`, if they are cached, and returns its result.
+    ///
+    /// `look` may see entries of another slice while the frame is being refilled; its result is
+    /// dropped then. It must cope with any value and have no effect.
+    pub fn read<R>(&self, slice: u64, look: impl Fn(&[AtomicU64]) -> R) -> Option<R> {
+        let set = self.set(slice);
+        for way in 0..WAYS {
+            let tag = set.tags[way].load(Ordering::Acquire);
+            if tag >> VERSION_BITS != slice + 1 {
+                continue;
+            }
+            let result = look(set.words(way));
+            fence(Ordering::Acquire);
+            if set.tags[way].load(Ordering::Relaxed) != tag {
+                return None;
+            }
+            if !set.used[way].load(Ordering::Relaxed) {
+                set.used[way].store(true, Ordering::Relaxed);
+            }
+            return Some(result);
+        }
+        None
+    }
+
+    /// Brings `slice` into the cache, if it is not there yet, with the entries that `fill` stores.
+    pub fn load<E>(
+        &self,
+        slice: u64,
+        fill: impl FnOnce(&[AtomicU64]) -> Result<(), E>,
+    ) -> Result<(), LoadError<E>> {
+        let set = self.set(slice);
+        set.load(&mut lock(&set.state), slice, fill).map(drop)
+    }
+
+    /// Changes entries of `slice` and marks it dirty, loading it first where necessary.
+    pub fn update<E>(
+        &self,
+        slice: u64,
+        fill: impl FnOnce(&[AtomicU64]) -> Result<(), E>,
+        change: impl FnOnce(&[AtomicU64]),
+    ) -> Result<(), LoadError<E>> {
+        let set = self.set(slice);
+        let mut state = lock(&set.state);
+        let way = set.load(&mut state, slice, fill)?;
+        change(set.words(way));
+        if !state.frames[way].dirty {
+            state.frames[way].dirty = true;
+            self.dirty.fetch_add(1, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    /// Whether so much is dirty that it should be written back soon.
+    pub fn wants_write_back(&self) -> bool {
+        self.dirty.load(Ordering::Relaxed) >= self.max_dirty
+    }
+
+    /// Takes copies of all dirty slices. Each stays in its frame until [`written`](Self::written)
+    /// or [`not_written`](Self::not_written) is called for it.
+    pub fn take_dirty(&self) -> Vec<DirtySlice> {
+        let mut taken = Vec::new();
+        for (set, mut state) in self.made_sets() {
+            for way in 0..WAYS {
+                let frame = &mut state.frames[way];
+                if frame.dirty {
+                    frame.dirty = false;
+                    frame.writing = true;
+                    let entries = set.words(way).iter().map(|e| e.load(Ordering::Relaxed));
+                    taken.push(DirtySlice {
+                        slice: set.slice(way),
+                        entries: entries.collect(),
+                    });
+                }
+            }
+        }
+        self.dirty.fetch_sub(taken.len(), Ordering::Relaxed);
+        taken
+    }
+
+    /// Everything that was taken is on disk.
+    pub fn written(&self) {
+        for (_, mut state) in self.made_sets() {
+            state.frames.iter_mut().for_each(|f| f.writing = false);
+        }
+    }
+
+    /// What was taken may not be on disk: it is dirty again.
+    pub fn not_written(&self) {
+        for (_, mut state) in self.made_sets() {
+            for frame in state.frames.iter_mut().filter(|f| f.writing) {
+                frame.writing = false;
+                if !frame.dirty {
+                    frame.dirty = true;
+                    self.dirty.fetch_add(1, Ordering::Relaxed);
+                }
+            }
+        }
+    }
+
+    fn made_sets(&self) -> impl Iterator<Item = (&Set, MutexGuard<'_, SetState>)> {
+        self.sets
+            .iter()
+            .filter_map(OnceLock::get)
+            .map(|set| (&**set, lock(&set.state)))
+    }
+}
+
+impl Set {
+    fn new(entries: usize) -> Self {
+        Self {
+            tags: Default::default(),
+            used: Default::default(),
+            words: (0..WAYS * entries).map(|_| AtomicU64::new(0)).collect(),
+            state: Mutex::default(),
+        }
+    }
+
+    fn words(&self, way: usize) -> &[AtomicU64] {
+        let entries = self.words.len() / WAYS;
+        &self.words[way * entries..(way + 1) * entries]
+    }
+
+    /// Number of the slice in a filled frame.
+    fn slice(&self, way: usize) -> u64 {
+        (self.tags[way].load(Ordering::Relaxed) >> VERSION_BITS) - 1
+    }
+
+    /// The frame of `slice`, filled.
+    fn load<E>(
+        &self,
+        state: &mut SetState,
+        slice: u64,
+        fill: impl FnOnce(&[AtomicU64]) -> Result<(), E>,
+    ) -> Result<usize, LoadError<E>> {
+        let holds =
+            |way: &usize| self.tags[*way].load(Ordering::Relaxed) >> VERSION_BITS == slice + 1;
+        if let Some(way) = (0..WAYS).find(holds) {
+            return Ok(way);
+        }
+        let way = self.victim(state).ok_or(LoadError::Full)?;
+        // Readers must not see new entries under the old tag: the tag is cleared first, and the
+        // fence keeps the stores of `fill` behind it.
+        self.tags[way].store(0, Ordering::Relaxed);
+        fence(Ordering::Release);
+        fill(self.words(way)).map_err(LoadError::Read)?;
+        let frame = &mut state.frames[way];
+        frame.version = (frame.version + 1) & ((1 << VERSION_BITS) - 1);
+        self.tags[way].store(
+            (slice + 1) << VERSION_BITS | frame.version,
+            Ordering::Release,
+        );
+        Ok(way)
+    }
+
+    /// A frame that may be refilled: not dirty, and not used lately if there is such a one.
+    fn victim(&self, state: &mut SetState) -> Option<usize> {
+        // The second round finds the marks cleared by the first.
+        for _ in 0..2 * WAYS {
+            let way = state.hand;
+            state.hand = (way + 1) % WAYS;
+            let Frame { dirty, writing, .. } = state.frames[way];
+            if !dirty && !writing && !self.used[way].swap(false, Ordering::Relaxed) {
+                return Some(way);
+            }
+        }
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::convert::Infallible;
+
+    fn fill_with(value: u64) -> impl FnOnce(&[AtomicU64]) -> Result<(), Infallible> {
+        move |words| {
+            words.iter().for_each(|w| w.store(value, Ordering::Relaxed));
+            Ok(())
+        }
+    }
+
+    fn first(cache: &SliceCache, slice: u64) -> Option<u64> {
+        cache.read(slice, |words| words[0].load(Ordering::Relaxed))
+    }
+
+    #[test]
+    fn holds_what_was_loaded() {
+        let cache = SliceCache::new(64, 64 << 10);
+        assert_eq!(first(&cache, 3), None);
+        cache.load(3, fill_with(33)).unwrap();
+        cache.load(3, fill_with(44)).unwrap();
+        assert_eq!(first(&cache, 3), Some(33));
+    }
+
+    #[test]
+    fn dirty_slices_are_never_evicted() {
+        let cache = SliceCache::new(64, 0);
+        for slice in 0..WAYS as u64 {
+            cache
+                .update(slice, fill_with(0), |w| {
+                    w[0].store(slice, Ordering::Relaxed)
+                })
+                .unwrap();
+        }
+        assert!(matches!(
+            cache.load(100, fill_with(1)),
+            Err(LoadError::Full)
+        ));
+        let taken = cache.take_dirty();
+        assert_eq!(taken.len(), WAYS);
+        assert!(taken.iter().all(|d| d.entries[0] == d.slice));
+        assert!(matches!(
+            cache.load(100, fill_with(1)),
+            Err(LoadError::Full)
+        ));
+        cache.not_written();
+        assert_eq!(cache.take_dirty().len(), WAYS);
+        cache.written();
+        cache.load(100, fill_with(1)).unwrap();
+        assert!(cache.take_dirty().is_empty());
+    }
+
+    #[test]
+    fn changes_during_write_back_are_kept() {
+        let cache = SliceCache::new(64, 0);
+        cache
+            .update(1, fill_with(0), |w| w[0].store(1, Ordering::Relaxed))
+            .unwrap();
+        assert_eq!(cache.take_dirty()[0].entries[0], 1);
+        cache
+            .update(1, fill_with(9), |w| w[0].store(2, Ordering::Relaxed))
+            .unwrap();
+        cache.written();
+        assert_eq!(cache.take_dirty()[0].entries[0], 2);
+    }
+
+    #[test]
+    fn a_failed_fill_leaves_no_slice() {
+        let cache = SliceCache::new(64, 0);
+        cache.load(1, fill_with(1)).unwrap();
+        assert!(matches!(
+            cache.load(2, |_| Err("no")),
+            Err(LoadError::Read("no"))
+        ));
+        assert_eq!(first(&cache, 2), None);
+    }
+
+    /// Readers race with refills of a cache far too small; no reader may see a foreign entry.
+    #[test]
+    fn readers_never_see_another_slice() {
+        let cache = SliceCache::new(16, 0);
+        let done = AtomicBool::new(false);
+        let hits = AtomicU64::new(0);
+        std::thread::scope(|scope| {
+            for _ in 0..2 {
+                scope.spawn(|| {
+                    while !done.load(Ordering::Relaxed) {
+                        for slice in 0..12 {
+                            let seen = cache.read(slice, |words| {
+                                words.iter().all(|w| w.load(Ordering::Relaxed) == slice)
+                            });
+                            assert_ne!(seen, Some(false));
+                            hits.fetch_add(u64::from(seen.is_some()), Ordering::Relaxed);
+                        }
+                    }
+                });
+            }
+            for round in 0..10_000_000 {
+                let slice = round * 7 % 12;
+                cache.load(slice, fill_with(slice)).unwrap();
+                if round > 20_000 && hits.load(Ordering::Relaxed) > 1000 {
+                    break;
+                }
+            }
+            done.store(true, Ordering::Relaxed);
+        });
+        assert!(hits.into_inner() > 0);
+    }
+}

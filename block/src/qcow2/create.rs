@@ -1,0 +1,615 @@
+//! Making new images.
+//!
+//! A new image is laid out in this order, all places being known before anything is written:
+//!
+//! ```text
+//! header │ refcount table │ refcount blocks │ L1 table │ L2 table, its data │ L2 table, its data …
+//! ```
+//!
+//! L2 tables are there only in a preallocated image, data only if it is internal as well.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use super::entry::{L1Entry, L2Entry};
+use super::extension::Extensions;
+use super::geometry::{ENTRY_SIZE, Geometry};
+use super::header::{
+    CLUSTER_BITS, Header, MAX_L1_SIZE, MAX_REFCOUNT_TABLE_SIZE, autoclear, compatible, incompatible,
+};
+use super::policy::is_same_file;
+use crate::new_file::{NewFile, Preallocation};
+use crate::{Error, Result};
+
+/// What a new image is to be like.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CreateOptions {
+    /// Size of the disk in bytes; rounded up to whole sectors of 512 bytes.
+    pub size: u64,
+    /// Version of the format: 2 (`compat=0.10`) or 3 (`compat=1.1`).
+    pub version: u32,
+    /// Bytes in a cluster: a power of two from 512 to 2 MiB.
+    pub cluster_size: u64,
+    /// File for the guest's data, made anew, and named in the image as it is here. Without it the
+    /// data goes into the image.
+    pub data_file: Option<PathBuf>,
+    /// Whether the data file is to be a valid raw image at all times. The mapping of such an image
+    /// is always complete, whatever `preallocation` says.
+    pub data_file_raw: bool,
+    /// How much of the disk gets its space at once.
+    pub preallocation: Preallocation,
+    /// Allows a writer to postpone refcount updates.
+    pub lazy_refcounts: bool,
+}
+
+impl Default for CreateOptions {
+    fn default() -> Self {
+        Self {
+            size: 0,
+            version: 3,
+            cluster_size: 64 << 10,
+            data_file: None,
+            data_file_raw: false,
+            preallocation: Preallocation::Off,
+            lazy_refcounts: false,
+        }
+    }
+}
+
+/// Bits of a refcount as a power of two.
+const REFCOUNT_ORDER: u32 = 4;
+/// End of the offsets that L1 and L2 entries can express.
+const MAX_OFFSET: u64 = 1 << 56;
+/// Tables are written in pieces of this many bytes.
+const PIECE: usize = 1 << 20;
+
+/// Creates the image `path`, and its data file if there is to be one.
+///
+/// A file that exists is replaced, and the content of a data file that exists is lost, but only
+/// once the new ones are complete: on an error both are as they were. (A block device is
+/// overwritten in place.)
+///
+/// # Errors
+/// [`Error::Option`] for options that do not go together, [`Error::HeaderFull`] for a name of the
+/// data file that is too long for the cluster size, [`Error::Io`].
+pub fn create(path: &Path, options: &CreateOptions) -> Result<()> {
+    let layout = Layout::new(options)?;
+    let header = layout.header(options).encode(path)?;
+    if let Some(data_file) = &options.data_file {
+        check_distinct(path, data_file)?;
+    }
+    let image = NewFile::begin(path)?;
+    let data = match &options.data_file {
+        Some(name) => {
+            let mut data = NewFile::begin(name)?;
+            data.with_data(layout.data_file_len(), options.preallocation)?;
+            Some(data)
+        }
+        None => None,
+    };
+    image.zeroed(layout.file_len)?;
+    if layout.mapped && data.is_none() {
+        let len = layout.file_len - layout.first_l2;
+        image.preallocate(layout.first_l2, len, options.preallocation)?;
+    }
+    layout
+        .write_tables(image.file())
+        .and_then(|()| image.file().write_all_at(&header, 0))
+        .map_err(|e| Error::io(path, "write", e))?;
+    NewFile::commit(data.into_iter().chain([image]).collect())
+}
+
+/// Where everything in a new image is. Offsets and lengths are in bytes unless they say otherwise.
+#[derive(Debug)]
+struct Layout {
+    geometry: Geometry,
+    external: bool,
+    /// Whether all clusters of the disk are mapped.
+    mapped: bool,
+    refcount_table_clusters: u64,
+    refcount_blocks: u64,
+    l1_offset: u64,
+    /// Entries.
+    l1_size: u64,
+    first_l2: u64,
+    /// Clusters that have a refcount: all of the image.
+    clusters: u64,
+    file_len: u64,
+}
+
+impl Layout {
+    fn new(options: &CreateOptions) -> Result<Self> {
+        check_options(options)?;
+        let cluster_size = options.cluster_size;
+        let size = options
+            .size
+            .checked_next_multiple_of(512)
+            .ok_or_else(too_large)?;
+        let external = options.data_file.is_some();
+        let mapped = options.data_file_raw || options.preallocation != Preallocation::Off;
+        let geometry = Geometry {
+            cluster_bits: cluster_size.trailing_zeros(),
+            size,
+        };
+        let l1_size = geometry.l1_entries();
+        if l1_size > MAX_L1_SIZE / ENTRY_SIZE || (external && size > MAX_OFFSET) {
+            return Err(too_large());
+        }
+        let l1_clusters = (l1_size * ENTRY_SIZE).div_ceil(cluster_size);
+        let l2_tables = if mapped { l1_size } else { 0 };
+        let internal_data = mapped && !external;
+        let data_clusters = if internal_data {
+            geometry.clusters()
+        } else {
+            0
+        };
+        let other = 1 + l1_clusters + l2_tables + data_clusters;
+        let (refcount_table_clusters, refcount_blocks) = refcount_clusters(other, cluster_size);
+        let clusters = other + refcount_table_clusters + refcount_blocks;
+        if refcount_table_clusters * cluster_size > MAX_REFCOUNT_TABLE_SIZE
+            || clusters > MAX_OFFSET / cluster_size
+        {
+            return Err(too_large());
+        }
+        let l1_offset = (1 + refcount_table_clusters + refcount_blocks) * cluster_size;
+        let end = clusters * cluster_size;
+        Ok(Self {
+            geometry,
+            external,
+            mapped,
+            refcount_table_clusters,
+            refcount_blocks,
+            l1_offset,
+            l1_size,
+            first_l2: l1_offset + l1_clusters * cluster_size,
+            clusters,
+            // As in QEMU, a table at the end of the file occupies only what it needs.
+            file_len: if l2_tables > 0 {
+                end
+            } else {
+                l1_offset + l1_size * ENTRY_SIZE
+            },
+        })
+    }
+
+    fn header(&self, options: &CreateOptions) -> Header {
+        let flag = |set, bit| if set { bit } else { 0 };
+        let name = options.data_file.as_ref();
+        Header {
+            version: options.version,
+            backing_file: None,
+            cluster_bits: self.geometry.cluster_bits,
+            size: self.geometry.size,
+            crypt_method: 0,
+            l1_size: self.l1_size as u32,
+            l1_table_offset: if self.l1_size > 0 { self.l1_offset } else { 0 },
+            refcount_table_offset: self.geometry.cluster_size(),
+            refcount_table_clusters: self.refcount_table_clusters as u32,
+            nb_snapshots: 0,
+            snapshots_offset: 0,
+            incompatible_features: flag(self.external, incompatible::DATA_FILE),
+            compatible_features: flag(options.lazy_refcounts, compatible::LAZY_REFCOUNTS),
+            autoclear_features: flag(options.data_file_raw, autoclear::DATA_FILE_RAW),
+            refcount_order: REFCOUNT_ORDER,
+            header_length: 0,
+            compression_type: 0,
+            unknown_fields: Vec::new(),
+            extensions: Extensions {
+                data_file: name.map(|name| name.as_os_str().as_bytes().to_vec()),
+                ..Extensions::default()
+            },
+        }
+    }
+
+    /// Length of the data file: the last cluster is complete where it is mapped.
+    fn data_file_len(&self) -> u64 {
+        let g = self.geometry;
+        if self.mapped {
+            g.size.next_multiple_of(g.cluster_size())
+        } else {
+            g.size
+        }
+    }
+
+    /// Writes everything but the header.
+    ///
+    /// Tables are written up to the end of their last cluster, as QEMU does: it takes an image
+    /// with holes in its metadata for a preallocated one.
+    fn write_tables(&self, file: &File) -> io::Result<()> {
+        let cluster_size = self.geometry.cluster_size();
+        let blocks_offset = (1 + self.refcount_table_clusters) * cluster_size;
+        let mut table = TableWriter::new(file, cluster_size);
+        for i in 0..self.refcount_blocks {
+            table.push((blocks_offset + i * cluster_size).to_be_bytes())?;
+        }
+        table.end_at(blocks_offset)?;
+        for _ in 0..self.clusters {
+            table.push(1u16.to_be_bytes())?;
+        }
+        table.end_at(self.l1_offset)?;
+        if !self.mapped {
+            return Ok(());
+        }
+        for i in 0..self.l1_size {
+            table.push(L1Entry::new(self.l2_table(i)).0.to_be_bytes())?;
+        }
+        table.end()?;
+        for i in 0..self.l1_size {
+            self.write_l2_table(file, i)?;
+        }
+        Ok(())
+    }
+
+    /// Offset of the L2 table that L1 entry `i` refers to.
+    fn l2_table(&self, i: u64) -> u64 {
+        let g = self.geometry;
+        let data_clusters = if self.external { 0 } else { g.l2_entries() };
+        self.first_l2 + i * (1 + data_clusters) * g.cluster_size()
+    }
+
+    fn write_l2_table(&self, file: &File, i: u64) -> io::Result<()> {
+        let g = self.geometry;
+        let table = self.l2_table(i);
+        let first = i * g.l2_entries();
+        let count = g.l2_entries().min(g.clusters() - first);
+        let data = if self.external {
+            first * g.cluster_size()
+        } else {
+            table + g.cluster_size()
+        };
+        let mut writer = TableWriter::new(file, table);
+        for k in 0..count {
+            writer.push(L2Entry::normal(data + k * g.cluster_size()).0.to_be_bytes())?;
+        }
+        writer.end_at(table + g.cluster_size())
+    }
+}
+
+fn check_options(options: &CreateOptions) -> Result<()> {
+    let wrong = |reason: &str| Err(Error::Option(reason.to_owned()));
+    if !options.cluster_size.is_power_of_two()
+        || !CLUSTER_BITS.contains(&options.cluster_size.trailing_zeros())
+    {
+        return wrong("Cluster size must be a power of two between 512 and 2048k");
+    }
+    let is_v2 = match options.version {
+        2 => true,
+        3 => false,
+        _ => return wrong("The version must be 2 or 3"),
+    };
+    if options.lazy_refcounts && is_v2 {
+        return wrong(
+            "Lazy refcounts only supported with compatibility level 1.1 and above \
+             (use version=v3 or greater)",
+        );
+    }
+    if options.data_file_raw && options.data_file.is_none() {
+        return wrong("data-file-raw requires data-file");
+    }
+    if options.data_file.is_some() && is_v2 {
+        return wrong(
+            "External data files are only supported with compatibility level 1.1 and above \
+             (use version=v3 or greater)",
+        );
+    }
+    Ok(())
+}
+
+/// Refuses a data file that is the image, or would be once both are created.
+fn check_distinct(image: &Path, data_file: &Path) -> Result<()> {
+    let place = |path: &Path| {
+        let parent = match path.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => parent,
+            _ => Path::new("."),
+        };
+        Some((parent.canonicalize().ok()?, path.file_name()?.to_owned()))
+    };
+    let same_place = place(image).is_some_and(|image| place(data_file) == Some(image));
+    if same_place || is_same_file(image, data_file) {
+        return Err(Error::Option(format!(
+            "'{}' is the image itself and cannot be its data file",
+            data_file.display()
+        )));
+    }
+    Ok(())
+}
+
+/// The text that QEMU has for every size that cannot be represented.
+fn too_large() -> Error {
+    Error::Option(
+        "The image size is too large for file format 'qcow2' (try using a larger cluster size)"
+            .to_owned(),
+    )
+}
+
+/// Clusters of the refcount table, and refcount blocks, that count `other` clusters and themselves.
+fn refcount_clusters(other: u64, cluster_size: u64) -> (u64, u64) {
+    let per_block = (cluster_size * 8) >> REFCOUNT_ORDER;
+    let (mut table, mut blocks) = (1, 1);
+    loop {
+        let needed_blocks = (other + table + blocks).div_ceil(per_block);
+        let needed_table = (needed_blocks * ENTRY_SIZE).div_ceil(cluster_size);
+        if (needed_table, needed_blocks) == (table, blocks) {
+            return (table, blocks);
+        }
+        (table, blocks) = (needed_table, needed_blocks);
+    }
+}
+
+/// Writes the entries of tables one after another, in large pieces.
+struct TableWriter<'a> {
+    file: &'a File,
+    /// Where `piece` goes.
+    offset: u64,
+    piece: Vec<u8>,
+}
+
+impl<'a> TableWriter<'a> {
+    fn new(file: &'a File, offset: u64) -> Self {
+        Self {
+            file,
+            offset,
+            piece: Vec::new(),
+        }
+    }
+
+    fn push<const N: usize>(&mut self, entry: [u8; N]) -> io::Result<()> {
+        self.piece.extend_from_slice(&entry);
+        if self.piece.len() >= PIECE {
+            self.end()
+        } else {
+            Ok(())
+        }
+    }
+
+    fn end(&mut self) -> io::Result<()> {
+        self.file.write_all_at(&self.piece, self.offset)?;
+        self.offset += self.piece.len() as u64;
+        self.piece.clear();
+        Ok(())
+    }
+
+    /// Fills up with zeros to `offset`, which ends a cluster.
+    fn end_at(&mut self, offset: u64) -> io::Result<()> {
+        self.piece.resize((offset - self.offset) as usize, 0);
+        self.end()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::fs;
+
+    fn options(size: u64) -> CreateOptions {
+        CreateOptions {
+            size,
+            ..CreateOptions::default()
+        }
+    }
+
+    #[test]
+    fn refused_options_leave_no_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let (image, data) = (dir.path().join("image"), dir.path().join("data"));
+        let base = options(1 << 20);
+        let with_data = CreateOptions {
+            data_file: Some(data.clone()),
+            ..base.clone()
+        };
+        let refused = [
+            (
+                CreateOptions {
+                    cluster_size: 3000,
+                    ..with_data.clone()
+                },
+                "Cluster size",
+            ),
+            (
+                CreateOptions {
+                    cluster_size: 4 << 20,
+                    ..with_data.clone()
+                },
+                "Cluster size",
+            ),
+            (
+                CreateOptions {
+                    version: 2,
+                    ..with_data.clone()
+                },
+                "External data files",
+            ),
+            (
+                CreateOptions {
+                    version: 2,
+                    lazy_refcounts: true,
+                    ..base.clone()
+                },
+                "Lazy refcounts",
+            ),
+            (
+                CreateOptions {
+                    version: 4,
+                    ..base.clone()
+                },
+                "version",
+            ),
+            (
+                CreateOptions {
+                    data_file_raw: true,
+                    ..base.clone()
+                },
+                "data-file-raw requires",
+            ),
+            (
+                CreateOptions {
+                    size: u64::MAX,
+                    ..base.clone()
+                },
+                "too large",
+            ),
+            (
+                CreateOptions {
+                    size: 1 << 52,
+                    ..base.clone()
+                },
+                "too large",
+            ),
+            (
+                CreateOptions {
+                    size: 1 << 60,
+                    cluster_size: 2 << 20,
+                    ..with_data
+                },
+                "too large",
+            ),
+            (
+                CreateOptions {
+                    data_file: Some(image.clone()),
+                    ..base.clone()
+                },
+                "image itself",
+            ),
+            (
+                CreateOptions {
+                    data_file: Some(dir.path().join("x".repeat(600))),
+                    cluster_size: 512,
+                    ..base
+                },
+                "do not fit",
+            ),
+        ];
+        for (options, message) in refused {
+            let error = create(&image, &options).unwrap_err().to_string();
+            assert!(error.contains(message), "{error}");
+            assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0, "{message}");
+        }
+    }
+
+    #[test]
+    fn a_failure_keeps_what_was_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let (image, data) = (dir.path().join("image"), dir.path().join("data"));
+        fs::write(&image, "old image").unwrap();
+        fs::write(&data, "old data").unwrap();
+        fs::hard_link(&image, dir.path().join("hard")).unwrap();
+        std::os::unix::fs::symlink("image", dir.path().join("soft")).unwrap();
+        for name in ["hard", "soft", "./image", "image", "missing/data", "."] {
+            let options = CreateOptions {
+                data_file: Some(dir.path().join(name)),
+                ..options(1 << 20)
+            };
+            assert!(create(&image, &options).is_err(), "{name}");
+        }
+        let options = CreateOptions {
+            data_file: Some(data.clone()),
+            cluster_size: 2 << 20,
+            preallocation: Preallocation::Falloc,
+            ..options(1 << 55)
+        };
+        assert!(create(&image, &options).is_err());
+        assert_eq!(fs::read(&image).unwrap(), b"old image");
+        assert_eq!(fs::read(&data).unwrap(), b"old data");
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 4);
+    }
+
+    #[test]
+    fn every_kind_can_be_created_and_opened() {
+        let dir = tempfile::tempdir().unwrap();
+        let image = dir.path().join("image");
+        for size in [0, 100_000] {
+            for cluster_bits in [9, 16, 21] {
+                for (data_file, data_file_raw) in [(false, false), (true, false), (true, true)] {
+                    for preallocation in [
+                        Preallocation::Off,
+                        Preallocation::Metadata,
+                        Preallocation::Falloc,
+                        Preallocation::Full,
+                    ] {
+                        let options = CreateOptions {
+                            cluster_size: 1 << cluster_bits,
+                            data_file: data_file.then(|| dir.path().join("data")),
+                            data_file_raw,
+                            preallocation,
+                            ..options(size)
+                        };
+                        create(&image, &options).unwrap();
+                        let report = super::super::check(&image, &mut |finding| {
+                            panic!("{options:?}: {}", finding.text);
+                        })
+                        .unwrap();
+                        let mapped = data_file_raw || preallocation != Preallocation::Off;
+                        let expected = if mapped { report.total_clusters } else { 0 };
+                        assert_eq!(report.allocated_clusters, expected, "{options:?}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_success_makes_the_data_file_anew() {
+        let dir = tempfile::tempdir().unwrap();
+        let (image, data) = (dir.path().join("image"), dir.path().join("data"));
+        fs::write(&data, [1; 5000]).unwrap();
+        let options = CreateOptions {
+            data_file: Some(data.clone()),
+            ..options(1000)
+        };
+        create(&image, &options).unwrap();
+        assert_eq!(fs::read(&data).unwrap(), [0; 1024]);
+    }
+
+    proptest! {
+        /// The refcount blocks count every cluster, themselves and their table included, and no
+        /// smaller number of them would.
+        #[test]
+        fn refcount_structures_count_themselves(
+            other in prop_oneof![1u64..3000, 1u64..1 << 40],
+            bits in 9u32..=21,
+        ) {
+            let cluster_size = 1 << bits;
+            let per_block = cluster_size / 2;
+            let (table, blocks) = refcount_clusters(other, cluster_size);
+            prop_assert!(blocks * per_block >= other + table + blocks);
+            prop_assert!(table * cluster_size / 8 >= blocks);
+            prop_assert!((blocks - 1) * per_block < other + table + blocks);
+        }
+
+        #[test]
+        fn parts_do_not_overlap(
+            size in prop_oneof![0u64..1 << 20, 0u64..1 << 45],
+            bits in 9u32..=21,
+            external: bool,
+            mapped: bool,
+        ) {
+            let options = CreateOptions {
+                cluster_size: 1 << bits,
+                data_file: external.then(|| "data".into()),
+                preallocation: if mapped { Preallocation::Metadata } else { Preallocation::Off },
+                ..options(size)
+            };
+            if let Ok(layout) = Layout::new(&options) {
+                let cluster_size = layout.geometry.cluster_size();
+                prop_assert!(layout.l1_offset + layout.l1_size * 8 <= layout.first_l2);
+                prop_assert!(layout.file_len <= layout.clusters * cluster_size);
+                prop_assert!(layout.file_len + cluster_size
+                    > layout.clusters * cluster_size);
+                if mapped && layout.l1_size > 0 {
+                    let last = layout.l1_size - 1;
+                    let left = size.next_multiple_of(512).div_ceil(cluster_size)
+                        - last * layout.geometry.l2_entries();
+                    let data = if external { 0 } else { left };
+                    prop_assert_eq!(
+                        layout.l2_table(last) + (1 + data) * cluster_size,
+                        layout.file_len
+                    );
+                }
+            }
+        }
+    }
+}

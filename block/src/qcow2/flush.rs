@@ -1,0 +1,91 @@
+//! The order in which data and metadata reach the disk.
+//!
+//! A request changes the data in the files, and the metadata in memory. Writing metadata back
+//! takes these steps, with a sync between one and the next; power may fail at any point:
+//!
+//! 1. **Guest data**, and with it counts of new clusters, new refcount blocks and new L2 tables:
+//!    nothing on disk leads to any of them yet. At worst clusters are leaked.
+//! 2. **Links of new refcount blocks**, whose content is on disk now.
+//! 3. **The mapping**: entries of L2 tables that the L1 table on disk leads to, and L1 entries of
+//!    new tables. The data behind each entry and the count of each cluster are on disk.
+//!
+//! What step 3 writes is copied before step 1 syncs the data. An entry that another thread adds
+//! later waits for the next time, since its data may have missed the sync.
+
+use super::Qcow2;
+use super::cache::DirtySlice;
+use super::l1::OnDisk;
+use super::placement::Placement;
+use super::table;
+use crate::Result;
+use crate::sync::lock;
+
+impl Qcow2 {
+    /// Makes all completed requests durable. After a failed sync, of whatever file, nothing is
+    /// written back any more: the image on disk stays as consistent as it is.
+    pub(super) fn write_back(&self) -> Result<()> {
+        let _flushing = lock(&self.flushing);
+        self.image.check_synced()?;
+        self.data().check_synced()?;
+        let slices = self.l2.take_dirty();
+        let result = self.write_in_order(&slices);
+        match result {
+            Ok(()) => self.l2.written(),
+            Err(_) => self.l2.not_written(),
+        }
+        result
+    }
+
+    fn write_in_order(&self, slices: &[DirtySlice]) -> Result<()> {
+        let tables = self.l1.new_entries();
+        let unreachable = |slice: &&DirtySlice| {
+            tables.get(&self.geometry.slice_l1_index(slice.slice)) == Some(&OnDisk::No)
+        };
+        let internal = matches!(self.placement, Placement::Internal);
+        if !internal {
+            self.data().sync()?;
+        }
+        // After the copy of the mapping: every cluster in it is counted.
+        let counts = self.refcounts()?.write_counts(&self.image)?;
+        slices
+            .iter()
+            .filter(unreachable)
+            .try_for_each(|slice| self.write_slice(slice))?;
+        if internal || counts.sync || !tables.is_empty() {
+            self.image.sync()?;
+        }
+        if !counts.blocks.is_empty() {
+            self.refcounts()?.link_blocks(&self.image, &counts.blocks)?;
+            self.image.sync()?;
+        }
+
+        if slices.is_empty() && tables.is_empty() {
+            return Ok(());
+        }
+        let mut reachable = slices.iter().filter(|slice| !unreachable(slice));
+        reachable.try_for_each(|slice| self.write_slice(slice))?;
+        self.l1.write(&self.image, tables.keys().copied())?;
+        self.image.sync()?;
+        self.l1.written(tables.keys().copied());
+        Ok(())
+    }
+
+    fn write_slice(&self, slice: &DirtySlice) -> Result<()> {
+        let table = self
+            .l1
+            .get(self.geometry.slice_l1_index(slice.slice))
+            .offset();
+        let bytes = table::encode(slice.entries.iter().copied());
+        self.image
+            .write_bytes_at(&bytes, table + self.geometry.slice_offset(slice.slice))
+    }
+}
+
+impl Drop for Qcow2 {
+    fn drop(&mut self) {
+        if !self.read_only {
+            // Whoever needs to know calls `flush` first; this is for those who forgot.
+            drop(self.write_back());
+        }
+    }
+}

@@ -1,0 +1,94 @@
+//! Arithmetic of clusters and tables, in one place.
+
+/// Size of an entry of an L1, L2 or refcount table in bytes.
+pub(crate) const ENTRY_SIZE: u64 = 8;
+
+/// Metadata is cached and written back in slices of at most this many bytes, however large the
+/// clusters are: a small write to a 2 MiB table costs one slice.
+const MAX_SLICE_SIZE: u64 = 4096;
+
+/// Sizes that follow from the header. Guest offsets passed to its methods lie within the disk.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Geometry {
+    /// Binary logarithm of the cluster size, 9 to 21.
+    pub cluster_bits: u32,
+    /// Virtual size of the disk in bytes.
+    pub size: u64,
+}
+
+impl Geometry {
+    /// Bytes in a cluster.
+    pub fn cluster_size(self) -> u64 {
+        1 << self.cluster_bits
+    }
+
+    /// `offset` without its whole clusters.
+    pub fn in_cluster(self, offset: u64) -> u64 {
+        offset & (self.cluster_size() - 1)
+    }
+
+    /// Number of the cluster that holds `offset`.
+    pub fn cluster(self, offset: u64) -> u64 {
+        offset >> self.cluster_bits
+    }
+
+    /// Clusters of the disk, the last one possibly in part.
+    pub fn clusters(self) -> u64 {
+        self.size.div_ceil(self.cluster_size())
+    }
+
+    /// Entries in an L2 table.
+    pub fn l2_entries(self) -> u64 {
+        self.cluster_size() / ENTRY_SIZE
+    }
+
+    /// Bytes in a slice of a table.
+    pub fn slice_size(self) -> u64 {
+        self.cluster_size().min(MAX_SLICE_SIZE)
+    }
+
+    /// L2 entries in a slice.
+    pub fn slice_entries(self) -> u64 {
+        self.slice_size() / ENTRY_SIZE
+    }
+
+    /// Slices in an L2 table.
+    pub fn slices_per_table(self) -> u64 {
+        self.cluster_size() / self.slice_size()
+    }
+
+    /// Index in the L1 table of the entry for a guest cluster.
+    pub fn l1_index(self, cluster: u64) -> usize {
+        (cluster / self.l2_entries()) as usize
+    }
+
+    /// Number of the slice, counted over all L2 tables, that maps a guest cluster.
+    pub fn slice(self, cluster: u64) -> u64 {
+        cluster / self.slice_entries()
+    }
+
+    /// Guest offset at which the slice that maps `offset` ends.
+    pub fn slice_end(self, offset: u64) -> u64 {
+        (self.slice(self.cluster(offset)) + 1) * self.slice_entries() * self.cluster_size()
+    }
+
+    /// Index of a guest cluster's entry within its slice.
+    pub fn slice_index(self, cluster: u64) -> usize {
+        (cluster % self.slice_entries()) as usize
+    }
+
+    /// Index in the L1 table of the entry for a slice.
+    pub fn slice_l1_index(self, slice: u64) -> usize {
+        (slice / self.slices_per_table()) as usize
+    }
+
+    /// Offset of a slice within its L2 table in bytes.
+    pub fn slice_offset(self, slice: u64) -> u64 {
+        slice % self.slices_per_table() * self.slice_size()
+    }
+
+    /// L1 entries that the disk needs.
+    pub fn l1_entries(self) -> u64 {
+        self.clusters().div_ceil(self.l2_entries())
+    }
+}

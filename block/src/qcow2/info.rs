@@ -1,0 +1,70 @@
+//! What the header of an image says, for a user to read.
+
+use std::path::Path;
+
+use super::header::{Header, compatible, incompatible};
+use crate::{Error, FileStorage, Result};
+
+/// What an image is like, as told by its header.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Info {
+    /// Size of the guest's disk in bytes.
+    pub size: u64,
+    /// Version of the format: 2 or 3.
+    pub version: u32,
+    /// Bytes in a cluster.
+    pub cluster_size: u64,
+    /// Name of the backing file, untrusted bytes.
+    pub backing_file: Option<Vec<u8>>,
+    /// Name of the backing file's format, untrusted bytes.
+    pub backing_format: Option<Vec<u8>>,
+    /// Whether compressed clusters are compressed with zstd instead of deflate.
+    pub zstd: bool,
+    /// Whether refcount updates may be postponed.
+    pub lazy_refcounts: bool,
+    /// Width of a refcount in bits.
+    pub refcount_bits: u32,
+    /// Whether guest data is in an external data file.
+    pub has_data_file: bool,
+    /// Name of the data file, untrusted bytes.
+    pub data_file: Option<Vec<u8>>,
+    /// Whether the data file is promised to be a valid raw image.
+    pub data_file_raw: bool,
+    /// Whether refcounts may be wrong since the image was not closed.
+    pub dirty: bool,
+    /// Whether the image is marked as corrupt.
+    pub corrupt: bool,
+    /// Whether clusters are divided into subclusters.
+    pub extended_l2: bool,
+}
+
+impl Info {
+    /// Reads the header of the image at `path`, and no other file.
+    ///
+    /// # Errors
+    /// [`Error::NotQcow2`], [`Error::Invalid`], [`Error::Io`]; [`Error::Unsupported`] for unknown
+    /// features, and for internal snapshots, bitmaps and encryption, which it could not tell.
+    pub fn read(path: &Path) -> Result<Self> {
+        let file = FileStorage::open(path, true).map_err(|e| Error::io(path, "open", e))?;
+        let header = Header::read(&file, path)?;
+        header.check_tellable(path)?;
+        let incompatible = |bit| header.incompatible_features & bit != 0;
+        Ok(Self {
+            size: header.disk_size(),
+            version: header.version,
+            cluster_size: header.cluster_size(),
+            zstd: header.compression_type == 1,
+            lazy_refcounts: header.compatible_features & compatible::LAZY_REFCOUNTS != 0,
+            refcount_bits: 1 << header.refcount_order,
+            has_data_file: header.has_data_file(),
+            data_file_raw: header.data_file_is_raw(),
+            dirty: incompatible(incompatible::DIRTY),
+            corrupt: incompatible(incompatible::CORRUPT),
+            extended_l2: header.has_extended_l2(),
+            backing_file: header.backing_file,
+            backing_format: header.extensions.backing_format,
+            data_file: header.extensions.data_file,
+        })
+    }
+}

@@ -1,0 +1,266 @@
+//! Reads, writes and zeroes of a qcow2 disk.
+
+use vm_memory::VolatileSlice;
+
+use super::Qcow2;
+use super::mapping::Kind;
+use super::placement::Placement;
+use super::refcount::Allocation;
+use crate::buffers::{Buffers, fill_zero};
+use crate::disk::{check_range, total_len};
+use crate::{Disk, Error, Limits, Result};
+
+impl Disk for Qcow2 {
+    fn size(&self) -> u64 {
+        self.geometry.size
+    }
+
+    fn limits(&self) -> Limits {
+        Limits {
+            block_size: 512,
+            read_only: self.read_only,
+        }
+    }
+
+    fn read_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> Result<()> {
+        let len = total_len(bufs);
+        check_range(offset, len, self.geometry.size)?;
+        if let Some(file) = self.passthrough(offset, len)? {
+            return file.read_at(bufs, offset);
+        }
+        let mut buffers = Buffers::new(bufs);
+        let mut done = 0;
+        while done < len {
+            let run = self.run(offset + done, len - done)?;
+            if run.len == len {
+                return self.read_run(run.kind, bufs);
+            }
+            buffers.take(run.len, |piece, at| {
+                self.read_run(run.kind.advanced(at), piece)
+            })?;
+            done += run.len;
+        }
+        Ok(())
+    }
+
+    fn write_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> Result<()> {
+        self.check_writable()?;
+        let len = total_len(bufs);
+        check_range(offset, len, self.geometry.size)?;
+        if let Some(file) = self.passthrough(offset, len)? {
+            return file.write_at(bufs, offset);
+        }
+        let mut buffers = Buffers::new(bufs);
+        let mut done = 0;
+        while done < len {
+            let run = self.run(offset + done, len - done)?;
+            done += match run.kind {
+                Kind::Data {
+                    offset,
+                    in_place: true,
+                } if run.len == len => {
+                    return self.data().write_at(bufs, offset);
+                }
+                Kind::Data {
+                    offset,
+                    in_place: true,
+                } => {
+                    let data = self.data();
+                    buffers.take(run.len, |piece, at| data.write_at(piece, offset + at))?;
+                    run.len
+                }
+                _ => self.write_new(offset + done, run.len, &mut buffers)?,
+            };
+        }
+        self.limit_dirty()
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> Result<()> {
+        self.check_writable()?;
+        check_range(offset, len, self.geometry.size)?;
+        let passthrough = self.passthrough(offset, len)?;
+        let mut done = if passthrough.is_some() { len } else { 0 };
+        while done < len {
+            let run = self.run_in_slice(offset + done, len - done)?;
+            done += match run.kind {
+                Kind::Data {
+                    offset: data,
+                    in_place,
+                } => self.zero_data(offset + done, run.len, data, in_place)?,
+                Kind::Zero { .. } | Kind::Unallocated => run.len,
+            };
+        }
+        if let Placement::Raw(external, _) = &self.placement {
+            // What reads as zero by its mapping must be zero in the raw file too.
+            external.file.write_zeroes(offset, len, unmap)?;
+        }
+        self.limit_dirty()
+    }
+
+    fn flush(&self) -> Result<()> {
+        if self.read_only {
+            Ok(())
+        } else {
+            self.write_back()
+        }
+    }
+}
+
+impl Qcow2 {
+    fn check_writable(&self) -> Result<()> {
+        if self.read_only {
+            Err(Error::ReadOnly)
+        } else {
+            Ok(())
+        }
+    }
+
+    fn read_run(&self, kind: Kind, bufs: &[VolatileSlice<'_>]) -> Result<()> {
+        match kind {
+            Kind::Data { offset, .. } => self.data().read_at(bufs, offset),
+            Kind::Zero { .. } | Kind::Unallocated => {
+                fill_zero(bufs);
+                Ok(())
+            }
+        }
+    }
+
+    /// Writes up to `len` bytes to clusters at `offset` that have no data, and returns how many;
+    /// none if another request has given them data meanwhile.
+    ///
+    /// Nobody sees the clusters before the mapping changes, and it changes last: a reader finds
+    /// all zeros or all of the data, and after an error the old state.
+    fn write_new(&self, offset: u64, len: u64, buffers: &mut Buffers<'_, '_>) -> Result<u64> {
+        let g = self.geometry;
+        let first = g.cluster(offset);
+        // One slice at a time, so that mapping the clusters succeeds or fails as a whole.
+        let len = len.min(g.slice_end(offset) - offset);
+        let _held = self.ranges.lock(first..g.cluster(offset + len - 1) + 1);
+        let run = self.run(offset, len)?;
+        let reserved = match run.kind {
+            Kind::Data { in_place: true, .. } => return Ok(0),
+            Kind::Data {
+                in_place: false, ..
+            } => {
+                return Err(self.image.unsupported("writing to a shared cluster"));
+            }
+            Kind::Zero { reserved } => reserved,
+            Kind::Unallocated => None,
+        };
+        self.add_table(g.l1_index(first))?;
+        let clusters = g.cluster(offset + run.len - 1) - first + 1;
+        let place = match reserved {
+            // What the reserved clusters hold is anything.
+            Some(data) => Allocation {
+                offset: data - g.in_cluster(offset),
+                clusters,
+                zeroed: false,
+            },
+            None => self.allocate(first, clusters)?,
+        };
+        let allocated = (place.clusters << g.cluster_bits) - g.in_cluster(offset);
+        let len = run.len.min(allocated);
+        let mapped = self
+            .write_filled(offset, len, &place, buffers)
+            .and_then(|()| self.map_data(first..first + place.clusters, place.offset));
+        if mapped.is_err() && reserved.is_none() {
+            self.release(&place);
+        }
+        mapped.map(|()| len)
+    }
+
+    /// Writes `len` bytes for guest offset `offset` to the clusters of `place`, and zeros to the
+    /// rest of the first and the last of them, in one piece.
+    fn write_filled(
+        &self,
+        offset: u64,
+        len: u64,
+        place: &Allocation,
+        buffers: &mut Buffers<'_, '_>,
+    ) -> Result<()> {
+        let g = self.geometry;
+        let head = g.in_cluster(offset);
+        let tail = self.tail(offset + len)?;
+        if place.zeroed || head + tail == 0 {
+            return buffers.take(len, |piece, at| {
+                self.data().write_at(piece, place.offset + head + at)
+            });
+        }
+        let mut zeros = vec![0; head.max(tail) as usize];
+        let zeros = VolatileSlice::from(&mut zeros[..]);
+        let part = |len: u64| zeros.subslice(0, len as usize).ok();
+        let mut pieces: Vec<_> = part(head).into_iter().collect();
+        buffers.take(len, |piece, _| {
+            pieces.extend_from_slice(piece);
+            Ok::<_, Error>(())
+        })?;
+        pieces.extend(part(tail));
+        self.data().write_at(&pieces, place.offset)
+    }
+
+    /// Bytes from `end` to the end of its cluster, as far as they exist: an external data file is
+    /// not extended beyond the disk, and what it holds there is cleared.
+    fn tail(&self, end: u64) -> Result<u64> {
+        let g = self.geometry;
+        let cluster_end = end.next_multiple_of(g.cluster_size());
+        if cluster_end <= g.size || matches!(self.placement, Placement::Internal) {
+            return Ok(cluster_end - end);
+        }
+        Ok(cluster_end
+            .min(self.data().size()?.max(g.size))
+            .saturating_sub(end))
+    }
+
+    /// Zeroes some of the `len` bytes at guest offset `offset`, which are stored at `data`, and
+    /// returns how many; none if another request has changed their mapping meanwhile.
+    fn zero_data(&self, offset: u64, len: u64, data: u64, in_place: bool) -> Result<u64> {
+        if !in_place {
+            return Err(self.image.unsupported("writing to a shared cluster"));
+        }
+        if let Placement::Raw(..) = self.placement {
+            // The caller zeroes the data file; the mapping stays.
+            return Ok(len);
+        }
+        let whole = self.whole_clusters(offset, len);
+        if whole == 0 {
+            let g = self.geometry;
+            let in_cluster = g.cluster_size() - g.in_cluster(offset);
+            let len = len.min(in_cluster);
+            self.data().write_zeroes(data, len, false)?;
+            return Ok(len);
+        }
+        let clusters = self.geometry.cluster(offset)..self.geometry.cluster(offset + whole - 1) + 1;
+        let _held = self.ranges.lock(clusters.clone());
+        let run = self.run(offset, whole)?;
+        if run.len < whole || !matches!(run.kind, Kind::Data { in_place: true, .. }) {
+            return Ok(0);
+        }
+        self.map_zero(clusters)?;
+        Ok(whole)
+    }
+
+    /// How many of the `len` bytes at `offset` are clusters of one L2 slice that can get the zero
+    /// flag as a whole. The part of a cluster that the disk ends in is a whole one.
+    fn whole_clusters(&self, offset: u64, len: u64) -> u64 {
+        let g = self.geometry;
+        if self.version < 3 || g.in_cluster(offset) != 0 {
+            return 0;
+        }
+        let end = (offset + len).min(g.slice_end(offset));
+        let whole_end = if end == g.size {
+            end
+        } else {
+            end - g.in_cluster(end)
+        };
+        whole_end - offset
+    }
+
+    /// Writes metadata back if much of the cache is waiting for it.
+    fn limit_dirty(&self) -> Result<()> {
+        if self.l2.wants_write_back() {
+            self.write_back()
+        } else {
+            Ok(())
+        }
+    }
+}

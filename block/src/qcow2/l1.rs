@@ -1,0 +1,118 @@
+//! The active L1 table, kept in memory whole.
+
+use std::collections::BTreeMap;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::entry::L1Entry;
+use super::geometry::{ENTRY_SIZE, Geometry};
+use super::table;
+use crate::Result;
+use crate::file::ImageFile;
+use crate::sync::lock;
+
+/// The active L1 table.
+pub(crate) struct L1Table {
+    offset: u64,
+    entries: Box<[AtomicU64]>,
+    /// Entries that name a new L2 table and are not known to be on disk.
+    new: Mutex<BTreeMap<usize, OnDisk>>,
+}
+
+/// Whether an entry that is being added may be in the L1 table on disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum OnDisk {
+    /// It has never been written: nothing on disk leads to its L2 table.
+    No,
+    /// Writing it was begun and not confirmed.
+    Maybe,
+}
+
+impl L1Table {
+    /// Reads the `count` entries at `offset`, which the header has bounded.
+    ///
+    /// # Errors
+    /// An entry with reserved bits set, or an L2 table that is unaligned or past the end of the
+    /// file.
+    pub fn open(image: &ImageFile, geometry: Geometry, offset: u64, count: u32) -> Result<Self> {
+        let file_size = image.size()?;
+        let entries = table::read(image, "l1_table_offset", offset, count as usize)?;
+        for (index, &raw) in entries.iter().enumerate() {
+            let entry = L1Entry(raw);
+            let problem = if entry.reserved() != 0 {
+                "has reserved bits set"
+            } else if geometry.in_cluster(entry.offset()) != 0 {
+                "is not aligned to a cluster"
+            } else if entry.offset() >= file_size && entry.offset() != 0 {
+                "points past the end of the file"
+            } else {
+                continue;
+            };
+            let reason = format!("L2 table offset of L1 entry {index} {problem}");
+            return Err(image.invalid("l1_table entry", raw, reason));
+        }
+        let entries = entries.into_iter().map(AtomicU64::new).collect();
+        Ok(Self {
+            offset,
+            entries,
+            new: Mutex::default(),
+        })
+    }
+
+    /// The entry at `index`; that of an empty range if there is none.
+    pub fn get(&self, index: usize) -> L1Entry {
+        L1Entry(
+            self.entries
+                .get(index)
+                .map_or(0, |e| e.load(Ordering::Acquire)),
+        )
+    }
+
+    /// Offsets of the L2 tables.
+    pub fn tables(&self) -> impl Iterator<Item = u64> + '_ {
+        (0..self.entries.len())
+            .map(|index| self.get(index).offset())
+            .filter(|offset| *offset != 0)
+    }
+
+    /// Gives the entry at `index` a new L2 table from `allocate`, unless it has one already.
+    pub fn add_table(&self, index: usize, allocate: impl FnOnce() -> Result<u64>) -> Result<()> {
+        let mut new = lock(&self.new);
+        if self.get(index).offset() == 0 {
+            let entry = L1Entry::new(allocate()?);
+            new.insert(index, OnDisk::No);
+            self.entries[index].store(entry.0, Ordering::Release);
+        }
+        Ok(())
+    }
+
+    /// The entries that are not known to be on disk.
+    pub fn new_entries(&self) -> BTreeMap<usize, OnDisk> {
+        lock(&self.new).clone()
+    }
+
+    /// Writes `indices`, without waiting for the disk.
+    pub fn write(
+        &self,
+        image: &ImageFile,
+        indices: impl Iterator<Item = usize> + Clone,
+    ) -> Result<()> {
+        {
+            let mut new = lock(&self.new);
+            new.extend(indices.clone().map(|index| (index, OnDisk::Maybe)));
+        }
+        for index in indices {
+            let at = self.offset + index as u64 * ENTRY_SIZE;
+            image.write_bytes_at(&self.get(index).0.to_be_bytes(), at)?;
+        }
+        Ok(())
+    }
+
+    /// `indices` are on disk.
+    pub fn written(&self, indices: impl Iterator<Item = usize>) {
+        let mut new = lock(&self.new);
+        indices.for_each(|index| {
+            new.remove(&index);
+        });
+    }
+}

@@ -1,0 +1,422 @@
+//! Where guest clusters are, and changing it.
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::cache::LoadError;
+use super::entry::{Cluster, L2Entry};
+use super::geometry::ENTRY_SIZE;
+use super::placement::{Passthrough, Placement};
+use super::refcount::{Allocation, Refcounts};
+use super::{Qcow2, table};
+use crate::file::ImageFile;
+use crate::sync::lock;
+use crate::{Error, Result};
+
+/// A range of guest bytes that is mapped in one way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Run {
+    pub kind: Kind,
+    /// Length in bytes.
+    pub len: u64,
+}
+
+/// How a range of guest bytes is mapped. Offsets are those of the range's first byte in the file
+/// that holds guest data; the bytes that follow it lie behind it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// Stored here.
+    Data {
+        offset: u64,
+        /// Belongs to this mapping alone and may be overwritten.
+        in_place: bool,
+    },
+    /// Reads as zero; space may be reserved for it.
+    Zero { reserved: Option<u64> },
+    /// Reads as zero, since there is no backing file.
+    Unallocated,
+}
+
+/// What is wrong with an L2 entry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct BadEntry {
+    cluster: u64,
+    entry: u64,
+    problem: Problem,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Problem {
+    Compressed,
+    Unaligned,
+    NotGuestOffset,
+    PastEnd,
+    ZeroInVersion2,
+}
+
+impl Kind {
+    fn new(cluster: Cluster, in_place: bool) -> Self {
+        match cluster {
+            Cluster::Normal(offset) => Self::Data { offset, in_place },
+            Cluster::ZeroAlloc(offset) => Self::Zero {
+                reserved: Some(offset),
+            },
+            Cluster::ZeroPlain => Self::Zero { reserved: None },
+            Cluster::Unallocated | Cluster::Compressed => Self::Unallocated,
+        }
+    }
+
+    /// What the part of the range from `bytes` on is mapped as.
+    pub(super) fn advanced(self, bytes: u64) -> Self {
+        match self {
+            Self::Data { offset, in_place } => Self::Data {
+                offset: offset + bytes,
+                in_place,
+            },
+            Self::Zero { reserved } => Self::Zero {
+                reserved: reserved.map(|o| o + bytes),
+            },
+            Self::Unallocated => Self::Unallocated,
+        }
+    }
+}
+
+impl Qcow2 {
+    /// The file that holds guest data.
+    pub(super) fn data(&self) -> &ImageFile {
+        match &self.placement {
+            Placement::Internal => &self.image,
+            Placement::External(external) | Placement::Raw(external, _) => &external.file,
+        }
+    }
+
+    fn is_external(&self) -> bool {
+        !matches!(self.placement, Placement::Internal)
+    }
+
+    /// The refcounts of a writable image.
+    pub(super) fn refcounts(&self) -> Result<std::sync::MutexGuard<'_, Refcounts>> {
+        self.refcounts.as_ref().map(lock).ok_or(Error::ReadOnly)
+    }
+
+    /// How the bytes from `offset` on are mapped: as many of `len` as are mapped in the same way,
+    /// one behind the other. The range lies within the disk and is not empty.
+    ///
+    /// Only data is followed beyond an L2 slice, for the sake of long transfers; whoever changes
+    /// mappings goes on slice by slice, and must not look at what follows again each time.
+    pub(super) fn run(&self, offset: u64, len: u64) -> Result<Run> {
+        let mut run = self.run_in_slice(offset, len)?;
+        while run.len < len && matches!(run.kind, Kind::Data { .. }) {
+            // A bad entry further on is for the request that reaches it.
+            match self.run_in_slice(offset + run.len, len - run.len) {
+                Ok(next) if next.kind == run.kind.advanced(run.len) => run.len += next.len,
+                _ => break,
+            }
+        }
+        Ok(run)
+    }
+
+    /// As [`run`](Self::run), but not past the end of the L2 slice.
+    pub(super) fn run_in_slice(&self, offset: u64, len: u64) -> Result<Run> {
+        let g = self.geometry;
+        let cluster = g.cluster(offset);
+        let slice = g.slice(cluster);
+        let len = len.min(g.slice_end(offset) - offset);
+        if self.l1.get(g.l1_index(cluster)).offset() == 0 {
+            return Ok(Run {
+                kind: Kind::Unallocated,
+                len,
+            });
+        }
+        loop {
+            if let Some(found) = self
+                .l2
+                .read(slice, |entries| self.scan(entries, offset, len))
+            {
+                return found.map_err(|bad| self.bad_entry(bad));
+            }
+            self.load_slice(slice)?;
+        }
+    }
+
+    /// The run that starts at `offset` in the `entries` of its slice.
+    fn scan(
+        &self,
+        entries: &[AtomicU64],
+        offset: u64,
+        len: u64,
+    ) -> std::result::Result<Run, BadEntry> {
+        let g = self.geometry;
+        let first = g.cluster(offset);
+        let index = g.slice_index(first);
+        let load = |entry: &AtomicU64| L2Entry(entry.load(Ordering::Acquire));
+        let whole = self.kind(load(&entries[index]), first)?;
+        let skip = g.in_cluster(offset);
+        let mut end = g.cluster_size();
+        for (next, entry) in (first + 1..).zip(&entries[index + 1..]) {
+            if end >= skip + len || self.kind(load(entry), next) != Ok(whole.advanced(end)) {
+                break;
+            }
+            end += g.cluster_size();
+        }
+        Ok(Run {
+            kind: whole.advanced(skip),
+            len: len.min(end - skip),
+        })
+    }
+
+    /// What `entry` says of guest cluster `cluster`, after everything about it has been verified
+    /// that can be without other metadata.
+    fn kind(&self, entry: L2Entry, cluster: u64) -> std::result::Result<Kind, BadEntry> {
+        let g = self.geometry;
+        let bad = |problem| {
+            Err(BadEntry {
+                cluster,
+                entry: entry.0,
+                problem,
+            })
+        };
+        let found = entry.cluster(self.is_external());
+        match found {
+            Cluster::Compressed => return bad(Problem::Compressed),
+            Cluster::ZeroPlain | Cluster::ZeroAlloc(_) if self.version < 3 => {
+                return bad(Problem::ZeroInVersion2);
+            }
+            Cluster::Normal(offset) | Cluster::ZeroAlloc(offset) => {
+                if g.in_cluster(offset) != 0 {
+                    return bad(Problem::Unaligned);
+                }
+                if self.is_external() {
+                    if g.cluster(offset) != cluster {
+                        return bad(Problem::NotGuestOffset);
+                    }
+                } else if offset >= self.data_end.load(Ordering::Relaxed) {
+                    // Data is in the file before anything leads to it.
+                    return bad(Problem::PastEnd);
+                }
+            }
+            Cluster::Unallocated | Cluster::ZeroPlain => {}
+        }
+        // A cluster of an external data file has one place and cannot be shared.
+        Ok(Kind::new(found, entry.is_copied() || self.is_external()))
+    }
+
+    fn bad_entry(&self, bad: BadEntry) -> Error {
+        let guest = bad.cluster << self.geometry.cluster_bits;
+        let reason = match bad.problem {
+            Problem::Compressed if self.is_external() => format!(
+                "Compressed cluster entry found in image with external data file \
+                 (guest offset: {guest:#x})"
+            ),
+            Problem::Compressed => return self.image.unsupported("compressed clusters"),
+            Problem::Unaligned => {
+                format!("Cluster allocation offset unaligned (guest offset: {guest:#x})")
+            }
+            Problem::NotGuestOffset => format!(
+                "External data file host cluster offset does not match guest cluster offset: \
+                 {guest:#x}"
+            ),
+            Problem::PastEnd => {
+                format!("Cluster lies past the end of the file (guest offset: {guest:#x})")
+            }
+            Problem::ZeroInVersion2 => {
+                format!("Zero cluster entry found in pre-v3 image (guest offset: {guest:#x})")
+            }
+        };
+        self.image.invalid("l2_table entry", bad.entry, reason)
+    }
+
+    /// Brings a slice of an existing L2 table into the cache.
+    fn load_slice(&self, slice: u64) -> Result<()> {
+        self.retry_when_full(|| self.l2.load(slice, |words| self.fill_slice(slice, words)))
+    }
+
+    fn fill_slice(&self, slice: u64, words: &[AtomicU64]) -> Result<()> {
+        let table = self.l1.get(self.geometry.slice_l1_index(slice)).offset();
+        let mut bytes = [0; 4096];
+        let bytes = &mut bytes[..self.geometry.slice_size() as usize];
+        self.image
+            .read_bytes_at(bytes, table + self.geometry.slice_offset(slice))?;
+        for (word, entry) in words.iter().zip(table::decode(bytes)) {
+            word.store(entry, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    /// Calls `attempt` until the cache has room for what it loads.
+    fn retry_when_full(
+        &self,
+        mut attempt: impl FnMut() -> std::result::Result<(), LoadError<Error>>,
+    ) -> Result<()> {
+        loop {
+            match attempt() {
+                Ok(()) => return Ok(()),
+                Err(LoadError::Full) => self.write_back()?,
+                Err(LoadError::Read(e)) => return Err(e),
+            }
+        }
+    }
+
+    /// Finds room for up to `clusters` guest clusters from `first` on, and an L2 table for them.
+    pub(super) fn allocate(&self, first: u64, clusters: u64) -> Result<Allocation> {
+        let offset = first << self.geometry.cluster_bits;
+        match &self.placement {
+            Placement::Internal => {
+                let place = self.refcounts()?.allocate(&self.image, clusters)?;
+                let end = place.offset + (place.clusters << self.geometry.cluster_bits);
+                self.data_end.fetch_max(end, Ordering::Relaxed);
+                Ok(place)
+            }
+            Placement::External(external) | Placement::Raw(external, _) => {
+                let end = offset + (clusters << self.geometry.cluster_bits);
+                let zeroed = external.reads_zero(offset..end)?;
+                Ok(Allocation {
+                    offset,
+                    clusters,
+                    zeroed,
+                })
+            }
+        }
+    }
+
+    /// Gives back clusters that were allocated and not mapped. That can only leak them if it
+    /// fails, and it follows an error that is reported.
+    pub(super) fn release(&self, place: &Allocation) {
+        match &self.placement {
+            Placement::Internal => {
+                let freed = self
+                    .refcounts()
+                    .and_then(|mut r| r.free(&self.image, place.offset, place.clusters));
+                drop(freed);
+            }
+            Placement::External(external) | Placement::Raw(external, _) => external.forget_hole(),
+        }
+    }
+
+    /// Gives the range of the L1 entry at `index` an L2 table, if it has none.
+    pub(super) fn add_table(&self, index: usize) -> Result<()> {
+        if self.l1.get(index).offset() != 0 {
+            if !self.l1.get(index).is_copied() {
+                return Err(self.image.unsupported("writing to a shared L2 table"));
+            }
+            return Ok(());
+        }
+        self.l1.add_table(index, || {
+            let table = self.refcounts()?.allocate(&self.image, 1)?;
+            if let Err(e) = self.clear_table(&table) {
+                self.refcounts()?.free(&self.image, table.offset, 1)?;
+                return Err(e);
+            }
+            Ok(table.offset)
+        })
+    }
+
+    /// Makes a cluster an empty L2 table, and the file reach to its end: the L1 entry must not lead
+    /// out of the file, whether anything will be mapped in the table or not.
+    fn clear_table(&self, table: &Allocation) -> Result<()> {
+        let size = self.geometry.cluster_size();
+        if !table.zeroed {
+            self.image.write_zeroes(table.offset, size, false)?;
+        }
+        let last_entry = table.offset + size - ENTRY_SIZE;
+        self.image
+            .write_bytes_at(&[0; ENTRY_SIZE as usize], last_entry)
+    }
+
+    /// Maps `clusters`, which lie in one slice and have no data yet, to the data at `offset`.
+    pub(super) fn map_data(&self, clusters: Range<u64>, offset: u64) -> Result<()> {
+        let cluster_size = self.geometry.cluster_size();
+        let publish = || {
+            self.change(clusters.clone(), |i, _| {
+                L2Entry::normal(offset + i * cluster_size)
+            })
+        };
+        match &self.placement {
+            Placement::Raw(_, tables) => {
+                let table = self.geometry.l1_index(clusters.start);
+                tables.add_mapped(table, clusters.end - clusters.start, publish)
+            }
+            _ => publish(),
+        }
+    }
+
+    /// Lets `clusters`, which lie in one slice and have data, read as zero.
+    pub(super) fn map_zero(&self, clusters: Range<u64>) -> Result<()> {
+        if let Placement::External(external) = &self.placement {
+            // Data that was written stays in the file and is mapped no longer.
+            external.forget_hole();
+        }
+        self.change(clusters, |_, old| old.zeroed())
+    }
+
+    /// Replaces the entries of `clusters`, all of them or, after an error, none.
+    fn change(&self, clusters: Range<u64>, entry: impl Fn(u64, L2Entry) -> L2Entry) -> Result<()> {
+        let g = self.geometry;
+        let slice = g.slice(clusters.start);
+        self.retry_when_full(|| {
+            self.l2.update(
+                slice,
+                |words| self.fill_slice(slice, words),
+                |words| {
+                    let first = g.slice_index(clusters.start);
+                    for (i, word) in (0..clusters.end - clusters.start).zip(&words[first..]) {
+                        let old = L2Entry(word.load(Ordering::Relaxed));
+                        // Whoever reads the new entry finds the data behind it.
+                        word.store(entry(i, old).0, Ordering::Release);
+                    }
+                },
+            )
+        })
+    }
+
+    /// The data file, if the bytes of the range lie there at their guest offset, every one of
+    /// them, and always will. The range lies within the disk.
+    pub(super) fn passthrough(&self, offset: u64, len: u64) -> Result<Option<&ImageFile>> {
+        let Placement::Raw(external, tables) = &self.placement else {
+            return Ok(None);
+        };
+        if len == 0 {
+            return Ok(None);
+        }
+        let g = self.geometry;
+        for table in g.l1_index(g.cluster(offset))..=g.l1_index(g.cluster(offset + len - 1)) {
+            if !tables.is_complete(table) {
+                self.examine(table, tables)?;
+                if !tables.is_complete(table) {
+                    return Ok(None);
+                }
+            }
+        }
+        Ok(Some(&external.file))
+    }
+
+    /// Looks at a table of a raw disk, the first time that it is asked for.
+    fn examine(&self, table: usize, tables: &Passthrough) -> Result<()> {
+        let g = self.geometry;
+        tables.examine(table, || {
+            let table_size = g.l2_entries() * g.cluster_size();
+            let mut at = table as u64 * table_size;
+            let end = g.size.min(at + table_size);
+            let mut missing = 0;
+            while at < end {
+                at += match self.run(at, end - at) {
+                    Ok(Run {
+                        kind: Kind::Data { .. },
+                        len,
+                    }) => len,
+                    Ok(run) => {
+                        missing += run.len.div_ceil(g.cluster_size());
+                        run.len
+                    }
+                    // A bad entry fails the requests that meet it, not those around it.
+                    Err(Error::Invalid { .. }) => {
+                        missing += 1;
+                        g.cluster_size()
+                    }
+                    Err(e) => return Err(e),
+                };
+            }
+            Ok(missing)
+        })
+    }
+}

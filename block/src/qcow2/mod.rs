@@ -1,0 +1,90 @@
+//! The qcow2 image format.
+//!
+//! Names of structures and fields are those of the published specification.
+//!
+//! | module | what it knows |
+//! | --- | --- |
+//! | `header`, `parse`, `extension`, `entry`, `table` | the format on disk |
+//! | `policy` | which data file an image may name |
+//! | `open` | from files to a [`Qcow2`] |
+//! | `mapping` | guest offset → place, and changing it |
+//! | `io` | reads, writes and zeroes on top of that |
+//! | `placement` | where data lies: in the image, in a data file, in a raw data file |
+//! | `cache`, `l1`, `refcount` | L2 slices, the L1 table, and the allocator, in memory |
+//! | `ranges` | who may change which mapping |
+//! | `flush` | the order in which all of that reaches the disk |
+//! | `create` | making new images |
+//! | `info` | what a user wants to know of an image |
+//! | `check`, `counters` | checking an image that is not open |
+//!
+//! # Lock order
+//! A thread that holds one of these takes only ones further down:
+//!
+//! 1. a range of guest clusters (`ranges`), at most one;
+//! 2. the completeness of raw tables (`placement::Passthrough`);
+//! 3. the right to write back (`Qcow2::flushing`);
+//! 4. a set of the slice cache, or the list of new L1 entries;
+//! 5. the refcounts, or the known hole of a data file (`placement::External`).
+//!
+//! Reads of mapped clusters, and writes to them, take none, but for the first request to each L2
+//! table of a raw disk.
+
+mod cache;
+mod check;
+mod counters;
+mod create;
+mod entry;
+mod extension;
+mod flush;
+mod geometry;
+mod header;
+mod info;
+mod io;
+mod l1;
+mod mapping;
+mod open;
+mod parse;
+mod placement;
+mod policy;
+mod ranges;
+mod refcount;
+mod table;
+
+use std::sync::Mutex;
+use std::sync::atomic::AtomicU64;
+
+use cache::SliceCache;
+use geometry::Geometry;
+use l1::L1Table;
+use placement::Placement;
+use ranges::RangeLocks;
+use refcount::Refcounts;
+
+use crate::file::ImageFile;
+
+pub use check::{CheckReport, Finding, FindingKind, check, check_storage};
+pub use create::{CreateOptions, create};
+pub use info::Info;
+pub use open::OpenOptions;
+
+/// An open qcow2 image.
+///
+/// Metadata that changed is written back on [`flush`](crate::Disk::flush), when the cache fills
+/// up, and when the image is dropped, always behind the data that it maps.
+pub struct Qcow2 {
+    image: ImageFile,
+    placement: Placement,
+    geometry: Geometry,
+    version: u32,
+    read_only: bool,
+    l1: L1Table,
+    l2: SliceCache,
+    /// `None` in an image that is open read-only.
+    refcounts: Option<Mutex<Refcounts>>,
+    /// Data in the image file lies below this offset: the end of the file when it was opened, and
+    /// of what has been allocated since. An entry that leads further is not ours.
+    data_end: AtomicU64,
+    ranges: RangeLocks,
+    /// Held by whoever writes metadata back.
+    flushing: Mutex<()>,
+}

@@ -1,0 +1,222 @@
+//! From files to a [`Qcow2`].
+
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+use std::sync::atomic::AtomicU64;
+
+use super::Qcow2;
+use super::cache::SliceCache;
+use super::geometry::{ENTRY_SIZE, Geometry};
+use super::header::{Header, autoclear};
+use super::l1::L1Table;
+use super::placement::{External, Passthrough, Placement};
+use super::policy;
+use super::ranges::RangeLocks;
+use super::refcount::Refcounts;
+use crate::file::ImageFile;
+use crate::{Error, Result, Storage};
+
+/// How to open an image.
+#[derive(Clone, Debug)]
+pub struct OpenOptions {
+    /// Neither file is ever written.
+    pub read_only: bool,
+    /// The external data file, in place of the one that the image names. With `None`, the name
+    /// in the image is followed if it leads to a file in the image's own directory or below.
+    pub data_file: Option<PathBuf>,
+    /// Bytes of memory for L2 tables; a few slices of 4 KiB are always kept. The default of 4 MiB
+    /// maps 32 GiB with clusters of 64 KiB. Memory is taken as it is needed.
+    pub l2_cache_size: usize,
+}
+
+impl Default for OpenOptions {
+    fn default() -> Self {
+        Self {
+            read_only: false,
+            data_file: None,
+            l2_cache_size: 4 << 20,
+        }
+    }
+}
+
+impl Qcow2 {
+    /// Opens the image at `path`.
+    ///
+    /// # Errors
+    /// Nothing has been written if this fails, and the error says why: the image is not valid, it
+    /// uses a feature that is not implemented ([`Error::Unsupported`]), or a file cannot be used.
+    pub fn open(path: &Path, options: &OpenOptions) -> Result<Self> {
+        let image = ImageFile::open(path, options.read_only)?;
+        Self::from_files(image, options, |image, header| {
+            match (header.has_data_file(), &options.data_file) {
+                (false, None) => Ok(None),
+                (false, Some(_)) => Err(data_file_error(
+                    &image.path,
+                    "'data-file' can only be set for images with an external data file",
+                )),
+                (true, _) => open_data_file(&image.path, header, options).map(Some),
+            }
+        })
+    }
+
+    /// Opens an image in storage of the caller's. `name` stands for the image in errors;
+    /// `data_file` is the external data file, which must be given exactly if the image has one.
+    /// [`OpenOptions::data_file`] has no meaning here.
+    ///
+    /// # Errors
+    /// As [`open`](Qcow2::open).
+    pub fn with_storage(
+        name: &Path,
+        image: Box<dyn Storage>,
+        data_file: Option<Box<dyn Storage>>,
+        options: &OpenOptions,
+    ) -> Result<Self> {
+        Self::from_files(
+            ImageFile::new(image, name),
+            options,
+            |image, header| match (header.has_data_file(), data_file) {
+                (false, None) => Ok(None),
+                (true, Some(storage)) => {
+                    let mut name = image.path.clone().into_os_string();
+                    name.push(" (data file)");
+                    Ok(Some(ImageFile::new(storage, Path::new(&name))))
+                }
+                (false, Some(_)) => Err(data_file_error(
+                    &image.path,
+                    "'data-file' can only be set for images with an external data file",
+                )),
+                (true, None) => Err(data_file_error(
+                    &image.path,
+                    "'data-file' is required for this image",
+                )),
+            },
+        )
+    }
+
+    fn from_files(
+        image: ImageFile,
+        options: &OpenOptions,
+        data_file: impl FnOnce(&ImageFile, &Header) -> Result<Option<ImageFile>>,
+    ) -> Result<Self> {
+        let read_only = options.read_only;
+        let header = Header::read(&*image.storage, &image.path)?;
+        header.check_supported(&image.path, read_only)?;
+        let geometry = Geometry {
+            cluster_bits: header.cluster_bits,
+            size: header.disk_size(),
+        };
+        let l1 = L1Table::open(&image, geometry, header.l1_table_offset, header.l1_size)?;
+        let refcounts = if read_only {
+            None
+        } else {
+            Some(Mutex::new(open_refcounts(&image, geometry, &header, &l1)?))
+        };
+        let placement = match data_file(&image, &header)? {
+            None => Placement::Internal,
+            Some(file) if header.data_file_is_raw() => {
+                let tables = Passthrough::new(geometry.l1_entries() as usize);
+                Placement::Raw(External::new(file), tables)
+            }
+            Some(file) => Placement::External(External::new(file)),
+        };
+        if !read_only {
+            clear_unknown_autoclear(&image, &header)?;
+        }
+        Ok(Self {
+            data_end: AtomicU64::new(image.size()?),
+            image,
+            placement,
+            geometry,
+            version: header.version,
+            read_only,
+            l1,
+            l2: SliceCache::new(geometry.slice_entries() as usize, options.l2_cache_size),
+            refcounts,
+            ranges: RangeLocks::default(),
+            flushing: Mutex::default(),
+        })
+    }
+}
+
+/// The refcounts of an image to be written, after all of its metadata has been seen to be counted
+/// and to lie apart: the allocator would hand out what is not, and what two tables share could
+/// only be right for one of them.
+fn open_refcounts(
+    image: &ImageFile,
+    geometry: Geometry,
+    header: &Header,
+    l1: &L1Table,
+) -> Result<Refcounts> {
+    let cluster_size = geometry.cluster_size();
+    let (table, clusters) = (
+        header.refcount_table_offset,
+        u64::from(header.refcount_table_clusters),
+    );
+    let mut refcounts = Refcounts::open(image, geometry, table, clusters)?;
+    let l1_size = (u64::from(header.l1_size) * ENTRY_SIZE).next_multiple_of(cluster_size);
+    let mut metadata = vec![
+        ("header", 0, cluster_size),
+        ("refcount_table_offset", table, clusters * cluster_size),
+        ("l1_table_offset", header.l1_table_offset, l1_size),
+    ];
+    metadata.extend(
+        l1.tables()
+            .map(|offset| ("l1_table entry", offset, cluster_size)),
+    );
+    metadata.extend(
+        refcounts
+            .blocks()
+            .map(|offset| ("refcount_table entry", offset, cluster_size)),
+    );
+    metadata.sort_unstable_by_key(|(_, offset, _)| *offset);
+    for pair in metadata.windows(2) {
+        let ((other, start, len), (field, offset, _)) = (pair[0], pair[1]);
+        if offset < start + len {
+            let reason = format!("what it leads to overlaps that of {other} at {start:#x}");
+            return Err(image.invalid(field, offset, reason));
+        }
+    }
+    for (field, offset, len) in metadata {
+        refcounts.check_used(image, field, offset, len)?;
+    }
+    Ok(refcounts)
+}
+
+/// Clears the autoclear bits of features that this version does not know: it will not keep up
+/// what they promise (qcow2 specification, "autoclear_features").
+fn clear_unknown_autoclear(image: &ImageFile, header: &Header) -> Result<()> {
+    let known = header.autoclear_features & autoclear::KNOWN;
+    if known == header.autoclear_features {
+        return Ok(());
+    }
+    image.write_bytes_at(&known.to_be_bytes(), autoclear::OFFSET)?;
+    image.sync()
+}
+
+fn open_data_file(image: &Path, header: &Header, options: &OpenOptions) -> Result<ImageFile> {
+    let path = match (&options.data_file, &header.extensions.data_file) {
+        (Some(path), _) => path.clone(),
+        (None, Some(name)) => policy::resolve_data_file(image, name)?,
+        (None, None) => {
+            return Err(data_file_error(
+                image,
+                "'data-file' is required for this image",
+            ));
+        }
+    };
+    if policy::is_same_file(image, &path) {
+        let reason = format!("its data file '{}' is the image itself", path.display());
+        return Err(Error::DataFile {
+            file: image.to_owned(),
+            reason,
+        });
+    }
+    ImageFile::open(&path, options.read_only)
+}
+
+fn data_file_error(image: &Path, reason: &str) -> Error {
+    Error::DataFile {
+        file: image.to_owned(),
+        reason: reason.to_owned(),
+    }
+}

@@ -1,0 +1,143 @@
+//! Where guest data lies: in the image file, in an external data file, or in a raw data file.
+
+use std::collections::HashMap;
+use std::ops::Range;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::Result;
+use crate::file::ImageFile;
+use crate::sync::lock;
+
+/// How guest clusters find their place.
+pub(crate) enum Placement {
+    /// In the image file, where the cluster allocator puts them.
+    Internal,
+    /// In an external data file, each at its guest offset.
+    External(External),
+    /// As `External`, and the data file is a faithful raw image of the disk (`data_file_raw`).
+    Raw(External, Passthrough),
+}
+
+/// An external data file in which every guest cluster lies at its guest offset.
+pub(crate) struct External {
+    pub file: ImageFile,
+    /// A range in which every cluster is a hole of the file or mapped, if one is known: clusters
+    /// that become mapped in it need not be cleared first. It stays true as long as what is
+    /// written is mapped, and nothing is unmapped; else it must be forgotten.
+    hole: Mutex<Range<u64>>,
+}
+
+impl External {
+    pub fn new(file: ImageFile) -> Self {
+        Self {
+            file,
+            hole: Mutex::new(0..0),
+        }
+    }
+
+    /// Whether `range` of the data file is known to read as zero.
+    pub fn reads_zero(&self, range: Range<u64>) -> Result<bool> {
+        let mut hole = lock(&self.hole);
+        if !(hole.start <= range.start && range.end <= hole.end) {
+            let data = self.file.next_data(range.start)?;
+            // Where the two meet, what is mapped between them has become so since.
+            let is_joined = (hole.start..=hole.end).contains(&data) && range.start <= hole.end;
+            let end = if is_joined { hole.end } else { data };
+            *hole = range.start..end;
+        }
+        Ok(range.end <= hole.end)
+    }
+
+    /// Something was written that did not become mapped.
+    pub fn forget_hole(&self) {
+        *lock(&self.hole) = 0..0;
+    }
+}
+
+/// A set of L2 tables that only grows. It carries no data: relaxed order is enough.
+struct TableSet(Box<[AtomicU64]>);
+
+impl TableSet {
+    fn new(tables: usize) -> Self {
+        let words = tables.div_ceil(64);
+        Self((0..words).map(|_| AtomicU64::new(0)).collect())
+    }
+
+    fn contains(&self, table: usize) -> bool {
+        self.0
+            .get(table / 64)
+            .is_some_and(|word| word.load(Ordering::Relaxed) & 1 << (table % 64) != 0)
+    }
+
+    fn insert(&self, table: usize) {
+        if let Some(word) = self.0.get(table / 64) {
+            word.fetch_or(1 << (table % 64), Ordering::Relaxed);
+        }
+    }
+}
+
+/// Which parts of a raw disk need no look at the metadata.
+///
+/// Once every cluster of an L2 table has been seen to be mapped at its own offset, nothing that
+/// Tandem does changes that, and requests in its range go to the data file as they are.
+pub(crate) struct Passthrough {
+    /// Seen to be complete.
+    complete: TableSet,
+    /// Looked at.
+    examined: TableSet,
+    /// Tables that were seen to be incomplete: how many clusters are missing.
+    incomplete: Mutex<HashMap<usize, u64>>,
+}
+
+impl Passthrough {
+    /// For a disk of `tables` L2 tables.
+    pub fn new(tables: usize) -> Self {
+        Self {
+            complete: TableSet::new(tables),
+            examined: TableSet::new(tables),
+            incomplete: Mutex::default(),
+        }
+    }
+
+    /// Whether `table` has been seen to be complete.
+    pub fn is_complete(&self, table: usize) -> bool {
+        self.complete.contains(table)
+    }
+
+    /// Looks at `table` once, with `count_missing`, and remembers whether it is complete.
+    pub fn examine(&self, table: usize, count_missing: impl FnOnce() -> Result<u64>) -> Result<()> {
+        if self.examined.contains(table) {
+            return Ok(());
+        }
+        // The lock keeps mappings from being added while they are counted.
+        let mut incomplete = lock(&self.incomplete);
+        if !self.examined.contains(table) {
+            match count_missing()? {
+                0 => self.complete.insert(table),
+                missing => drop(incomplete.insert(table, missing)),
+            }
+            self.examined.insert(table);
+        }
+        Ok(())
+    }
+
+    /// Runs `publish`, which maps `clusters` more clusters of `table`.
+    pub fn add_mapped(
+        &self,
+        table: usize,
+        clusters: u64,
+        publish: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
+        let mut incomplete = lock(&self.incomplete);
+        publish()?;
+        if let Some(missing) = incomplete.get_mut(&table) {
+            *missing = missing.saturating_sub(clusters);
+            if *missing == 0 {
+                incomplete.remove(&table);
+                self.complete.insert(table);
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,203 @@
+//! Which files an image may name.
+//!
+//! An image is untrusted input: whoever wrote it could name any file of the host as its data file
+//! and read or overwrite it through the guest's disk. A stored name is therefore followed only to
+//! a file inside the image's own directory tree, symbolic links resolved. Everything else needs
+//! the caller's word.
+
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use crate::error::system_text;
+use crate::{Error, Result};
+
+/// The file meant by the data-file name `name` that is stored in `image`.
+///
+/// A name is a literal local path: no `json:`, no protocol. A relative name may be meant relative
+/// to the image's directory or, as QEMU takes it, to the current directory; the file that exists
+/// and is allowed counts.
+///
+/// # Errors
+/// [`Error::DataFile`] if no candidate exists, if the one that exists is not inside the image's
+/// directory tree, or if both exist and are different files.
+pub(crate) fn resolve_data_file(image: &Path, name: &[u8]) -> Result<PathBuf> {
+    let refused = |reason: String| Err(data_file_error(image, reason));
+    let shown = String::from_utf8_lossy(name).escape_debug().to_string();
+    let root = directory_of(image)?;
+    match &find_candidates(image, &root, name)?[..] {
+        [one, other] => refused(format!(
+            "the data-file name '{shown}' in the image means '{}' or '{}', which both exist",
+            one.display(),
+            other.display()
+        )),
+        [path, ..] if path.starts_with(&root) => Ok(path.clone()),
+        found => refused(format!(
+            "its data file '{shown}' is '{}', outside the image's directory '{}'",
+            found.first().unwrap_or(&root).display(),
+            root.display()
+        )),
+    }
+}
+
+/// Checks that the data file named in `image` exists, wherever it is, for a use that does not look
+/// into it.
+pub(crate) fn find_data_file(image: &Path, name: Option<&[u8]>) -> Result<()> {
+    let name =
+        name.ok_or_else(|| data_file_error(image, "'data-file' is required for this image"))?;
+    find_candidates(image, &directory_of(image)?, name).map(|_| ())
+}
+
+/// The one or two different files that `name` may mean, symbolic links resolved.
+fn find_candidates(image: &Path, root: &Path, name: &[u8]) -> Result<Vec<PathBuf>> {
+    let name = Path::new(OsStr::from_bytes(name));
+    let mut found: Vec<PathBuf> = Vec::new();
+    let mut missing = None;
+    // An empty name joined to a directory would be the directory.
+    let candidates = if name.as_os_str().is_empty() {
+        vec![name.to_owned()]
+    } else {
+        vec![root.join(name), name.to_owned()]
+    };
+    for candidate in candidates {
+        match candidate.canonicalize() {
+            Ok(path) if found.contains(&path) => {}
+            Ok(path) => found.push(path),
+            Err(e) => missing = missing.or(Some(e)),
+        }
+    }
+    match missing {
+        Some(e) if found.is_empty() => {
+            let shown = String::from_utf8_lossy(name.as_os_str().as_bytes());
+            let reason = format!("Could not open '{shown}': {}", system_text(&e));
+            Err(data_file_error(image, reason))
+        }
+        _ => Ok(found),
+    }
+}
+
+fn data_file_error(image: &Path, reason: impl Into<String>) -> Error {
+    Error::DataFile {
+        file: image.to_owned(),
+        reason: reason.into(),
+    }
+}
+
+/// Whether two paths lead to one file, be it through symbolic or hard links. False if one of them
+/// does not exist.
+pub(crate) fn is_same_file(a: &Path, b: &Path) -> bool {
+    match (a.metadata(), b.metadata()) {
+        (Ok(a), Ok(b)) => a.dev() == b.dev() && a.ino() == b.ino(),
+        _ => false,
+    }
+}
+
+/// The directory that holds `image` itself, wherever symbolic links to it may lie.
+fn directory_of(image: &Path) -> Result<PathBuf> {
+    let path = image
+        .canonicalize()
+        .map_err(|e| Error::io(image, "open", e))?;
+    Ok(path.parent().unwrap_or(&path).to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+    use std::os::unix::fs::symlink;
+
+    /// A directory with `vm/disk.qcow2`, `vm/sub/in`, and `out` beside `vm`.
+    fn tree() -> (tempfile::TempDir, PathBuf) {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir_all(dir.path().join("vm/sub")).unwrap();
+        for file in ["vm/disk.qcow2", "vm/sub/in", "out"] {
+            fs::write(dir.path().join(file), "").unwrap();
+        }
+        let image = dir.path().join("vm/disk.qcow2");
+        (dir, image)
+    }
+
+    fn resolve(image: &Path, name: impl AsRef<OsStr>) -> std::result::Result<PathBuf, String> {
+        resolve_data_file(image, name.as_ref().as_bytes()).map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn inside_the_tree_is_followed() {
+        let (dir, image) = tree();
+        let inside = dir.path().join("vm/sub/in").canonicalize().unwrap();
+        symlink("sub/in", dir.path().join("vm/link")).unwrap();
+        symlink("vm/disk.qcow2", dir.path().join("image-link")).unwrap();
+        for name in ["sub/in", "./sub/../sub/in", "link"] {
+            assert_eq!(resolve(&image, name).unwrap(), inside, "{name}");
+            assert_eq!(
+                resolve(&dir.path().join("image-link"), name).unwrap(),
+                inside,
+                "{name}"
+            );
+        }
+        assert_eq!(
+            resolve(&image, dir.path().join("vm/sub/in")).unwrap(),
+            inside
+        );
+    }
+
+    #[test]
+    fn outside_the_tree_needs_the_callers_word() {
+        let (dir, image) = tree();
+        symlink("../out", dir.path().join("vm/link")).unwrap();
+        let absolute = dir.path().join("out");
+        for name in [
+            OsStr::new("../out"),
+            OsStr::new("link"),
+            absolute.as_os_str(),
+        ] {
+            let error = resolve(&image, name).unwrap_err();
+            assert!(error.contains("outside the image's directory"), "{error}");
+            assert!(error.contains("data-file=PATH"), "{error}");
+        }
+        // "vm" is a prefix of the name, not a directory above the file.
+        fs::create_dir(dir.path().join("vm2")).unwrap();
+        fs::write(dir.path().join("vm2/data"), "").unwrap();
+        assert!(resolve(&image, "../vm2/data").is_err());
+    }
+
+    #[test]
+    fn names_are_literal() {
+        let (dir, image) = tree();
+        for name in [
+            "json:{\"driver\":\"null-co\"}",
+            "nbd:host",
+            "",
+            "a\0b",
+            "gone",
+        ] {
+            assert!(resolve(&image, name).is_err(), "{name}");
+        }
+        fs::write(dir.path().join("vm/file:odd"), "").unwrap();
+        assert!(resolve(&image, "file:odd").is_ok());
+        assert_eq!(
+            resolve(&image, "gone").unwrap_err(),
+            format!(
+                "'{}': Could not open 'gone': No such file or directory (data-file=PATH decides \
+                 which file is used)",
+                image.display()
+            )
+        );
+    }
+
+    #[test]
+    fn two_different_candidates_are_refused() {
+        let (dir, image) = tree();
+        let in_current_directory = Path::new("Cargo.toml");
+        assert!(in_current_directory.exists());
+        let outside = resolve(&image, "Cargo.toml").unwrap_err();
+        assert!(
+            outside.contains("outside the image's directory"),
+            "{outside}"
+        );
+        fs::write(dir.path().join("vm/Cargo.toml"), "").unwrap();
+        let ambiguous = resolve(&image, "Cargo.toml").unwrap_err();
+        assert!(ambiguous.contains("which both exist"), "{ambiguous}");
+    }
+}

@@ -1,0 +1,157 @@
+//! Raw disks: the file is the disk.
+
+use std::path::Path;
+
+use vm_memory::VolatileSlice;
+
+use crate::disk::{check_range, total_len};
+use crate::file::ImageFile;
+use crate::new_file::{NewFile, Preallocation};
+use crate::{Disk, Error, Limits, Result, Storage};
+
+/// A disk whose bytes are the bytes of a file or host block device.
+#[derive(Debug)]
+pub struct Raw {
+    file: ImageFile,
+    size: u64,
+    read_only: bool,
+}
+
+impl Raw {
+    /// Opens the file or block device at `path`.
+    ///
+    /// A length that is not a multiple of 512 is rounded down: the guest cannot address a part of
+    /// a sector.
+    pub fn open(path: &Path, read_only: bool) -> Result<Self> {
+        Self::from_file(ImageFile::open(path, read_only)?, read_only)
+    }
+
+    /// Creates a disk of `size` bytes, rounded up to whole sectors.
+    ///
+    /// A file that exists is replaced once the new one is complete. On a block device, only the
+    /// first sector is cleared.
+    ///
+    /// # Errors
+    /// [`Error::Option`] for [`Preallocation::Metadata`], which a raw disk does not have, or if
+    /// the block device is too small; [`Error::Io`].
+    pub fn create(path: &Path, size: u64, preallocation: Preallocation) -> Result<()> {
+        let wrong = |reason: &str| Error::Option(reason.to_owned());
+        if preallocation == Preallocation::Metadata {
+            return Err(wrong("Unsupported preallocation mode: metadata"));
+        }
+        let size = size
+            .checked_next_multiple_of(512)
+            .ok_or_else(|| wrong("The image size is too large for file format 'raw'"))?;
+        let mut file = NewFile::begin(path)?;
+        file.with_data(size, preallocation)?;
+        NewFile::commit(vec![file])
+    }
+
+    /// Serves `storage` as a disk; `name` stands for it in error messages.
+    pub fn with_storage(name: &Path, storage: Box<dyn Storage>, read_only: bool) -> Result<Self> {
+        Self::from_file(ImageFile::new(storage, name), read_only)
+    }
+
+    fn from_file(file: ImageFile, read_only: bool) -> Result<Self> {
+        Ok(Self {
+            size: file.size()? & !511,
+            file,
+            read_only,
+        })
+    }
+}
+
+impl Disk for Raw {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn limits(&self) -> Limits {
+        Limits {
+            block_size: 512,
+            read_only: self.read_only,
+        }
+    }
+
+    fn read_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> Result<()> {
+        check_range(offset, total_len(bufs), self.size)?;
+        self.file.read_at(bufs, offset)
+    }
+
+    fn write_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> Result<()> {
+        self.check_writable()?;
+        check_range(offset, total_len(bufs), self.size)?;
+        self.file.write_at(bufs, offset)
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> Result<()> {
+        self.check_writable()?;
+        check_range(offset, len, self.size)?;
+        self.file.write_zeroes(offset, len, unmap)
+    }
+
+    fn flush(&self) -> Result<()> {
+        if self.read_only {
+            return Ok(());
+        }
+        self.file.sync()
+    }
+}
+
+impl Raw {
+    fn check_writable(&self) -> Result<()> {
+        if self.read_only {
+            Err(Error::ReadOnly)
+        } else {
+            Ok(())
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn serves_whole_sectors_within_range() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("raw");
+        std::fs::write(&path, vec![5; 1300]).unwrap();
+        let disk = Raw::open(&path, false).unwrap();
+        assert_eq!(disk.size(), 1024);
+        let mut buf = [1; 512];
+        let bufs = [VolatileSlice::from(&mut buf[..])];
+        disk.write_at(&bufs, 512).unwrap();
+        assert!(matches!(
+            disk.write_at(&bufs, 513),
+            Err(Error::OutOfRange { .. })
+        ));
+        assert!(matches!(
+            disk.read_at(&bufs, u64::MAX),
+            Err(Error::OutOfRange { .. })
+        ));
+        disk.write_zeroes(0, 512, false).unwrap();
+        disk.flush().unwrap();
+        let mut expected = vec![5; 1300];
+        expected[..512].fill(0);
+        expected[512..1024].fill(1);
+        assert_eq!(std::fs::read(&path).unwrap(), expected);
+    }
+
+    #[test]
+    fn read_only_refuses_writes() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("raw");
+        std::fs::write(&path, vec![5; 1024]).unwrap();
+        let disk = Raw::open(&path, true).unwrap();
+        let mut buf = [1; 512];
+        assert!(matches!(
+            disk.write_at(&[VolatileSlice::from(&mut buf[..])], 0),
+            Err(Error::ReadOnly)
+        ));
+        assert!(matches!(
+            disk.write_zeroes(0, 512, true),
+            Err(Error::ReadOnly)
+        ));
+    }
+}

@@ -1,0 +1,419 @@
+//! Positioned, vectored, synchronous I/O on a file or block device.
+
+use std::fmt::Debug;
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::path::Path;
+
+use rustix::fs::{FallocateFlags, SeekFrom};
+use vm_memory::VolatileSlice;
+
+/// One host file below a disk: image metadata, guest data, or both.
+///
+/// All methods take `&self` and may run in parallel. Offsets and lengths are bytes. Reads and
+/// writes are complete or fail: short transfers and `EINTR` are dealt with inside.
+pub trait Storage: Debug + Send + Sync {
+    /// Fills `bufs` from `offset` on. Bytes past the end of the file read as zero.
+    fn read_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> io::Result<()>;
+
+    /// Writes `bufs` at `offset`; a file grows as needed.
+    fn write_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> io::Result<()>;
+
+    /// [`read_at`](Storage::read_at) into ordinary memory, for metadata.
+    fn read_bytes_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()>;
+
+    /// [`write_at`](Storage::write_at) from ordinary memory, for metadata.
+    fn write_bytes_at(&self, buf: &[u8], offset: u64) -> io::Result<()>;
+
+    /// Makes a range read as zero. With `unmap` its space may be released. The length of the file
+    /// stays as it is.
+    fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()>;
+
+    /// Offset of the first byte at or after `offset` that may be other than zero; `None` if all
+    /// that follows, past the end of the file too, reads as zero. May err towards data.
+    fn next_data(&self, offset: u64) -> io::Result<Option<u64>>;
+
+    /// Makes completed writes durable, with the metadata needed to read them back.
+    fn sync(&self) -> io::Result<()>;
+
+    /// Length in bytes.
+    fn size(&self) -> io::Result<u64>;
+}
+
+/// A regular file or a host block device.
+#[derive(Debug)]
+pub struct FileStorage {
+    file: File,
+    is_block_device: bool,
+}
+
+/// Segments handed to one system call. Linux takes up to 1024 (`UIO_MAXIOV`); requests of more are
+/// rare and go out in several calls.
+const MAX_IOV: usize = 128;
+
+/// Segments of an ordinary request.
+const FEW_IOV: usize = 8;
+
+/// Zeros are written from a buffer of this many bytes where the file system cannot zero a range.
+const ZERO_BUFFER: usize = 64 << 10;
+
+impl FileStorage {
+    /// Opens the file or block device at `path`, for reading only or for both.
+    ///
+    /// # Errors
+    /// As [`new`](FileStorage::new); a pipe is refused without waiting for its other end.
+    pub fn open(path: &Path, read_only: bool) -> io::Result<Self> {
+        let file = OpenOptions::new()
+            .read(true)
+            .write(!read_only)
+            .custom_flags(libc::O_NONBLOCK)
+            .open(path)?;
+        Self::new(file)
+    }
+
+    /// Wraps an open file.
+    ///
+    /// # Errors
+    /// `InvalidInput` if `file` is neither a regular file nor a block device; a directory, a pipe
+    /// or a character device has no positions to read from.
+    pub fn new(file: File) -> io::Result<Self> {
+        let kind = file.metadata()?.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "neither a regular file nor a block device",
+            ));
+        }
+        Ok(Self {
+            file,
+            is_block_device: kind.is_block_device(),
+        })
+    }
+
+    fn fallocate(&self, flags: FallocateFlags, offset: u64, len: u64) -> rustix::io::Result<()> {
+        rustix::io::retry_on_intr(|| rustix::fs::fallocate(&self.file, flags, offset, len))
+    }
+
+    fn write_zero_bytes(&self, mut offset: u64, mut len: u64) -> io::Result<()> {
+        let zeros = vec![0; ZERO_BUFFER.min(usize::try_from(len).unwrap_or(ZERO_BUFFER))];
+        while len > 0 {
+            let n = len.min(zeros.len() as u64);
+            self.file.write_all_at(&zeros[..n as usize], offset)?;
+            offset += n;
+            len -= n;
+        }
+        Ok(())
+    }
+}
+
+impl Storage for FileStorage {
+    fn read_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> io::Result<()> {
+        vectored::transfer(self.file.as_fd(), bufs, offset, vectored::Direction::Read)
+    }
+
+    fn write_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> io::Result<()> {
+        vectored::transfer(self.file.as_fd(), bufs, offset, vectored::Direction::Write)
+    }
+
+    fn read_bytes_at(&self, mut buf: &mut [u8], mut offset: u64) -> io::Result<()> {
+        while !buf.is_empty() {
+            match self.file.read_at(buf, offset) {
+                Ok(0) => {
+                    buf.fill(0);
+                    return Ok(());
+                }
+                Ok(n) => {
+                    buf = &mut buf[n..];
+                    offset += n as u64;
+                }
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(())
+    }
+
+    fn write_bytes_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        self.file.write_all_at(buf, offset)
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
+        // What lies past the end of a file reads as zero already, and growing the file here could
+        // race with a writer that grows it further.
+        let end = offset
+            .checked_add(len)
+            .ok_or(io::ErrorKind::InvalidInput)?
+            .min(self.size()?);
+        if end <= offset {
+            return Ok(());
+        }
+        let len = end - offset;
+        let flags = if unmap {
+            FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE
+        } else {
+            FallocateFlags::ZERO_RANGE
+        };
+        match self.fallocate(flags, offset, len) {
+            Ok(()) => Ok(()),
+            Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NODEV) => {
+                self.write_zero_bytes(offset, len)
+            }
+            Err(e) => Err(e.into()),
+        }
+    }
+
+    fn next_data(&self, offset: u64) -> io::Result<Option<u64>> {
+        if self.is_block_device {
+            return Ok(Some(offset));
+        }
+        match rustix::fs::seek(&self.file, SeekFrom::Data(offset)) {
+            Ok(data) => Ok(Some(data)),
+            Err(rustix::io::Errno::NXIO) => Ok(None),
+            Err(rustix::io::Errno::INVAL | rustix::io::Errno::OPNOTSUPP) => Ok(Some(offset)),
+            Err(e) => Err(e.into()),
+        }
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        Ok(rustix::io::retry_on_intr(|| {
+            rustix::fs::fdatasync(&self.file)
+        })?)
+    }
+
+    fn size(&self) -> io::Result<u64> {
+        if self.is_block_device {
+            // The position is private to this descriptor's owner and never used for I/O.
+            return Ok(rustix::fs::seek(&self.file, SeekFrom::End(0))?);
+        }
+        Ok(self.file.metadata()?.len())
+    }
+}
+
+/// `preadv` and `pwritev` on volatile memory: the one place where guest memory meets the kernel.
+mod vectored {
+    use super::*;
+    use std::os::fd::BorrowedFd;
+
+    #[derive(Clone, Copy, PartialEq, Eq)]
+    pub(super) enum Direction {
+        Read,
+        Write,
+    }
+
+    /// Moves all of `bufs` from or to `offset`. A read past the end of the file yields zeros.
+    pub(super) fn transfer(
+        fd: BorrowedFd<'_>,
+        bufs: &[VolatileSlice<'_>],
+        mut offset: u64,
+        direction: Direction,
+    ) -> io::Result<()> {
+        if let [buf] = bufs {
+            return transfer_chunk::<1>(fd, std::slice::from_ref(buf), offset, direction).map(drop);
+        }
+        for chunk in bufs.chunks(MAX_IOV) {
+            // Filling in the larger array would cost more than a small request's lookup.
+            let done = if chunk.len() <= FEW_IOV {
+                transfer_chunk::<FEW_IOV>(fd, chunk, offset, direction)?
+            } else {
+                transfer_chunk::<MAX_IOV>(fd, chunk, offset, direction)?
+            };
+            offset = offset
+                .checked_add(done)
+                .ok_or(io::ErrorKind::InvalidInput)?;
+        }
+        Ok(())
+    }
+
+    /// Moves the at most `N` buffers of `bufs`, and returns their length.
+    fn transfer_chunk<const N: usize>(
+        fd: BorrowedFd<'_>,
+        bufs: &[VolatileSlice<'_>],
+        offset: u64,
+        direction: Direction,
+    ) -> io::Result<u64> {
+        let mut iov = [libc::iovec {
+            iov_base: std::ptr::null_mut(),
+            iov_len: 0,
+        }; N];
+        let mut total = 0usize;
+        for (entry, buf) in iov.iter_mut().zip(bufs) {
+            *entry = libc::iovec {
+                iov_base: buf.ptr_guard_mut().as_ptr().cast(),
+                iov_len: buf.len(),
+            };
+            total += buf.len();
+        }
+        transfer_iov(fd, &mut iov[..bufs.len()], total, offset, direction)?;
+        Ok(total as u64)
+    }
+
+    fn transfer_iov(
+        fd: BorrowedFd<'_>,
+        mut iov: &mut [libc::iovec],
+        mut left: usize,
+        mut offset: u64,
+        direction: Direction,
+    ) -> io::Result<()> {
+        while left > 0 {
+            let position = i64::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
+            let count = iov.len() as libc::c_int;
+            // SAFETY: every entry of `iov` describes memory of a `VolatileSlice` whose lifetime
+            // outlives this call and which is not borrowed as a Rust reference anywhere; the
+            // kernel may read or write it at will.
+            let n = unsafe {
+                let (fd, first) = (fd.as_raw_fd(), iov[0]);
+                match (direction, count) {
+                    // The kernel has less to do for one buffer.
+                    (Direction::Read, 1) => {
+                        libc::pread(fd, first.iov_base, first.iov_len, position)
+                    }
+                    (Direction::Write, 1) => {
+                        libc::pwrite(fd, first.iov_base, first.iov_len, position)
+                    }
+                    (Direction::Read, _) => libc::preadv(fd, iov.as_ptr(), count, position),
+                    (Direction::Write, _) => libc::pwritev(fd, iov.as_ptr(), count, position),
+                }
+            };
+            match n {
+                0 if direction == Direction::Read => {
+                    zero_fill(iov);
+                    return Ok(());
+                }
+                0 => return Err(io::ErrorKind::WriteZero.into()),
+                n if n > 0 => {
+                    left -= n as usize;
+                    offset += n as u64;
+                    iov = advance(iov, n as usize);
+                }
+                _ => {
+                    let error = io::Error::last_os_error();
+                    if error.kind() != io::ErrorKind::Interrupted {
+                        return Err(error);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Drops the first `n` bytes of `iov`.
+    fn advance(mut iov: &mut [libc::iovec], mut n: usize) -> &mut [libc::iovec] {
+        while let Some(first) = iov.first_mut() {
+            if n < first.iov_len {
+                first.iov_base = first.iov_base.cast::<u8>().wrapping_add(n).cast();
+                first.iov_len -= n;
+                break;
+            }
+            n -= first.iov_len;
+            iov = &mut iov[1..];
+        }
+        iov
+    }
+
+    fn zero_fill(iov: &[libc::iovec]) {
+        for entry in iov {
+            // SAFETY: as in `transfer_iov`: the entry describes writable memory of a live
+            // `VolatileSlice`.
+            unsafe { std::ptr::write_bytes(entry.iov_base.cast::<u8>(), 0, entry.iov_len) };
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn storage() -> FileStorage {
+        FileStorage::new(tempfile::tempfile().unwrap()).unwrap()
+    }
+
+    #[test]
+    fn vectored_transfers_are_whole() {
+        let s = storage();
+        let mut parts: Vec<Vec<u8>> = (0..300).map(|i| vec![i as u8; 1 + i % 7]).collect();
+        let expected = parts.concat();
+        let bufs: Vec<_> = parts
+            .iter_mut()
+            .map(|p| VolatileSlice::from(&mut p[..]))
+            .collect();
+        s.write_at(&bufs, 5).unwrap();
+        let mut back = vec![0; expected.len()];
+        s.read_bytes_at(&mut back, 5).unwrap();
+        assert_eq!(back, expected);
+
+        let mut parts: Vec<Vec<u8>> = (0..300).map(|i| vec![0xee; 1 + i % 7]).collect();
+        let bufs: Vec<_> = parts
+            .iter_mut()
+            .map(|p| VolatileSlice::from(&mut p[..]))
+            .collect();
+        s.read_at(&bufs, 5).unwrap();
+        assert_eq!(parts.concat(), expected);
+    }
+
+    #[test]
+    fn past_the_end_reads_zero() {
+        let s = storage();
+        s.write_bytes_at(b"abc", 0).unwrap();
+        let (mut a, mut b) = ([0xee; 2], [0xee; 4]);
+        s.read_at(
+            &[
+                VolatileSlice::from(&mut a[..]),
+                VolatileSlice::from(&mut b[..]),
+            ],
+            1,
+        )
+        .unwrap();
+        assert_eq!((&a, &b), (b"bc", &[0; 4]));
+    }
+
+    #[test]
+    fn zeroes_inside_across_and_past_the_end() {
+        for unmap in [false, true] {
+            let s = storage();
+            s.write_bytes_at(&[7; 100_000], 0).unwrap();
+            s.write_zeroes(10_000, 20_000, unmap).unwrap();
+            s.write_zeroes(90_000, 50_000, unmap).unwrap();
+            assert_eq!(s.size().unwrap(), 100_000);
+            let mut back = vec![0xee; 140_000];
+            s.read_bytes_at(&mut back, 0).unwrap();
+            for (i, byte) in back.iter().enumerate() {
+                let zero = (10_000..30_000).contains(&i) || i >= 90_000;
+                assert_eq!(*byte, if zero { 0 } else { 7 }, "byte {i}");
+            }
+        }
+    }
+
+    #[test]
+    fn finds_data_behind_holes() {
+        let s = storage();
+        assert_eq!(s.next_data(0).unwrap(), None);
+        s.file.set_len(8 << 20).unwrap();
+        s.write_bytes_at(&[1; 10], 4 << 20).unwrap();
+        let data = s.next_data(0).unwrap().unwrap();
+        assert!(data <= 4 << 20);
+        assert_eq!(s.next_data(4 << 20).unwrap(), Some(4 << 20));
+        assert_eq!(s.next_data(9 << 20).unwrap(), None);
+    }
+
+    #[test]
+    fn a_pipe_is_refused_without_waiting() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("pipe");
+        rustix::fs::mkfifoat(rustix::fs::CWD, &path, rustix::fs::Mode::RWXU).unwrap();
+        assert!(FileStorage::open(&path, true).is_err());
+        assert!(crate::Raw::open(&path, true).is_err());
+        let options = crate::qcow2::OpenOptions {
+            read_only: true,
+            ..Default::default()
+        };
+        assert!(crate::qcow2::Qcow2::open(&path, &options).is_err());
+    }
+
+    #[test]
+    fn refuses_what_has_no_positions() {
+        assert!(FileStorage::new(File::open("/dev/null").unwrap()).is_err());
+        assert!(FileStorage::new(File::open("/").unwrap()).is_err());
+    }
+}

@@ -1,0 +1,182 @@
+//! Files that fail: what the disk promises then.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test fails by panicking, in its helpers as well"
+)]
+
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use tandem_block::qcow2::{CreateOptions, OpenOptions, Qcow2, check, create};
+use tandem_block::{Disk, Error, FileStorage, Raw, Storage};
+use tempfile::TempDir;
+use vm_memory::VolatileSlice;
+
+/// What fails at the moment.
+#[derive(Debug, Default)]
+struct Faults {
+    writes: AtomicBool,
+    syncs: AtomicBool,
+}
+
+/// A file with faults.
+#[derive(Debug)]
+struct Faulty {
+    file: FileStorage,
+    faults: Arc<Faults>,
+}
+
+impl Faulty {
+    fn open(path: &Path, faults: &Arc<Faults>) -> Box<dyn Storage> {
+        Box::new(Self {
+            file: FileStorage::open(path, false).unwrap(),
+            faults: faults.clone(),
+        })
+    }
+}
+
+fn fail_if(fault: &AtomicBool) -> io::Result<()> {
+    match fault.load(Ordering::Relaxed) {
+        true => Err(io::ErrorKind::StorageFull.into()),
+        false => Ok(()),
+    }
+}
+
+impl Storage for Faulty {
+    fn read_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> io::Result<()> {
+        self.file.read_at(bufs, offset)
+    }
+    fn write_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> io::Result<()> {
+        fail_if(&self.faults.writes)?;
+        self.file.write_at(bufs, offset)
+    }
+    fn read_bytes_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        self.file.read_bytes_at(buf, offset)
+    }
+    fn write_bytes_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        self.file.write_bytes_at(buf, offset)
+    }
+    fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
+        self.file.write_zeroes(offset, len, unmap)
+    }
+    fn next_data(&self, offset: u64) -> io::Result<Option<u64>> {
+        self.file.next_data(offset)
+    }
+    fn sync(&self) -> io::Result<()> {
+        fail_if(&self.faults.syncs)?;
+        self.file.sync()
+    }
+    fn size(&self) -> io::Result<u64> {
+        self.file.size()
+    }
+}
+
+/// An image in a directory of its own, its data in it or in an external data file.
+fn image(external: bool) -> (TempDir, PathBuf, Option<PathBuf>) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("image");
+    let data = external.then(|| dir.path().join("data"));
+    let options = CreateOptions {
+        size: 8 << 20,
+        cluster_size: 4096,
+        data_file: data.clone(),
+        ..CreateOptions::default()
+    };
+    create(&path, &options).unwrap();
+    (dir, path, data)
+}
+
+fn open(path: &Path, data: Option<&Path>, faults: &Arc<Faults>) -> Qcow2 {
+    let image = Faulty::open(path, faults);
+    let data = data.map(|data| Faulty::open(data, faults));
+    Qcow2::with_storage(path, image, data, &OpenOptions::default()).unwrap()
+}
+
+fn write(disk: &dyn Disk, offset: u64) -> tandem_block::Result<()> {
+    let mut sector = [7; 512];
+    disk.write_at(&[VolatileSlice::from(&mut sector[..])], offset)
+}
+
+/// The first write to a part of the disk makes an L2 table for it. If the data cannot be written,
+/// the table stays, empty; it must lie in the file all the same.
+#[test]
+fn an_image_can_be_opened_after_its_data_could_not_be_written() {
+    for external in [false, true] {
+        let (_dir, path, data) = image(external);
+        let faults = Arc::new(Faults::default());
+        let disk = open(&path, data.as_deref(), &faults);
+        faults.writes.store(true, Ordering::Relaxed);
+        assert!(matches!(write(&disk, 0), Err(Error::Io { .. })));
+        disk.flush().unwrap();
+        drop(disk);
+        let report = check(&path, &mut |finding| panic!("{}", finding.text)).unwrap();
+        assert_eq!(report.allocated_clusters, 0);
+
+        let disk = Qcow2::open(&path, &OpenOptions::default()).unwrap();
+        write(&disk, 0).unwrap();
+        disk.flush().unwrap();
+        drop(disk);
+        let report = check(&path, &mut |finding| panic!("{}", finding.text)).unwrap();
+        assert_eq!(report.allocated_clusters, 1);
+    }
+}
+
+/// The system tells only once that it has lost writes.
+#[test]
+fn a_sync_that_fails_is_final() {
+    let faults = Arc::new(Faults::default());
+    let fails_for_good = |disk: &dyn Disk| {
+        write(disk, 0).unwrap();
+        faults.syncs.store(true, Ordering::Relaxed);
+        assert!(matches!(disk.flush(), Err(Error::Io { .. })));
+        faults.syncs.store(false, Ordering::Relaxed);
+        assert!(matches!(disk.flush(), Err(Error::SyncFailed { .. })));
+    };
+    for external in [false, true] {
+        let (_dir, path, data) = image(external);
+        fails_for_good(&open(&path, data.as_deref(), &faults));
+        let report = check(&path, &mut |_| ()).unwrap();
+        assert_eq!((report.corruptions, report.allocated_clusters), (0, 0));
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("raw");
+    fs::write(&path, [0; 4096]).unwrap();
+    fails_for_good(&Raw::with_storage(&path, Faulty::open(&path, &faults), false).unwrap());
+}
+
+/// An image whose metadata is counted as free would be overwritten by its own allocator.
+#[test]
+fn metadata_that_is_counted_as_free_is_refused() {
+    const REFCOUNT_BLOCK: u64 = 2 * 4096;
+    let clusters = [
+        (0, "header"),
+        (1, "refcount_table_offset"),
+        (2, "refcount_table entry"),
+        (3, "l1_table_offset"),
+        (4, "l1_table entry"),
+    ];
+    for (cluster, field) in clusters {
+        let (_dir, path, _) = image(false);
+        let disk = Qcow2::open(&path, &OpenOptions::default()).unwrap();
+        write(&disk, 0).unwrap();
+        drop(disk);
+        let file = File::options().write(true).open(&path).unwrap();
+        let count_at = REFCOUNT_BLOCK + 2 * cluster;
+        std::os::unix::fs::FileExt::write_all_at(&file, &[0, 0], count_at).unwrap();
+        let before = fs::read(&path).unwrap();
+        let error = Qcow2::open(&path, &OpenOptions::default()).err().unwrap();
+        let text = error.to_string();
+        assert!(text.contains(field) && text.contains("free"), "{text}");
+        assert!(fs::read(&path).unwrap() == before);
+
+        let options = OpenOptions {
+            read_only: true,
+            ..OpenOptions::default()
+        };
+        Qcow2::open(&path, &options).unwrap();
+    }
+}

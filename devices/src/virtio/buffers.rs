@@ -1,0 +1,188 @@
+//! The buffers of one descriptor chain, as two streams of bytes.
+
+use virtio_queue::DescriptorChain;
+use vm_memory::{Bytes, GuestAddress, GuestMemory as _, Permissions, VolatileSlice};
+
+use super::queue::RingError;
+use crate::GuestMemory;
+
+/// Descriptors that a chain may have, wherever its table lies. More than any honest driver needs
+/// (the largest queue has 256 entries), and a bound on what one request can make us hold.
+pub(super) const MAX_DESCRIPTORS: usize = 256;
+
+/// What a driver passed with one descriptor chain: bytes that the device may read, then bytes that
+/// it may write. How the driver cut them into descriptors means nothing (virtio 1.3, section
+/// 2.7.4.1).
+///
+/// One value serves all requests of a queue, so that its lists are allocated once.
+pub(super) struct Buffers<'m> {
+    readable: Stream<'m>,
+    writable: Stream<'m>,
+    is_unmapped: bool,
+    is_end_unmapped: bool,
+}
+
+/// A list of slices without empty ones, consumed from the front.
+struct Stream<'m> {
+    slices: Vec<VolatileSlice<'m>>,
+    start: usize,
+}
+
+impl<'m> Buffers<'m> {
+    pub(super) fn new() -> Self {
+        Self {
+            readable: Stream::new(),
+            writable: Stream::new(),
+            is_unmapped: false,
+            is_end_unmapped: false,
+        }
+    }
+
+    /// Takes in the descriptors of `chain`.
+    ///
+    /// # Errors
+    /// The chain is broken in a way that leaves it unclear which buffers the driver meant.
+    pub(super) fn load(
+        &mut self,
+        mem: &'m GuestMemory,
+        chain: DescriptorChain<&'m GuestMemory>,
+    ) -> Result<(), RingError> {
+        self.clear();
+        let mut count = 0;
+        let mut is_complete = false;
+        let mut seen_writable = false;
+        for desc in chain {
+            count += 1;
+            if count > MAX_DESCRIPTORS {
+                return Err(RingError::TooManyDescriptors);
+            }
+            if desc.is_write_only() {
+                seen_writable = true;
+            } else if seen_writable {
+                return Err(RingError::ReadableAfterWritable);
+            }
+            self.push(mem, desc.addr(), desc.len(), desc.is_write_only());
+            is_complete = !desc.has_next();
+        }
+        // The iterator ends alike at the end of the chain, at an index out of range, in a loop, at
+        // a table that cannot be read and at more than 2^32 bytes.
+        if is_complete {
+            Ok(())
+        } else {
+            Err(RingError::BrokenChain)
+        }
+    }
+
+    /// Whether a buffer lies outside guest memory; it is then in neither stream.
+    pub(super) fn is_unmapped(&self) -> bool {
+        self.is_unmapped
+    }
+
+    /// Cuts off the last byte that the device may write. `None` if there is none, or if it lies
+    /// outside guest memory.
+    pub(super) fn split_last_writable(&mut self) -> Option<VolatileSlice<'m>> {
+        if self.is_end_unmapped {
+            return None;
+        }
+        let last = self.writable.slices.pop()?;
+        let (rest, byte) = last.split_at(last.len().checked_sub(1)?).ok()?;
+        if !rest.is_empty() {
+            self.writable.slices.push(rest);
+        }
+        Some(byte)
+    }
+
+    /// Reads and consumes `buf.len()` bytes. `None` if there are not as many.
+    pub(super) fn read_front(&mut self, buf: &mut [u8]) -> Option<()> {
+        self.readable.take_front(buf)
+    }
+
+    /// What remains to be read.
+    pub(super) fn readable(&self) -> &[VolatileSlice<'m>] {
+        self.readable.rest()
+    }
+
+    /// What may be written.
+    pub(super) fn writable(&self) -> &[VolatileSlice<'m>] {
+        self.writable.rest()
+    }
+
+    fn clear(&mut self) {
+        self.readable.clear();
+        self.writable.clear();
+        self.is_unmapped = false;
+        self.is_end_unmapped = false;
+    }
+
+    fn push(&mut self, mem: &'m GuestMemory, addr: GuestAddress, len: u32, is_writable: bool) {
+        if len == 0 {
+            return;
+        }
+        let (stream, access) = if is_writable {
+            (&mut self.writable, Permissions::Write)
+        } else {
+            (&mut self.readable, Permissions::Read)
+        };
+        let is_mapped = stream.push(mem, addr, len, access);
+        self.is_unmapped |= !is_mapped;
+        self.is_end_unmapped = is_writable && !is_mapped;
+    }
+}
+
+impl<'m> Stream<'m> {
+    fn new() -> Self {
+        Self {
+            slices: Vec::with_capacity(MAX_DESCRIPTORS),
+            start: 0,
+        }
+    }
+
+    fn clear(&mut self) {
+        self.slices.clear();
+        self.start = 0;
+    }
+
+    fn rest(&self) -> &[VolatileSlice<'m>] {
+        &self.slices[self.start..]
+    }
+
+    /// Appends guest memory, all of it or nothing. A buffer that spans regions becomes several
+    /// slices.
+    fn push(
+        &mut self,
+        mem: &'m GuestMemory,
+        addr: GuestAddress,
+        len: u32,
+        access: Permissions,
+    ) -> bool {
+        let before = self.slices.len();
+        let Ok(slices) = mem.get_slices(addr, len as usize, access) else {
+            return false;
+        };
+        for slice in slices {
+            match slice {
+                Ok(slice) => self.slices.push(slice),
+                Err(_) => {
+                    self.slices.truncate(before);
+                    return false;
+                }
+            }
+        }
+        true
+    }
+
+    fn take_front(&mut self, mut buf: &mut [u8]) -> Option<()> {
+        while !buf.is_empty() {
+            let first = self.slices.get_mut(self.start)?;
+            let n = first.len().min(buf.len());
+            let (now, later) = buf.split_at_mut(n);
+            first.read_slice(now, 0).ok()?;
+            *first = first.offset(n).ok()?;
+            if first.is_empty() {
+                self.start += 1;
+            }
+            buf = later;
+        }
+        Some(())
+    }
+}

@@ -1,0 +1,95 @@
+//! virtio devices and the transport that shows them to a guest (virtio 1.3).
+//!
+//! A device implements [`VirtioDevice`] and knows nothing of registers; a transport, for now
+//! [`VirtioMmio`](mmio::VirtioMmio), negotiates with the driver and hands the device its queues.
+
+pub mod block;
+mod buffers;
+mod interrupt;
+pub mod mmio;
+mod queue;
+mod queue_setup;
+
+use std::io;
+use std::sync::Arc;
+
+use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::bindings::virtio_ring::{
+    VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
+};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::GuestMemory;
+
+/// The device follows virtio 1.0 or later (`VIRTIO_F_VERSION_1`). Drivers must accept it.
+pub const FEATURE_VERSION_1: u64 = 1 << VIRTIO_F_VERSION_1;
+/// Descriptor chains may lie in tables of their own (`VIRTIO_F_INDIRECT_DESC`).
+pub const FEATURE_INDIRECT_DESC: u64 = 1 << VIRTIO_RING_F_INDIRECT_DESC;
+/// Notifications are suppressed by ring index instead of by flag (`VIRTIO_F_EVENT_IDX`).
+pub const FEATURE_EVENT_IDX: u64 = 1 << VIRTIO_RING_F_EVENT_IDX;
+
+/// A virtio device as a transport sees it (virtio 1.3, section 2).
+///
+/// # Life
+/// Between [`activate`](Self::activate) and the next [`reset`](Self::reset) the device owns its
+/// queues and serves them on threads of its own. All methods are called with the transport's lock
+/// held, so a worker thread must not wait for the transport: what it has to say goes through
+/// [`Interrupt`], which never blocks.
+pub trait VirtioDevice: Send {
+    /// Device type (virtio 1.3, section 5).
+    fn device_type(&self) -> u32;
+
+    /// All feature bits that the device offers, ring features included.
+    fn features(&self) -> u64;
+
+    /// Largest size of each queue, in descriptors: powers of two up to 32768.
+    fn queue_max_sizes(&self) -> &[u16];
+
+    /// Reads the device configuration space. What lies past its end reads as zero.
+    fn read_config(&self, offset: u64, data: &mut [u8]);
+
+    /// Writes the device configuration space. Writes to read-only fields have no effect.
+    fn write_config(&mut self, offset: u64, data: &[u8]);
+
+    /// Starts serving the queues. The driver has set `DRIVER_OK`.
+    ///
+    /// # Errors
+    /// The device could not start; the transport then tells the driver that it needs a reset.
+    fn activate(&mut self, activation: Activation) -> io::Result<()>;
+
+    /// Stops serving queue `index` for good, until the next reset. On return no thread accesses
+    /// the queue or buffers that it named.
+    fn stop_queue(&mut self, index: u16);
+
+    /// Stops serving all queues and forgets what the driver has set. On return no thread of the
+    /// device accesses guest memory. May be called at any time, also twice.
+    fn reset(&mut self);
+}
+
+/// What a device gets when its driver is ready.
+pub struct Activation {
+    /// Memory that the queues and their buffers lie in.
+    pub mem: GuestMemory,
+    /// Features that the driver has accepted: a subset of those that the device offers.
+    pub features: u64,
+    /// One entry for each queue of the device. A queue that the driver left unused is not
+    /// [`ready`](virtio_queue::QueueT::ready); the others have been checked to lie in `mem`.
+    pub queues: Vec<virtio_queue::Queue>,
+    /// One for each queue: signalled when the driver has made buffers available.
+    pub doorbells: Vec<EventFd>,
+    /// How to notify the driver.
+    pub interrupt: Arc<dyn Interrupt>,
+}
+
+/// Notifications from a device to its driver. No method blocks.
+pub trait Interrupt: Send + Sync {
+    /// Buffers of queue `index` have been used.
+    fn signal_queue(&self, index: u16);
+
+    /// The device configuration space has changed.
+    fn signal_config(&self);
+
+    /// The device cannot go on: sets `DEVICE_NEEDS_RESET` and notifies the driver (virtio 1.3,
+    /// section 2.1.2).
+    fn needs_reset(&self);
+}

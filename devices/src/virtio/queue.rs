@@ -1,0 +1,322 @@
+//! A split virtqueue in use, with the checks that `virtio_queue` leaves to devices.
+
+use std::sync::atomic::Ordering;
+
+use virtio_bindings::bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
+use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use vm_memory::{Bytes, GuestAddress};
+
+use super::buffers::Buffers;
+use crate::GuestMemory;
+
+/// How a driver has broken a queue. There is no way on but a reset of the device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub(super) enum RingError {
+    #[error("a ring does not lie in guest memory")]
+    Unmapped,
+    #[error("the available index is further ahead than the queue is long")]
+    AvailIndex,
+    #[error("the available ring names descriptor {0}, which does not exist")]
+    HeadIndex(u16),
+    #[error(
+        "a descriptor chain leads out of its table, loops, is longer than 2^32 bytes, \
+         or has a bad indirect table"
+    )]
+    BrokenChain,
+    #[error(
+        "a descriptor chain has more than {} descriptors",
+        super::buffers::MAX_DESCRIPTORS
+    )]
+    TooManyDescriptors,
+    #[error("a descriptor chain has a readable buffer after a writable one")]
+    ReadableAfterWritable,
+}
+
+/// A queue that a device serves. One thread owns it.
+pub(super) struct ActiveQueue<'m> {
+    mem: &'m GuestMemory,
+    queue: Queue,
+}
+
+impl<'m> ActiveQueue<'m> {
+    /// `queue` is ready and lies in `mem`.
+    pub(super) fn new(mem: &'m GuestMemory, queue: Queue) -> Self {
+        Self { mem, queue }
+    }
+
+    /// How many chains the driver has made available and we have not taken. More than the queue is
+    /// long is an error, which [`take`](Self::take) reports.
+    pub(super) fn available(&self) -> Result<u16, RingError> {
+        let index = self.queue.avail_idx(self.mem, Ordering::Acquire);
+        let index = index.map_err(|_| RingError::Unmapped)?.0;
+        Ok(index.wrapping_sub(self.queue.next_avail()))
+    }
+
+    /// Takes the next available chain, loads its buffers, and returns the index to
+    /// [`complete`](Self::complete) it with. `None` if there is none.
+    pub(super) fn take(&mut self, buffers: &mut Buffers<'m>) -> Result<Option<u16>, RingError> {
+        let next = match self.queue.iter(self.mem) {
+            Ok(mut chains) => chains.next(),
+            Err(virtio_queue::Error::InvalidAvailRingIndex) => return Err(RingError::AvailIndex),
+            Err(_) => return Err(RingError::Unmapped),
+        };
+        let Some(chain) = next else { return Ok(None) };
+        let head = chain.head_index();
+        if head >= self.queue.size() {
+            return Err(RingError::HeadIndex(head));
+        }
+        buffers.load(self.mem, chain)?;
+        Ok(Some(head))
+    }
+
+    /// Returns the chain that began at `head`, with `written` bytes written into its buffers.
+    pub(super) fn complete(&mut self, head: u16, written: u32) -> Result<(), RingError> {
+        self.queue
+            .add_used(self.mem, head, written)
+            .map_err(|_| RingError::Unmapped)
+    }
+
+    /// Asks the driver not to ring the doorbell.
+    pub(super) fn disable_doorbell(&mut self) -> Result<(), RingError> {
+        self.queue
+            .disable_notification(self.mem)
+            .map_err(|_| RingError::Unmapped)
+    }
+
+    /// Asks the driver to ring the doorbell for the next chain. Returns whether chains have become
+    /// available already, for which it may not ring.
+    pub(super) fn enable_doorbell(&mut self) -> Result<bool, RingError> {
+        self.queue
+            .enable_notification(self.mem)
+            .map_err(|_| RingError::Unmapped)
+    }
+
+    /// Whether the driver wants an interrupt for what has been completed since the last call.
+    pub(super) fn wants_interrupt(&mut self) -> Result<bool, RingError> {
+        // This has a full fence between our used index and the driver's wish.
+        let wanted = self.queue.needs_notification(self.mem);
+        if !wanted.map_err(|_| RingError::Unmapped)? {
+            return Ok(false);
+        }
+        if self.queue.event_idx_enabled() {
+            return Ok(true);
+        }
+        let flags: u16 = self
+            .mem
+            .load(GuestAddress(self.queue.avail_ring()), Ordering::Relaxed)
+            .map_err(|_| RingError::Unmapped)?;
+        Ok(u16::from_le(flags) & VRING_AVAIL_F_NO_INTERRUPT as u16 == 0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::test_common::ring::{
+        Desc, INDIRECT, NEXT, Ring, chain, indirect, readable, writable, write_table,
+    };
+    use crate::test_common::{REGION, guest_memory};
+
+    const DATA: u64 = 0x2_0000;
+    const TABLE: u64 = 0x3_0000;
+    const SIZE: u16 = 16;
+
+    /// What the device makes of a ring that `driver` has filled.
+    fn take(driver: impl FnOnce(&GuestMemory, &mut Ring)) -> Result<Option<u16>, RingError> {
+        let mem = guest_memory();
+        let mut ring = Ring::new(&mem, 0, SIZE);
+        driver(&mem, &mut ring);
+        ActiveQueue::new(&mem, ring.queue(false)).take(&mut Buffers::new())
+    }
+
+    fn take_chain(descs: &[Desc]) -> Result<Option<u16>, RingError> {
+        take(|_, ring| ring.offer_chain(descs))
+    }
+
+    /// As [`take_chain`], by way of an indirect table.
+    fn take_indirect(descs: &[Desc]) -> Result<Option<u16>, RingError> {
+        take(|mem, ring| {
+            write_table(mem, TABLE, 0, descs);
+            ring.offer_chain(&[indirect(TABLE, 16 * descs.len() as u32)]);
+        })
+    }
+
+    fn many(count: usize) -> Vec<Desc> {
+        chain(0, &vec![readable(DATA, 1); count])
+    }
+
+    #[test]
+    fn good_chains() {
+        assert_eq!(take(|_, _| {}), Ok(None));
+        assert_eq!(
+            take_chain(&[readable(DATA, 1), writable(DATA, 1)]),
+            Ok(Some(0))
+        );
+        assert_eq!(take_chain(&many(SIZE.into())), Ok(Some(0)));
+        assert_eq!(take_indirect(&many(256)), Ok(Some(0)));
+    }
+
+    #[test]
+    fn direct_descriptors_before_an_indirect_table() {
+        let mem = guest_memory();
+        let mut ring = Ring::new(&mem, 0, SIZE);
+        let table = chain(0, &[readable(DATA, 2), writable(DATA, 3)]);
+        write_table(&mem, TABLE, 0, &table);
+        ring.offer_chain(&[readable(DATA, 1), indirect(TABLE, 32)]);
+        let mut buffers = Buffers::new();
+        let mut queue = ActiveQueue::new(&mem, ring.queue(false));
+        assert_eq!(queue.take(&mut buffers), Ok(Some(0)));
+        let lens = |slices: &[vm_memory::VolatileSlice<'_>]| -> Vec<_> {
+            slices.iter().map(|slice| slice.len()).collect()
+        };
+        assert_eq!(lens(buffers.readable()), [1, 2]);
+        assert_eq!(lens(buffers.writable()), [3]);
+    }
+
+    #[test]
+    fn head_index_beyond_the_table() {
+        for head in [SIZE, u16::MAX] {
+            assert_eq!(
+                take(|_, ring| ring.offer(head)),
+                Err(RingError::HeadIndex(head))
+            );
+        }
+    }
+
+    #[test]
+    fn available_index_too_far_ahead() {
+        for index in [SIZE + 1, u16::MAX] {
+            let result = take(|_, ring| ring.set_avail_idx(index));
+            assert_eq!(result, Err(RingError::AvailIndex));
+        }
+    }
+
+    #[test]
+    fn next_index_beyond_the_table() {
+        let mut descs = chain(0, &[readable(DATA, 1), writable(DATA, 1)]);
+        descs[0].next = SIZE;
+        let result = take(|mem, ring| {
+            write_table(mem, ring.table, 0, &descs);
+            ring.offer(0);
+        });
+        assert_eq!(result, Err(RingError::BrokenChain));
+        descs[0].next = 2;
+        assert_eq!(take_indirect(&descs), Err(RingError::BrokenChain));
+    }
+
+    #[test]
+    fn loop_in_a_chain() {
+        let mut descs = many(SIZE.into());
+        descs[SIZE as usize - 1].flags |= NEXT;
+        let result = take(|mem, ring| {
+            write_table(mem, ring.table, 0, &descs);
+            ring.offer(3);
+        });
+        assert_eq!(result, Err(RingError::BrokenChain));
+        assert_eq!(take_indirect(&descs), Err(RingError::BrokenChain));
+    }
+
+    #[test]
+    fn loop_in_a_long_indirect_table() {
+        let mut descs = many(4096);
+        descs[1].next = 0;
+        assert_eq!(take_indirect(&descs), Err(RingError::TooManyDescriptors));
+    }
+
+    #[test]
+    fn more_descriptors_than_any_queue_has() {
+        assert_eq!(
+            take_indirect(&many(257)),
+            Err(RingError::TooManyDescriptors)
+        );
+    }
+
+    #[test]
+    fn readable_after_writable() {
+        let descs = [readable(DATA, 16), writable(DATA, 512), readable(DATA, 1)];
+        assert_eq!(take_chain(&descs), Err(RingError::ReadableAfterWritable));
+        // Even where the writable one is empty.
+        let descs = [writable(DATA, 0), readable(DATA, 1)];
+        assert_eq!(take_chain(&descs), Err(RingError::ReadableAfterWritable));
+    }
+
+    #[test]
+    fn indirect_table_outside_guest_memory() {
+        for addr in [2 * REGION, 2 * REGION - 16, u64::MAX - 15] {
+            let result = take(|mem, ring| {
+                let first = chain(0, &[readable(DATA, 1), readable(DATA, 1)]);
+                if addr < 2 * REGION {
+                    write_table(mem, addr, 0, &first[..1]);
+                }
+                ring.offer_chain(&[indirect(addr, 32)]);
+            });
+            assert_eq!(result, Err(RingError::BrokenChain), "{addr:#x}");
+        }
+    }
+
+    #[test]
+    fn indirect_table_of_no_or_broken_length() {
+        for len in [0, 15, 17, u32::MAX, 16 * 65536] {
+            let result = take_chain(&[indirect(TABLE, len)]);
+            assert_eq!(result, Err(RingError::BrokenChain), "{len}");
+            let result = take_chain(&[readable(DATA, 1), indirect(TABLE, len)]);
+            assert_eq!(result, Err(RingError::BrokenChain), "{len}");
+        }
+    }
+
+    #[test]
+    fn indirect_table_in_an_indirect_table() {
+        for descs in [
+            vec![indirect(TABLE, 16)],
+            chain(0, &[readable(DATA, 1), indirect(TABLE + 0x1000, 16)]),
+        ] {
+            assert_eq!(take_indirect(&descs), Err(RingError::BrokenChain));
+        }
+    }
+
+    #[test]
+    fn more_than_4_gib_in_a_chain() {
+        let descs = [readable(DATA, 1), readable(0, u32::MAX), writable(DATA, 1)];
+        assert_eq!(take_chain(&descs), Err(RingError::BrokenChain));
+    }
+
+    #[test]
+    fn indirect_flag_ignores_the_write_flag() {
+        let mut table = indirect(TABLE, 16);
+        table.flags = INDIRECT | 2;
+        let result = take(|mem, ring| {
+            write_table(mem, TABLE, 0, &[readable(DATA, 1)]);
+            ring.offer_chain(&[table]);
+        });
+        assert_eq!(result, Ok(Some(0)));
+    }
+
+    /// Completes one chain and asks whether an interrupt is due.
+    fn interrupt_wanted(event_idx: bool, driver: impl FnOnce(&Ring)) -> bool {
+        let mem = guest_memory();
+        let mut ring = Ring::new(&mem, 0, SIZE);
+        ring.offer_chain(&[writable(DATA, 1)]);
+        driver(&ring);
+        let mut queue = ActiveQueue::new(&mem, ring.queue(event_idx));
+        assert_eq!(queue.available(), Ok(1));
+        assert_eq!(queue.take(&mut Buffers::new()), Ok(Some(0)));
+        queue.complete(0, 7).unwrap();
+        assert_eq!((ring.used_idx(), ring.used(0)), (1, (0, 7)));
+        queue.wants_interrupt().unwrap()
+    }
+
+    #[test]
+    fn interrupt_suppression_by_flag() {
+        assert!(interrupt_wanted(false, |_| {}));
+        assert!(!interrupt_wanted(false, |ring| ring.set_avail_flags(1)));
+        // With the event index the flag has no meaning.
+        assert!(interrupt_wanted(true, |ring| ring.set_avail_flags(1)));
+    }
+
+    #[test]
+    fn interrupt_suppression_by_event_index() {
+        assert!(interrupt_wanted(true, |ring| ring.set_used_event(0)));
+        assert!(!interrupt_wanted(true, |ring| ring.set_used_event(1)));
+        assert!(!interrupt_wanted(true, |ring| ring.set_used_event(u16::MAX)));
+    }
+}

@@ -1,0 +1,166 @@
+//! The program `tandem`.
+
+use std::ffi::OsString;
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::builder::{OsStringValueParser, TypedValueParser};
+use clap::{Args, Parser, Subcommand};
+use tandem_vmm::config::parse_memory;
+use tandem_vmm::signals::{self, Signals};
+use tandem_vmm::{Config, DiskConfig, Error, ExitReason, Result, SerialConfig, Vmm};
+
+/// Runs Linux guests whose disks are qcow2 images.
+#[derive(Parser)]
+#[command(version, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run a guest until it powers off
+    #[command(after_help = EXAMPLES, after_long_help = DETAILS)]
+    Run(Run),
+}
+
+#[derive(Args)]
+struct Run {
+    /// Kernel: a distribution's vmlinuz (bzImage) or an uncompressed vmlinux (ELF)
+    #[arg(long, value_name = "FILE")]
+    kernel: PathBuf,
+
+    /// Initial RAM disk
+    #[arg(long, value_name = "FILE")]
+    initrd: Option<PathBuf>,
+
+    /// Kernel command line, added to "console=ttyS0 panic=-1 reboot=a"
+    #[arg(
+        long,
+        value_name = "TEXT",
+        default_value = "",
+        hide_default_value = true
+    )]
+    #[arg(allow_hyphen_values = true)]
+    cmdline: String,
+
+    /// Memory, with unit K, M, G or T
+    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = parse_memory)]
+    memory: u64,
+
+    /// Number of CPUs, 1 to 32
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    #[arg(value_parser = clap::value_parser!(u8).range(1..=i64::from(Config::MAX_CPUS)))]
+    cpus: u8,
+
+    /// Disk image; may be repeated: /dev/vda, /dev/vdb, ... in this order
+    #[arg(long = "disk", value_name = "PATH[,KEY=VALUE...]", value_parser = disk_parser())]
+    disks: Vec<DiskConfig>,
+
+    /// Console: stdio, none or file=PATH
+    #[arg(long, value_name = "WHERE", default_value = "stdio", value_parser = serial_parser())]
+    serial: SerialConfig,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  tandem run --kernel vmlinuz --initrd initrd.img --disk image.qcow2
+  tandem run --kernel vmlinuz --initrd initrd.img --memory 2G --cpus 4 \\
+      --disk root.qcow2,serial=root --disk scratch.raw,format=raw \\
+      --cmdline 'root=/dev/vda rw'
+
+--help tells the disk keys, the console's keys and the exit status.";
+
+const DETAILS: &str = "\
+Disk keys:
+  format=qcow2|raw   Format of the image (default qcow2). It is never guessed: a guest can write a
+                     qcow2 header into its raw disk.
+  readonly=on|off    Keep the guest from writing (default off)
+  data-file=PATH     External data file, instead of the one that the qcow2 header names
+  serial=ID          Serial number that the guest sees: 1 to 20 printable ASCII characters
+  A comma that belongs to a path is written twice: 'a,,b.qcow2' is the file a,b.qcow2.
+
+Root disk:
+  Nothing is added to the command line for a disk. A kernel whose initrd does not know better finds
+  its root file system through --cmdline root=/dev/vda (the first disk), or root=UUID=... .
+
+Console:
+  With --serial stdio, a terminal is in raw mode while the guest runs: every key, Ctrl-C included,
+  goes to the guest. Ctrl-A X ends the VM; Ctrl-A Ctrl-A sends one Ctrl-A. Without a terminal,
+  standard input is sent as it is, once the guest is ready to receive. The VM runs on when standard
+  input ends or standard output is closed.
+  A kernel that panics restarts the guest, which ends the VM; --cmdline panic=0 makes it stay.
+
+Exit status:
+  0      The guest powered off or restarted (also after a panic), or Ctrl-A X was typed
+  1      The VM could not be built, broke (triple fault, KVM failure), or a disk could not be flushed
+  2      The command line is wrong
+  Killed by SIGTERM, SIGINT, SIGHUP or SIGQUIT (a shell shows 128 + number): the same, after the disks
+  have been flushed and closed
+  Errors of a disk are for the guest to handle and leave the exit status alone; the last one of each
+  disk is printed when the VM ends.
+
+Examples:
+  A stock kernel and its initrd, root file system on the first disk:
+    tandem run --kernel vmlinuz --initrd initrd.img --disk root.qcow2 --cmdline root=/dev/vda
+
+  Four CPUs, 2 GiB of memory, a second disk that is raw, console into a file:
+    tandem run --kernel vmlinuz --initrd initrd.img --memory 2G --cpus 4 \\
+        --disk root.qcow2,serial=root --disk scratch.raw,format=raw --serial file=console.log
+
+  An image whose data file has moved, not to be written:
+    tandem run --kernel vmlinuz --initrd initrd.img \\
+        --disk image.qcow2,data-file=/srv/data.raw,readonly=on";
+
+fn disk_parser() -> impl TypedValueParser<Value = DiskConfig> {
+    OsStringValueParser::new().try_map(|text: OsString| DiskConfig::parse(&text))
+}
+
+fn serial_parser() -> impl TypedValueParser<Value = SerialConfig> {
+    OsStringValueParser::new().try_map(|text: OsString| SerialConfig::parse(&text))
+}
+
+fn main() -> ExitCode {
+    let Command::Run(run) = Cli::parse().command;
+    match run.execute() {
+        Ok(ExitReason::Signal(number)) => {
+            signals::die_of(number);
+            ExitCode::from(128 + number as u8)
+        }
+        Ok(_) => ExitCode::SUCCESS,
+        Err(error) => {
+            let _ = writeln!(io::stderr(), "tandem: {error}");
+            match error {
+                Error::Config(_) => ExitCode::from(2),
+                _ => ExitCode::FAILURE,
+            }
+        }
+    }
+}
+
+impl Run {
+    fn execute(self) -> Result<ExitReason> {
+        // Before there is a second thread.
+        let signals = Signals::block()?;
+        let mut config = Config::new(self.kernel);
+        config.initrd = self.initrd;
+        config.cmdline = self.cmdline;
+        config.memory = self.memory;
+        config.cpus = self.cpus;
+        config.disks = self.disks;
+        config.serial = self.serial;
+        let mut vmm = Vmm::build(&config)?;
+        vmm.end_on(signals);
+        let disks = vmm.disk_stats();
+        let outcome = vmm.run();
+        for (path, stats) in disks {
+            if let Some(error) = stats.last_error() {
+                let path = path.display();
+                let _ = writeln!(io::stderr(), "tandem: disk '{path}': last error: {error}");
+            }
+        }
+        outcome
+    }
+}

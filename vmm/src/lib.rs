@@ -1,0 +1,46 @@
+//! A minimal KVM virtual machine monitor for x86-64 Linux guests.
+//!
+//! [`Config`] says what to run, [`Vmm::build`] makes it, [`Vmm::run`] runs it to its end and says why
+//! it ended. The guest has RAM, CPUs, a serial console, virtio-mmio disks and ACPI tables to find
+//! them by; nothing else.
+//!
+//! ```no_run
+//! use tandem_vmm::{Config, DiskConfig, ExitReason, Vmm};
+//!
+//! let mut config = Config::new("/boot/vmlinuz");
+//! config.initrd = Some("/boot/initrd.img".into());
+//! config.disks.push(DiskConfig::new("root.qcow2"));
+//! config.cmdline = "root=/dev/vda".to_owned();
+//! let reason = Vmm::build(&config)?.run()?;
+//! assert_eq!(reason, ExitReason::PowerOff);
+//! # Ok::<(), tandem_vmm::Error>(())
+//! ```
+//!
+//! Threads: the one that calls [`Vmm::run`] handles the console and signals; each CPU has one, and so
+//! has each disk. A request goes from the guest's doorbell to the disk's thread and back as an
+//! interrupt inside KVM; no other thread takes part.
+#![deny(missing_docs)]
+
+mod acpi;
+mod boot;
+pub mod config;
+mod console;
+mod cpuid;
+mod disk;
+mod error;
+mod exit;
+mod interrupts;
+mod kernel;
+mod layout;
+mod memory;
+pub mod signals;
+mod terminal;
+mod vcpu;
+mod vmm;
+
+pub use config::{Config, DiskConfig, DiskFormat, SerialConfig};
+pub use error::{Error, Result};
+pub use exit::ExitReason;
+pub use kernel::KernelError;
+pub use tandem_devices::virtio::block::Stats as DiskStats;
+pub use vmm::{StopHandle, Vmm};

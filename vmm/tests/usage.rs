@@ -1,0 +1,100 @@
+//! What `tandem` says when it cannot run what it is asked to.
+#![allow(clippy::unwrap_used, reason = "what fails here fails the test")]
+
+#[allow(dead_code, reason = "each test program uses a part of it")]
+mod common;
+
+use std::process::Command;
+
+use common::{Code, Ended, Guest, run, tandem_run};
+
+/// Runs `tandem run` with a good kernel and `arguments`, in which `@` stands for a directory that
+/// holds the file `raw`.
+fn run_with(arguments: &[&str]) -> Ended {
+    let guest = Guest::new(&Code::default().power_off());
+    std::fs::write(guest.path("raw"), [0; 4096]).unwrap();
+    let directory = guest.dir.path().display().to_string();
+    let mut command = tandem_run(&guest.kernel);
+    command.args(arguments.iter().map(|a| a.replace('@', &directory)));
+    run(command)
+}
+
+#[test]
+fn wrong_arguments_end_with_status_2() {
+    for (arguments, text) in [
+        (
+            &["--memory=512"] as &[_],
+            "write a whole number and K, M, G or T",
+        ),
+        (&["--cpus=0"], "1..=32"),
+        (&["--cpus=33"], "1..=32"),
+        (
+            &["--disk=a,cache=none"],
+            "known are readonly, format, data-file and serial",
+        ),
+        (
+            &["--disk=a,format=raw,data-file=b"],
+            "a raw disk has no data file",
+        ),
+        (&["--disk=a,serial=123456789012345678901"], "1 to 20"),
+        (&["--serial=tty"], "stdio, none or file=PATH"),
+        (&["--bogus"], "unexpected argument"),
+    ] {
+        let ended = run_with(arguments);
+        assert_eq!(ended.status.code(), Some(2), "{ended:?}");
+        assert!(ended.stderr.contains(text), "{ended:?}");
+    }
+}
+
+#[test]
+fn impossible_machines_end_with_status_2() {
+    for (arguments, text) in [
+        (&["--memory=1M"] as &[_], "at least 2 MiB"),
+        (&["--memory=4097K"], "multiple of 4 KiB"),
+        (&["--cmdline", &"x".repeat(2048)], "the kernel takes 2047"),
+        (&["--disk=@/raw,format=raw"; 20], "20 disks"),
+    ] {
+        run_with(arguments).assert_says(2, text);
+    }
+}
+
+#[test]
+fn what_cannot_be_run_ends_with_status_1() {
+    for (arguments, text) in [
+        (&["--disk=@/raw"] as &[_], "/raw,format=raw"),
+        (&["--disk=@/none"], "could not open"),
+        (&["--disk=@/none,format=raw"], "could not open"),
+        (&["--initrd=@/none"], "/none'"),
+        (&["--memory=8388608T"], "could not map"),
+    ] {
+        run_with(arguments).assert_says(1, text);
+    }
+    let guest = Guest::from_file(b"#!/bin/sh\n");
+    run(guest.command()).assert_says(1, "neither an ELF file (vmlinux) nor a bzImage");
+    run(tandem_run(guest.dir.path())).assert_says(1, "not a regular file");
+}
+
+#[test]
+fn help_tells_everything_there_is() {
+    let help = |arguments: &[&str]| {
+        let output = Command::new(env!("CARGO_BIN_EXE_tandem"))
+            .args(arguments)
+            .output()
+            .unwrap();
+        assert!(output.status.success());
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let long = help(&["run", "--help"]);
+    for text in [
+        "data-file=PATH",
+        "serial=ID",
+        "Ctrl-A X",
+        "Exit status",
+        "Examples",
+    ] {
+        assert!(long.contains(text), "{text}");
+    }
+    assert!(long.contains(tandem_vmm::Config::DEFAULT_CMDLINE));
+    assert!(help(&["run", "-h"]).contains("Examples"));
+    assert!(help(&["--help"]).contains("run"));
+}

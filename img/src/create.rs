@@ -1,0 +1,386 @@
+//! `tandem-img create`
+
+use std::ffi::OsStr;
+use std::io;
+
+use clap::Command;
+use tandem_block::qcow2::{self, CreateOptions};
+use tandem_block::{Error, Preallocation, Raw};
+
+use crate::failure::Failure;
+use crate::getopt::{self, Parsed, flag, value};
+use crate::image::{Format, local_path};
+use crate::options::{self, Definition, Kind, Options, Value};
+use crate::output;
+use crate::size::{self, Wrong};
+
+/// Definition of the subcommand.
+pub fn command() -> Command {
+    Command::new("create")
+        .about("Creates a disk image, and its data file if it is to have one")
+        .disable_help_flag(true)
+        .override_usage("tandem-img create [-f FMT] [-o OPTIONS] [-q] FILENAME [SIZE]")
+        .args([
+            getopt::help(),
+            flag("quiet", Some('q'), "Print nothing but errors"),
+            value("object", None, "DEFINITION", "Not supported yet").hide(true),
+            value(
+                "format",
+                Some('f'),
+                "FMT",
+                "Format of the image: raw (default) or qcow2",
+            ),
+            value(
+                "options",
+                Some('o'),
+                "OPTIONS",
+                "Options of the format: NAME=VALUE,... (`-o help` lists them)",
+            ),
+            flag(
+                "backing-unsafe",
+                Some('u'),
+                "Accepted for compatibility: no backing file is opened",
+            ),
+            value("backing", Some('b'), "FILENAME", "Not supported yet").hide(true),
+            value("backing-format", Some('F'), "FMT", "Not supported yet").hide(true),
+        ])
+        .after_help(
+            "SIZE is in bytes, or with a suffix k, M, G, T, P or E (powers of 1024).\n\
+             Files that exist are replaced, a data file as well, once the new ones are complete.\n\n\
+             Examples:\n  \
+             tandem-img create -f qcow2 disk.qcow2 20G\n  \
+             tandem-img create -f qcow2 -o data_file=disk.raw,data_file_raw=on disk.qcow2 20G\n  \
+             tandem-img create -f qcow2 -o cluster_size=2M,preallocation=falloc disk.qcow2 20G\n  \
+             tandem-img create -f raw disk.raw 20G",
+        )
+}
+
+const fn option(
+    name: &'static str,
+    kind: Kind,
+    default: Option<&'static str>,
+    help: &'static str,
+) -> Definition {
+    Definition {
+        name,
+        kind,
+        default,
+        help,
+    }
+}
+
+/// The options of qcow2 in the order in which they are shown.
+const QCOW2: &[Definition] = &[
+    option("encryption", Kind::Switch, None, ""),
+    option("encrypt.format", Kind::Text, None, ""),
+    option("encrypt.key-secret", Kind::Text, None, ""),
+    option("encrypt.cipher-alg", Kind::Text, None, ""),
+    option("encrypt.cipher-mode", Kind::Text, None, ""),
+    option("encrypt.ivgen-alg", Kind::Text, None, ""),
+    option("encrypt.ivgen-hash-alg", Kind::Text, None, ""),
+    option("encrypt.hash-alg", Kind::Text, None, ""),
+    option("encrypt.iter-time", Kind::Number, None, ""),
+    option(
+        "cluster_size",
+        Kind::Size,
+        Some("65536"),
+        "qcow2 cluster size",
+    ),
+    option(
+        "extended_l2",
+        Kind::Switch,
+        Some("off"),
+        "Extended L2 tables",
+    ),
+    option(
+        "preallocation",
+        Kind::Text,
+        None,
+        "Preallocation mode (allowed values: off, metadata, falloc, full)",
+    ),
+    option(
+        "compression_type",
+        Kind::Text,
+        Some("zlib"),
+        "Compression method used for image cluster compression",
+    ),
+    option("size", Kind::Size, None, "Virtual disk size"),
+    option(
+        "compat",
+        Kind::Text,
+        None,
+        "Compatibility level (v2 [0.10] or v3 [1.1])",
+    ),
+    option("backing_file", Kind::Text, None, ""),
+    option("backing_fmt", Kind::Text, None, ""),
+    option(
+        "data_file",
+        Kind::Text,
+        None,
+        "File name of an external data file",
+    ),
+    option(
+        "data_file_raw",
+        Kind::Switch,
+        None,
+        "The external data file must stay valid as a raw image",
+    ),
+    option(
+        "lazy_refcounts",
+        Kind::Switch,
+        Some("off"),
+        "Postpone refcount updates",
+    ),
+    option(
+        "refcount_bits",
+        Kind::Number,
+        Some("16"),
+        "Width of a reference count entry in bits",
+    ),
+    option("nocow", Kind::Switch, None, ""),
+    option("extent_size_hint", Kind::Size, None, ""),
+];
+
+/// The options of raw in the order in which they are shown.
+const RAW: &[Definition] = &[
+    option("size", Kind::Size, None, "Virtual disk size"),
+    option("nocow", Kind::Switch, None, ""),
+    option(
+        "preallocation",
+        Kind::Text,
+        None,
+        "Preallocation mode (allowed values: off, falloc, full)",
+    ),
+    option("extent_size_hint", Kind::Size, None, ""),
+];
+
+/// Options that raw disks have from the file below them.
+const FILE_OPTIONS: [&str; 3] = ["preallocation", "nocow", "extent_size_hint"];
+
+/// Runs the subcommand.
+pub fn run(args: &Parsed) -> Result<(), Failure> {
+    let mut list = Vec::new();
+    for item in args.values("options") {
+        // Another spelling of the name would be another file.
+        let Some(item) = item.to_str() else {
+            let text = format!("Option list is not UTF-8: {}", item.display());
+            return Err(args.name.error(&text));
+        };
+        if !options::is_list(item) {
+            return Err(args.name.error(&format!("Invalid option list: {item}")));
+        }
+        list.push(item);
+    }
+    let list = list.join(",");
+    let Some((file, rest)) = args.operands.split_first() else {
+        if options::asks_for_help(&list) {
+            let format = format(args).map_err(|reason| args.name.error(&reason))?;
+            output::print(&help(format, false));
+            return Ok(());
+        }
+        return Err(args.name.usage("Expecting image file name"));
+    };
+    let size = match rest.first() {
+        Some(text) => Some(parse_size(&text.to_string_lossy()).map_err(|e| args.name.error(&e))?),
+        None => None,
+    };
+    if let Some(extra) = rest.get(1) {
+        let text = format!("Unexpected argument: {}", extra.display());
+        return Err(args.name.usage(&text));
+    }
+    args.refuse(&["object"])?;
+    create(args, file, size, &list)
+        .map_err(|reason| args.name.error(&format!("{}: {reason}", file.display())))
+}
+
+/// Does the work, or tells the reason why not.
+fn create(args: &Parsed, file: &OsStr, size: Option<u64>, list: &str) -> Result<(), String> {
+    let format = format(args)?;
+    let path = local_path(file)?;
+    if options::asks_for_help(list) {
+        output::print(&help(format, true));
+        return Ok(());
+    }
+    let mut options = Options::new(definitions(format));
+    if !list.is_empty() {
+        options.parse(list)?;
+    }
+    refuse_backing(args, format)?;
+    match (size, options.number("size")) {
+        (Some(_), Some(_)) => return Err("The image size must be specified only once".to_owned()),
+        (Some(size), None) => options.set("size", Value::Number(size)),
+        (None, Some(_)) => {}
+        (None, None) => return Err("Image creation needs a size parameter".to_owned()),
+    }
+    if !args.has("quiet") {
+        output::print(&format!(
+            "Formatting '{}', fmt={}{}\n",
+            file.display(),
+            format.name(),
+            options.shown()
+        ));
+    }
+    let size = options.number("size").unwrap_or_default();
+    let preallocation = preallocation(&options)?;
+    let created = match format {
+        Format::Raw => Raw::create(path, size, preallocation),
+        Format::Qcow2 => qcow2::create(path, &qcow2_options(size, preallocation, &options)?),
+    };
+    created.map_err(|error| reason(&error, format))
+}
+
+fn format(args: &Parsed) -> Result<Format, String> {
+    let name = args
+        .value("format")
+        .unwrap_or(OsStr::new("raw"))
+        .to_string_lossy();
+    Format::from_name(&name).ok_or_else(|| format!("Unknown file format '{name}'"))
+}
+
+fn definitions(format: Format) -> &'static [Definition] {
+    match format {
+        Format::Raw => RAW,
+        Format::Qcow2 => QCOW2,
+    }
+}
+
+/// The help on the options of a format; those of files are known `with_file` only.
+fn help(format: Format, with_file: bool) -> String {
+    let definitions = definitions(format);
+    if with_file {
+        return format!("Supported options:\n{}", options::describe(definitions));
+    }
+    let own: Vec<_> = definitions
+        .iter()
+        .filter(|definition| format == Format::Qcow2 || !FILE_OPTIONS.contains(&definition.name))
+        .copied()
+        .collect();
+    format!(
+        "Supported {} options:\n{}\nThe protocol level may support further options.\n\
+         Specify the target filename to include those options.\n",
+        format.name(),
+        options::describe(&own)
+    )
+}
+
+fn parse_size(text: &str) -> Result<u64, String> {
+    match size::parse(text) {
+        Ok(size) if size <= i64::MAX as u64 => Ok(size),
+        Ok(_) | Err(Wrong::Range) => Err(format!(
+            "Invalid image size specified. Must be between 0 and {}.",
+            i64::MAX
+        )),
+        Err(Wrong::Syntax) => Err(format!("Invalid image size specified: '{text}'.")),
+    }
+}
+
+fn refuse_backing(args: &Parsed, format: Format) -> Result<(), String> {
+    for (id, what) in [
+        ("backing", "Backing file"),
+        ("backing-format", "Backing file format"),
+    ] {
+        if args.has(id) {
+            return Err(match format {
+                Format::Raw => format!("{what} not supported for file format 'raw'"),
+                Format::Qcow2 => format!("Option '--{id}' is not supported yet"),
+            });
+        }
+    }
+    Ok(())
+}
+
+fn preallocation(options: &Options) -> Result<Preallocation, String> {
+    match options.text("preallocation") {
+        None | Some("off") => Ok(Preallocation::Off),
+        Some("metadata") => Ok(Preallocation::Metadata),
+        Some("falloc") => Ok(Preallocation::Falloc),
+        Some("full") => Ok(Preallocation::Full),
+        Some(other) => Err(not_accepted("preallocation", other)),
+    }
+}
+
+fn qcow2_options(
+    size: u64,
+    preallocation: Preallocation,
+    options: &Options,
+) -> Result<CreateOptions, String> {
+    let version = match options.text("compat") {
+        None | Some("1.1" | "v3") => 3,
+        Some("0.10" | "v2") => 2,
+        Some(other) => return Err(not_accepted("version", other)),
+    };
+    let cluster_size = options.number("cluster_size").unwrap_or_default();
+    refuse_features(options, version, cluster_size)?;
+    Ok(CreateOptions {
+        size,
+        version,
+        cluster_size,
+        data_file: match options.text("data_file") {
+            Some(name) => Some(local_path(OsStr::new(name))?.to_owned()),
+            None => None,
+        },
+        data_file_raw: options.is_on("data_file_raw"),
+        preallocation,
+        lazy_refcounts: options.is_on("lazy_refcounts"),
+    })
+}
+
+/// Refuses wrong values of the options whose right values are not supported yet, and then those.
+fn refuse_features(options: &Options, version: u32, cluster_size: u64) -> Result<(), String> {
+    const VERSION: &str =
+        "supported with compatibility level 1.1 and above (use version=v3 or greater)";
+    let later = |feature: &str| Err(format!("Unsupported qcow2 feature(s): {feature}"));
+    let extended_l2 = options.is_on("extended_l2");
+    if extended_l2 && version < 3 {
+        return Err(format!("Extended L2 entries are only {VERSION}"));
+    }
+    if extended_l2 && cluster_size < 16384 {
+        return Err(
+            "Extended L2 entries are only supported with cluster sizes of at least 16384 bytes"
+                .to_owned(),
+        );
+    }
+    let refcount_bits = options.number("refcount_bits").unwrap_or_default();
+    if refcount_bits > 64 || !refcount_bits.is_power_of_two() {
+        return Err("Refcount width must be a power of two and may not exceed 64 bits".to_owned());
+    }
+    if refcount_bits != 16 && version < 3 {
+        return Err(
+            "Different refcount widths than 16 bits require compatibility level 1.1 or above \
+             (use version=v3 or greater)"
+                .to_owned(),
+        );
+    }
+    match options.text("compression_type") {
+        Some("zlib") => {}
+        Some("zstd") if version < 3 => {
+            return Err(format!("Non-zlib compression type is only {VERSION}"));
+        }
+        Some("zstd") => return later("compression type"),
+        other => return Err(not_accepted("compression-type", other.unwrap_or_default())),
+    }
+    if extended_l2 {
+        return later("extended L2 entries");
+    }
+    if refcount_bits != 16 {
+        return later("refcounts of a width other than 16 bits");
+    }
+    Ok(())
+}
+
+fn not_accepted(name: &str, value: &str) -> String {
+    format!("Parameter '{name}' does not accept value '{value}'")
+}
+
+/// Why a disk could not be created, in QEMU's words.
+fn reason(error: &Error, format: Format) -> String {
+    match error {
+        Error::Io { source, .. } if source.kind() == io::ErrorKind::FileTooLarge => match format {
+            Format::Raw => "The image size is too large for file format 'raw'".to_owned(),
+            Format::Qcow2 => "The image size is too large for file format 'qcow2' \
+                              (try using a larger cluster size)"
+                .to_owned(),
+        },
+        other => other.reason(),
+    }
+}

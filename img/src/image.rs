@@ -1,0 +1,161 @@
+//! From a file name on the command line to an image of a known format.
+
+use std::ffi::OsStr;
+use std::fs::Metadata;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::FileTypeExt;
+use std::path::Path;
+
+use tandem_block::{FileStorage, Storage};
+
+use crate::failure::Failure;
+use crate::getopt::Parsed;
+
+/// The formats that there are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// The file is the disk.
+    Raw,
+    /// qcow2.
+    Qcow2,
+}
+
+impl Format {
+    /// The format called `name`.
+    pub fn from_name(name: &str) -> Option<Self> {
+        match name {
+            "raw" => Some(Self::Raw),
+            "qcow2" => Some(Self::Qcow2),
+            _ => None,
+        }
+    }
+
+    /// What it is called.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Raw => "raw",
+            Self::Qcow2 => "qcow2",
+        }
+    }
+}
+
+/// Formats that are recognised in order to be refused: what they begin with.
+const FOREIGN: [(&[u8], &str); 8] = [
+    (b"QFI\xfb\0\0\0\x01", "qcow"),
+    (b"QED\0", "qed"),
+    (b"KDMV", "vmdk"),
+    (b"COWD", "vmdk"),
+    (b"conectix", "vpc"),
+    (b"vhdxfile", "vhdx"),
+    (b"WithoutFreeSpace", "parallels"),
+    (b"LUKS\xba\xbe", "luks"),
+];
+
+/// The local file that a name on the command line means.
+///
+/// # Errors
+/// The text about a protocol other than `file:`.
+pub fn local_path(name: &OsStr) -> Result<&Path, String> {
+    let bytes = name.as_bytes();
+    let end = bytes.iter().position(|byte| b":/".contains(byte));
+    match end.filter(|&end| bytes[end] == b':') {
+        None => Ok(Path::new(name)),
+        Some(end) if &bytes[..end] == b"file" => {
+            Ok(Path::new(OsStr::from_bytes(&bytes[end + 1..])))
+        }
+        Some(end) => {
+            let protocol = String::from_utf8_lossy(&bytes[..end]);
+            Err(format!("Unknown protocol '{protocol}'"))
+        }
+    }
+}
+
+/// An image that exists.
+#[derive(Debug)]
+pub struct Image<'a> {
+    /// Its name as it was given.
+    pub name: &'a OsStr,
+    /// The file.
+    pub path: &'a Path,
+    /// Its format.
+    pub format: Format,
+    /// What the file system says of it.
+    pub metadata: Metadata,
+    /// Length in bytes.
+    pub len: u64,
+}
+
+impl<'a> Image<'a> {
+    /// Looks at the only operand of a subcommand, whose option `format` may say what it is.
+    pub fn from_args(args: &'a Parsed) -> Result<Self, Failure> {
+        let [name] = &args.operands[..] else {
+            return Err(args.name.usage("Expecting one image file name"));
+        };
+        Self::look(name, args.value("format"))
+            .map_err(|reason| args.name.error(&could_not_open(name, &reason)))
+    }
+
+    fn look(name: &'a OsStr, format: Option<&OsStr>) -> Result<Self, String> {
+        let given = format.map(OsStr::to_string_lossy);
+        let given = match given.as_deref() {
+            None => None,
+            Some(format) => Some(
+                Format::from_name(format).ok_or_else(|| format!("Unknown driver '{format}'"))?,
+            ),
+        };
+        let path = local_path(name)?;
+        if path.as_os_str().is_empty() {
+            return Err("The 'file' block driver requires a file name".to_owned());
+        }
+        let io_error = |error| {
+            let file = path.to_owned();
+            let (action, offset) = ("open", None);
+            tandem_block::Error::Io {
+                file,
+                action,
+                offset,
+                source: error,
+            }
+            .reason()
+        };
+        let metadata = path.metadata().map_err(io_error)?;
+        if !metadata.is_file() && !metadata.file_type().is_block_device() {
+            let path = path.display();
+            return Err(format!(
+                "'file' driver requires '{path}' to be a regular file"
+            ));
+        }
+        let file = FileStorage::open(path, true).map_err(io_error)?;
+        let len = file.size().map_err(io_error)?;
+        let format = match given {
+            Some(format) => format,
+            None => probe(&file).map_err(io_error)??,
+        };
+        Ok(Self {
+            name,
+            path,
+            format,
+            metadata,
+            len,
+        })
+    }
+}
+
+/// The text about an image that could not be opened.
+pub fn could_not_open(name: &OsStr, reason: &str) -> String {
+    format!("Could not open '{}': {reason}", name.display())
+}
+
+/// Tells the format by what the file begins with; what is not known is raw.
+fn probe(file: &FileStorage) -> std::io::Result<Result<Format, String>> {
+    let mut start = [0; 16];
+    file.read_bytes_at(&mut start, 0)?;
+    let foreign = FOREIGN.iter().find(|(magic, _)| start.starts_with(magic));
+    Ok(match foreign {
+        Some((_, name)) => Err(format!("Unknown driver '{name}'")),
+        None if start.starts_with(b"QFI\xfb") && start[4..8] >= [0, 0, 0, 2][..] => {
+            Ok(Format::Qcow2)
+        }
+        None => Ok(Format::Raw),
+    })
+}

@@ -1,0 +1,259 @@
+//! `tandem-img info`
+
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+
+use clap::Command;
+use serde::Serialize;
+use serde_json::{Map, Value, json};
+use tandem_block::qcow2::Info;
+
+use crate::failure::Failure;
+use crate::getopt::{self, Parsed, flag, value};
+use crate::image::{Format, Image, could_not_open, local_path};
+use crate::output::{self, Output};
+use crate::size;
+
+/// Definition of the subcommand.
+pub fn command() -> Command {
+    Command::new("info")
+        .about("Tells what the header of an image says; no other file is opened")
+        .disable_help_flag(true)
+        .override_usage("tandem-img info [-f FMT] [--output human|json] [-U] FILENAME")
+        .args([
+            getopt::help(),
+            value(
+                "format",
+                Some('f'),
+                "FMT",
+                "Format of the image: qcow2 or raw (default: told by its first bytes)",
+            ),
+            value("output", None, "human|json", "How to print the result"),
+            flag(
+                "force-share",
+                Some('U'),
+                "Accepted for compatibility: no lock is taken",
+            ),
+            flag("backing-chain", Some('b'), "Not supported yet").hide(true),
+            value("object", None, "DEFINITION", "Not supported yet").hide(true),
+            flag("image-opts", None, "Not supported yet").hide(true),
+        ])
+        .after_help(
+            "Examples:\n  \
+             tandem-img info disk.qcow2\n  \
+             tandem-img info --output=json disk.qcow2\n  \
+             tandem-img info -f raw disk.raw",
+        )
+}
+
+/// Runs the subcommand.
+pub fn run(args: &Parsed) -> Result<(), Failure> {
+    let output = Output::from_args(args)?;
+    args.refuse(&["backing-chain", "object", "image-opts"])?;
+    let image = Image::from_args(args)?;
+    let info = match image.format {
+        Format::Raw => None,
+        Format::Qcow2 => Some(
+            Info::read(image.path)
+                .map_err(|e| args.name.error(&could_not_open(image.name, &e.reason())))?,
+        ),
+    };
+    let report = Report {
+        image: &image,
+        info: info.as_ref(),
+    };
+    match output {
+        Output::Human => output::print(&report.human()),
+        Output::Json => output::print_json(&report.json()),
+    }
+    Ok(())
+}
+
+/// What is known of an image; without [`Info`] it is raw.
+struct Report<'a> {
+    image: &'a Image<'a>,
+    info: Option<&'a Info>,
+}
+
+impl Report<'_> {
+    /// Length of the file in whole sectors, as QEMU shows it.
+    fn file_len(&self) -> u64 {
+        self.image.len.next_multiple_of(512)
+    }
+
+    fn size(&self) -> u64 {
+        self.info.map_or(self.file_len(), |info| info.size)
+    }
+
+    fn disk_usage(&self) -> u64 {
+        self.image.metadata.blocks() * 512
+    }
+
+    fn protocol(&self) -> &'static str {
+        if self.image.metadata.file_type().is_block_device() {
+            "host_device"
+        } else {
+            "file"
+        }
+    }
+
+    fn human(&self) -> String {
+        let disk_usage = size::human(self.disk_usage());
+        let mut text = format!(
+            "image: {}\nfile format: {}\nvirtual size: {} ({} bytes)\ndisk size: {disk_usage}\n",
+            printable(self.image.path.as_os_str()),
+            self.image.format.name(),
+            size::human(self.size()),
+            self.size(),
+        );
+        if let Some(info) = self.info {
+            text += &self.human_qcow2(info);
+        }
+        text + &format!(
+            "Child node '/file':\n    filename: {}\n    protocol type: {}\n    \
+             file length: {} ({} bytes)\n    disk size: {disk_usage}\n",
+            printable(self.image.path.as_os_str()),
+            self.protocol(),
+            size::human(self.file_len()),
+            self.file_len(),
+        )
+    }
+
+    fn human_qcow2(&self, info: &Info) -> String {
+        let mut text = format!("cluster_size: {}\n", info.cluster_size);
+        if info.dirty {
+            text += "cleanly shut down: no\n";
+        }
+        if let Some(name) = &info.backing_file {
+            let name = OsStr::from_bytes(name);
+            text += &format!("backing file: {}", printable(name));
+            let full = self.full_backing_file(name);
+            if full != name {
+                text += &format!(" (actual path: {})", printable(&full));
+            }
+            text += "\n";
+        }
+        if let Some(format) = &info.backing_format {
+            text += &format!(
+                "backing file format: {}\n",
+                printable(OsStr::from_bytes(format))
+            );
+        }
+        text += "Format specific information:\n";
+        for (key, value) in specific(info) {
+            let value = match value {
+                Value::String(text) => printable(OsStr::new(&text)),
+                other => other.to_string(),
+            };
+            text += &format!("    {}: {value}\n", key.replace('-', " "));
+        }
+        text
+    }
+
+    fn json(&self) -> Value {
+        let usage = self.disk_usage();
+        let child = json!({
+            "name": "file",
+            "info": {
+                "children": [],
+                "virtual-size": self.file_len(),
+                "filename": self.image.path.to_string_lossy(),
+                "format": self.protocol(),
+                "actual-size": usage,
+                "format-specific": { "type": "file", "data": {} },
+                "dirty-flag": false,
+            },
+        });
+        let mut report = Map::new();
+        let mut add = |key: &str, value: Value| report.insert(key.to_owned(), value);
+        let text = |bytes: &[u8]| Value::from(String::from_utf8_lossy(bytes));
+        add("children", json!([child]));
+        if let Some(format) = self.info.and_then(|info| info.backing_format.as_ref()) {
+            add("backing-filename-format", text(format));
+        }
+        add("virtual-size", self.size().into());
+        add("filename", self.image.path.to_string_lossy().into());
+        if let Some(info) = self.info {
+            add("cluster-size", info.cluster_size.into());
+        }
+        add("format", self.image.format.name().into());
+        add("actual-size", usage.into());
+        if let Some(info) = self.info {
+            add(
+                "format-specific",
+                json!({ "type": "qcow2", "data": specific(info) }),
+            );
+        }
+        if let Some(name) = self.info.and_then(|info| info.backing_file.as_ref()) {
+            let full = self.full_backing_file(OsStr::from_bytes(name));
+            add("full-backing-filename", text(full.as_bytes()));
+            add("backing-filename", text(name));
+        }
+        add(
+            "dirty-flag",
+            self.info.is_some_and(|info| info.dirty).into(),
+        );
+        Value::Object(report)
+    }
+
+    /// A relative name of a backing file is relative to the directory of the image.
+    fn full_backing_file(&self, name: &OsStr) -> OsString {
+        let directory = self.image.path.parent();
+        match directory {
+            Some(directory) if local_path(name).is_ok() => directory.join(name).into(),
+            _ => name.to_owned(),
+        }
+    }
+}
+
+/// The format's own properties in QEMU's order.
+fn specific(info: &Info) -> Map<String, Value> {
+    #[derive(Serialize)]
+    #[serde(rename_all = "kebab-case")]
+    struct Specific<'a> {
+        compat: &'static str,
+        compression_type: &'static str,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        lazy_refcounts: Option<bool>,
+        refcount_bits: u32,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        data_file: Option<std::borrow::Cow<'a, str>>,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        data_file_raw: Option<bool>,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        corrupt: Option<bool>,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        extended_l2: Option<bool>,
+    }
+    let v3 = info.version >= 3;
+    let specific = Specific {
+        compat: if v3 { "1.1" } else { "0.10" },
+        compression_type: if info.zstd { "zstd" } else { "zlib" },
+        lazy_refcounts: v3.then_some(info.lazy_refcounts),
+        refcount_bits: info.refcount_bits,
+        data_file: info
+            .data_file
+            .as_ref()
+            .map(|name| String::from_utf8_lossy(name)),
+        data_file_raw: info.has_data_file.then_some(info.data_file_raw),
+        corrupt: v3.then_some(info.corrupt),
+        extended_l2: v3.then_some(info.extended_l2),
+    };
+    match serde_json::to_value(specific) {
+        Ok(Value::Object(map)) => map,
+        _ => Map::new(),
+    }
+}
+
+/// A name for a terminal: an image must not be able to send it control sequences.
+fn printable(name: &OsStr) -> String {
+    name.to_string_lossy()
+        .chars()
+        .map(|c| match c {
+            '\t' => c.to_string(),
+            c if c.is_control() => c.escape_default().to_string(),
+            c => c.to_string(),
+        })
+        .collect()
+}

@@ -1,0 +1,168 @@
+//! Sizes as QEMU reads and prints them.
+
+/// Why a text is not a size.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Wrong {
+    /// It is not a number with a known suffix.
+    Syntax,
+    /// It is negative or exceeds 64 bits.
+    Range,
+}
+
+/// Reads a size in bytes: decimal, possibly with a fraction, with one of the suffixes b, k, M, G,
+/// T, P, E (powers of 1024, in either case), or hexadecimal without any.
+pub fn parse(text: &str) -> Result<u64, Wrong> {
+    let text = text.trim_start_matches([' ', '\t', '\n', '\u{b}', '\u{c}', '\r']);
+    let (negative, text) = match text.strip_prefix(['+', '-']) {
+        Some(rest) => (text.starts_with('-'), rest),
+        None => (false, text),
+    };
+    let hexadecimal = text.strip_prefix("0x").or_else(|| text.strip_prefix("0X"));
+    let value = match hexadecimal {
+        Some(digits) if !digits.is_empty() => {
+            if !digits.bytes().all(|byte| byte.is_ascii_hexdigit()) {
+                return Err(Wrong::Syntax);
+            }
+            u64::from_str_radix(digits, 16).map_err(|_| Wrong::Range)?
+        }
+        _ => parse_decimal(text)?,
+    };
+    if negative && value > 0 {
+        return Err(Wrong::Range);
+    }
+    Ok(value)
+}
+
+fn parse_decimal(text: &str) -> Result<u64, Wrong> {
+    let digits_end = |text: &str| {
+        text.bytes()
+            .position(|byte| !byte.is_ascii_digit())
+            .unwrap_or(text.len())
+    };
+    let (whole, rest) = text.split_at(digits_end(text));
+    let (fraction, suffix) = match rest.strip_prefix('.') {
+        Some(rest) => rest.split_at(digits_end(rest)),
+        None => ("", rest),
+    };
+    if whole.is_empty() && fraction.is_empty() {
+        return Err(Wrong::Syntax);
+    }
+    let unit = match suffix.to_ascii_lowercase().as_str() {
+        "" | "b" => 0,
+        "k" => 10,
+        "m" => 20,
+        "g" => 30,
+        "t" => 40,
+        "p" => 50,
+        "e" => 60,
+        _ => return Err(Wrong::Syntax),
+    };
+    let has_fraction = fraction.bytes().any(|digit| digit != b'0');
+    if has_fraction && unit == 0 {
+        return Err(Wrong::Syntax);
+    }
+    let whole: u64 = match whole {
+        "" => 0,
+        digits => digits.parse().map_err(|_| Wrong::Range)?,
+    };
+    let part: f64 = format!("0.{fraction}0")
+        .parse()
+        .map_err(|_| Wrong::Syntax)?;
+    let part = (part * (1u64 << unit) as f64).round() as u64;
+    whole
+        .checked_mul(1 << unit)
+        .and_then(|whole| whole.checked_add(part))
+        .ok_or(Wrong::Range)
+}
+
+/// A size in bytes for people: three significant digits and a binary unit.
+pub fn human(bytes: u64) -> String {
+    const UNITS: [&str; 7] = ["", "Ki", "Mi", "Gi", "Ti", "Pi", "Ei"];
+    let mut value = bytes as f64;
+    let mut unit = 0;
+    // The next unit begins where the whole part would have four digits.
+    while value >= 1000.0 && unit + 1 < UNITS.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    format!("{} {}B", three_digits(value), UNITS[unit])
+}
+
+/// C's `%.3g`, for values below 1024.
+fn three_digits(value: f64) -> String {
+    let decimals = match value {
+        v if v >= 999.5 => return "1e+03".to_owned(),
+        v if v >= 99.95 => 0,
+        v if v >= 9.995 => 1,
+        v if v >= 0.9995 || v == 0.0 => 2,
+        _ => 3,
+    };
+    let text = format!("{value:.decimals$}");
+    if text.contains('.') {
+        text.trim_end_matches('0').trim_end_matches('.').to_owned()
+    } else {
+        text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The expected values are what `qemu-img create` and `qemu-img info` print.
+    #[test]
+    fn reads_sizes_like_qemu() {
+        for (text, expected) in [
+            ("1.5G", 1_610_612_736),
+            ("0x1000", 4096),
+            ("1.3k", 1331),
+            ("0.1M", 104_858),
+            ("1b", 1),
+            ("1B", 1),
+            (" 1M", 1 << 20),
+            ("+5", 5),
+            (".5k", 512),
+            ("5.k", 5120),
+            ("010", 10),
+            ("1.00000000000000000000001M", 1 << 20),
+            ("5e", 5 << 60),
+        ] {
+            assert_eq!(parse(text), Ok(expected), "{text}");
+        }
+        for text in [
+            "",
+            "1X",
+            "1e3",
+            "1.5",
+            "1kB",
+            "1M ",
+            "0x10k",
+            "0x1.8",
+            "inf",
+            "1.999999999b",
+            ".",
+            "x",
+        ] {
+            assert_eq!(parse(text), Err(Wrong::Syntax), "{text}");
+        }
+        for text in ["-1", "16E", "99999999999999999999", "0x10000000000000000"] {
+            assert_eq!(parse(text), Err(Wrong::Range), "{text}");
+        }
+    }
+
+    #[test]
+    fn prints_sizes_like_qemu() {
+        for (bytes, expected) in [
+            (0, "0 B"),
+            (512, "512 B"),
+            (1000, "0.977 KiB"),
+            (1331, "1.3 KiB"),
+            (197_120, "192 KiB"),
+            (1_441_792, "1.38 MiB"),
+            (10 << 20, "10 MiB"),
+            (1 << 63, "8 EiB"),
+        ] {
+            assert_eq!(human(bytes), expected);
+        }
+    }
+}

@@ -1,0 +1,164 @@
+//! `check`
+
+use std::fs;
+
+use crate::run::{Both, Place, words};
+
+const KINDS: [&str; 3] = ["", ",data_file=d", ",data_file=d,data_file_raw=on"];
+
+/// An image `t` of a kind with a bit of everything in it.
+fn image(place: &Place, cluster_size: u64, kind: &str) {
+    let size = 300 * cluster_size;
+    place.make(&format!(
+        "create -q -f qcow2 -o cluster_size={cluster_size}{kind} t {size}"
+    ));
+    let at = |clusters: u64| clusters * cluster_size;
+    let mut commands = vec![
+        format!("write {} {}", at(3), at(20)),
+        format!("write -z {} {}", at(10), at(40)),
+        format!("write -zu {} {}", at(12), at(2)),
+        format!("write {} {}", at(100), at(3)),
+        format!("discard {} {}", at(101), at(1)),
+    ];
+    if kind.is_empty() {
+        commands.push(format!("write -c {} {}", at(200), at(1)));
+    }
+    let commands: Vec<_> = commands.iter().map(String::as_str).collect();
+    place.qemu_io("t", &commands);
+}
+
+#[test]
+fn sound_images() {
+    for cluster_size in [512, 65536, 2 << 20] {
+        for kind in KINDS {
+            let both = Both::new(|place| image(place, cluster_size, kind));
+            for options in ["", "-q", "--output=json", "-q --output=json", "-U -f qcow2"] {
+                both.same(&format!("check {options} t"));
+            }
+        }
+    }
+}
+
+#[test]
+fn fails_the_same() {
+    let both = Both::new(|place| {
+        image(place, 4096, ",data_file=d");
+        fs::write(place.path("raw"), [7; 1000]).unwrap();
+        place.make("create -q -f qcow2 -o data_file=gone alone 1M");
+        fs::remove_file(place.path("gone")).unwrap();
+    });
+    let lines = "
+        check
+        check t t
+        check missing
+        check alone
+        check raw
+        check -f raw t
+        check -f qcow2 raw
+        check -f foo t
+        check -r foo t
+        check --output=foo t
+        check --output=json raw
+    ";
+    for line in lines.trim().lines() {
+        both.same(line);
+    }
+}
+
+/// Random damage to the tables: the findings are those of `qemu-img`, line for line.
+#[test]
+fn random_damage() {
+    let mut random = Random(0x7461_6e64_656d);
+    for cluster_size in [512, 4096] {
+        for kind in KINDS {
+            let Both { qemu, tandem } = Both::new(|place| image(place, cluster_size, kind));
+            let sound = fs::read(qemu.path("t")).unwrap();
+            for _ in 0..40 {
+                let (damaged, what) = damage(&sound, &mut random);
+                for place in [&qemu, &tandem] {
+                    fs::write(place.path("t"), &damaged).unwrap();
+                }
+                compare(&qemu, &tandem, &format!("{cluster_size}{kind}: {what}"));
+                assert_eq!(fs::read(tandem.path("t")).unwrap(), damaged);
+            }
+        }
+    }
+}
+
+/// Compares the results of a check, all but what is found on purpose by one of the programs.
+fn compare(qemu: &Place, tandem: &Place, what: &str) {
+    let args = words("check -f qcow2 t");
+    let (expected, found) = (qemu.run(&args), tandem.run(&args));
+    let added = "is not at its guest offset";
+    let lines = |text: &str| -> Vec<String> {
+        text.lines()
+            .filter(|line| !line.contains(added) && !line.starts_with("qcow2: Image is corrupt:"))
+            .map(str::to_owned)
+            .collect()
+    };
+    assert_eq!(lines(&found.stderr), lines(&expected.stderr), "{what}");
+    if found.stderr.contains(added) {
+        assert_eq!(
+            found.status,
+            expected
+                .status
+                .map(|status| if status == 1 { 1 } else { 2 })
+        );
+    } else {
+        assert_eq!(
+            (found.status, found.stdout),
+            (expected.status, expected.stdout),
+            "{what}"
+        );
+    }
+}
+
+/// Changes an entry or two of the L1 table, the refcount structures, or an L2 table.
+fn damage(sound: &[u8], random: &mut Random) -> (Vec<u8>, String) {
+    let word = |at: usize| u64::from_be_bytes(sound[at..at + 8].try_into().unwrap());
+    let cluster_size = 1usize << sound[23];
+    let clusters = (sound.len() / cluster_size) as u64;
+    let offset = |entry: u64| (entry & 0x00ff_ffff_ffff_fe00) as usize;
+    let (l1, refcount_table) = (word(40) as usize, word(48) as usize);
+    let l1_size = word(32) as usize & 0xffff_ffff;
+    let mut damaged = sound.to_vec();
+    let mut what = String::new();
+    for _ in 0..1 + random.below(2) {
+        let l2 = offset(word(l1 + 8 * random.below(l1_size as u64) as usize));
+        let at = match random.below(4) {
+            0 => l1 + 8 * random.below(l1_size as u64) as usize,
+            1 => refcount_table + 8 * random.below(2) as usize,
+            2 => word(refcount_table) as usize + 8 * random.below(clusters.div_ceil(4)) as usize,
+            _ if l2 > 0 => l2 + 8 * random.below(cluster_size as u64 / 8) as usize,
+            _ => continue,
+        };
+        let old = u64::from_be_bytes(damaged[at..at + 8].try_into().unwrap());
+        let new = match random.below(5) {
+            0 => 0,
+            1 => old ^ (1 << random.below(64)),
+            2 => old.wrapping_add(cluster_size as u64),
+            3 => (random.below(clusters + 3) * cluster_size as u64) | (random.below(2) << 63),
+            _ => random.below(u64::MAX) >> random.below(64),
+        };
+        damaged[at..at + 8].copy_from_slice(&new.to_be_bytes());
+        what += &format!("{old:#x} at {at:#x} becomes {new:#x}; ");
+    }
+    if random.below(10) == 0 {
+        let len = random.below(sound.len() as u64);
+        damaged.truncate(len as usize);
+        what += &format!("cut at {len}");
+    }
+    (damaged, what)
+}
+
+/// The same numbers in every run (xorshift64).
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, end: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % end
+    }
+}

@@ -1,0 +1,15 @@
+//! The same command lines for `tandem-img` and for the `qemu-img` that is installed: equal
+//! output, messages, exit status and images.
+//!
+//! Where the two differ on purpose, the test says how, and README.md tells the user.
+#![expect(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test that cannot go on has failed"
+)]
+
+mod check;
+mod create;
+mod damage;
+mod info;
+mod run;

@@ -1,0 +1,150 @@
+//! Running the two programs in directories of equal content.
+
+use std::fs;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use tempfile::TempDir;
+
+/// What a program did.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Run {
+    pub status: Option<i32>,
+    pub stdout: String,
+    pub stderr: String,
+}
+
+/// A directory in which a program runs.
+pub struct Place {
+    dir: TempDir,
+    program: &'static str,
+}
+
+const TANDEM: &str = env!("CARGO_BIN_EXE_tandem-img");
+const QEMU: &str = "/usr/bin/qemu-img";
+
+impl Place {
+    /// An empty directory for `tandem-img`.
+    pub fn tandem() -> Self {
+        Self {
+            dir: tempfile::tempdir().unwrap(),
+            program: TANDEM,
+        }
+    }
+
+    /// An empty directory for `qemu-img`.
+    pub fn qemu() -> Self {
+        Self {
+            program: QEMU,
+            ..Self::tandem()
+        }
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// Runs the program of this place under the name `qemu-img`.
+    pub fn run(&self, args: &[&str]) -> Run {
+        self.run_program(self.program, args)
+    }
+
+    /// Runs QEMU's own program in this place, whatever the place is for.
+    pub fn qemu_img(&self, args: &[&str]) -> Run {
+        self.run_program(QEMU, args)
+    }
+
+    fn run_program(&self, program: &str, args: &[&str]) -> Run {
+        let output = Command::new(program)
+            .arg0("qemu-img")
+            .args(args)
+            .current_dir(self.dir.path())
+            .output()
+            .unwrap_or_else(|e| panic!("{program}: {e}"));
+        Run {
+            status: output.status.code(),
+            stdout: String::from_utf8(output.stdout).unwrap(),
+            stderr: String::from_utf8(output.stderr).unwrap(),
+        }
+    }
+
+    /// Runs `qemu-img`, which must succeed.
+    pub fn make(&self, line: &str) {
+        let made = self.qemu_img(&words(line));
+        assert_eq!(made.status, Some(0), "{line}: {}", made.stderr);
+    }
+
+    /// Runs commands of `qemu-io` on an image.
+    pub fn qemu_io(&self, image: &str, commands: &[&str]) {
+        let done = Command::new("qemu-io")
+            .args(commands.iter().flat_map(|command| ["-c", command]))
+            .arg(image)
+            .current_dir(self.dir.path())
+            .output()
+            .unwrap();
+        assert!(
+            done.status.success(),
+            "{}",
+            String::from_utf8_lossy(&done.stderr)
+        );
+    }
+
+    /// Names and content of the files, sorted by name.
+    pub fn content(&self) -> Vec<(String, Vec<u8>)> {
+        let mut files: Vec<_> = fs::read_dir(self.dir.path())
+            .unwrap()
+            .map(|entry| {
+                let entry = entry.unwrap();
+                let name = entry.file_name().into_string().unwrap();
+                let content = fs::read(entry.path()).unwrap_or_default();
+                (name, content)
+            })
+            .collect();
+        files.sort();
+        files
+    }
+}
+
+/// Splits a command line at blanks; `''` is an empty word.
+pub fn words(line: &str) -> Vec<&str> {
+    line.split_whitespace()
+        .map(|word| if word == "''" { "" } else { word })
+        .collect()
+}
+
+/// A place of each program, with equal content.
+pub struct Both {
+    pub qemu: Place,
+    pub tandem: Place,
+}
+
+impl Both {
+    /// Two places made by `prepare`.
+    pub fn new(prepare: impl Fn(&Place)) -> Self {
+        let both = Self {
+            qemu: Place::qemu(),
+            tandem: Place::tandem(),
+        };
+        prepare(&both.qemu);
+        prepare(&both.tandem);
+        both
+    }
+
+    /// Two empty places.
+    pub fn empty() -> Self {
+        Self::new(|_| ())
+    }
+
+    /// Runs `line` with both programs; fails unless output, messages and status are equal.
+    pub fn same(&self, line: &str) {
+        let args = words(line);
+        let (expected, found) = (self.qemu.run(&args), self.tandem.run(&args));
+        assert_eq!(found, expected, "{line}");
+    }
+}
+
+/// Length of a file in a place.
+pub fn len(place: &Place, name: impl AsRef<Path>) -> u64 {
+    fs::metadata(place.dir.path().join(name)).unwrap().len()
+}

@@ -1,0 +1,21 @@
+//! The cases of the guest suite.
+
+mod abrupt;
+mod disks;
+mod machine;
+mod roundtrip;
+
+use crate::suite::Case;
+
+/// Every case, the longest first, so that two jobs end at about the same time.
+pub fn all() -> Vec<Case> {
+    [
+        roundtrip::cases(),
+        disks::cases(),
+        abrupt::cases(),
+        machine::cases(),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
+}

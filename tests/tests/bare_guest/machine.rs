@@ -1,0 +1,128 @@
+//! Running the guest, in this process: of a VM of its own KVM tells how often the guest had to stop.
+
+use std::env;
+use std::fs;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::sync::{LazyLock, Mutex, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use tandem_tests::process::{command, run};
+use tandem_vmm::{Config, ExitReason, SerialConfig, Vmm};
+
+use crate::disk::Disk;
+use crate::exits::MmioExits;
+
+/// How long a guest may run; far longer than it takes on a busy machine.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// Whether there is a KVM. If not, says so, or fails the test if `TANDEM_REQUIRE_KVM` is 1.
+pub fn have_kvm() -> bool {
+    let exists = Path::new("/dev/kvm").exists();
+    if !exists {
+        let is_required = env::var_os("TANDEM_REQUIRE_KVM").is_some_and(|v| v == "1");
+        assert!(
+            !is_required,
+            "TANDEM_REQUIRE_KVM=1, but there is no /dev/kvm"
+        );
+        // Not by `eprintln!`, whose output is kept back when a test passes.
+        let _ = writeln!(io::stderr(), "skipped: there is no /dev/kvm");
+    }
+    exists
+}
+
+/// The guest's program, built from source.
+static GUEST: LazyLock<PathBuf> = LazyLock::new(|| {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("bare-guest");
+    let target = Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name("bare-guest");
+    let mut cargo = command(env!("CARGO"));
+    cargo
+        .args(["build", "--quiet", "--locked", "--manifest-path"])
+        .arg(source.join("Cargo.toml"))
+        .arg("--target-dir")
+        .arg(&target);
+    // These are for programs of this machine.
+    for name in ["RUSTFLAGS", "CARGO_ENCODED_RUSTFLAGS", "CARGO_BUILD_TARGET"] {
+        cargo.env_remove(name);
+    }
+    run(&mut cargo).unwrap();
+    target.join("debug/bare-guest")
+});
+
+/// A start of the guest.
+pub struct Start<'a> {
+    disks: &'a [Disk],
+    console: PathBuf,
+    /// The machine.
+    pub config: Config,
+}
+
+/// How a guest ended.
+pub struct Ended {
+    /// How often it left for this process to handle an access to a device's registers.
+    pub mmio_exits: u64,
+}
+
+impl<'a> Start<'a> {
+    /// A machine with `disks`, whose console is a file in `dir`.
+    pub fn new(dir: &Path, disks: &'a [Disk]) -> Self {
+        let console = dir.join("console");
+        let mut config = Config::new(&*GUEST);
+        config.memory = 64 << 20;
+        config.serial = SerialConfig::File(console.clone());
+        config.disks = disks.iter().map(Disk::config).collect();
+        Self {
+            disks,
+            console,
+            config,
+        }
+    }
+
+    /// Runs the guest until it powers off, and checks that it has found all `cases` well.
+    pub fn run(mut self, cases: &[&str]) -> Ended {
+        let disks = self.disks.iter().map(Disk::cmdline);
+        let words: Vec<_> = disks
+            .chain([format!("cases={}", cases.join(","))])
+            .collect();
+        self.config.cmdline = words.join(" ");
+        let ended = power_off(self.config);
+        let said = fs::read_to_string(&self.console).unwrap();
+        let lines = said.lines().filter(|line| line.starts_with("case "));
+        let expected: Vec<_> = cases.iter().map(|name| format!("case {name} ok")).collect();
+        let ended = ended.unwrap_or_else(|error| panic!("{error}; the guest said\n{said}"));
+        assert!(lines.eq(&expected), "the guest said\n{said}");
+        for line in said.lines().filter(|line| line.starts_with("speed ")) {
+            println!("{line}");
+        }
+        ended
+    }
+}
+
+/// Runs a machine until it powers off; anything else is an error.
+fn power_off(config: Config) -> Result<Ended, String> {
+    // One at a time: the VM's files are found by their names in this process.
+    static ONE: Mutex<()> = Mutex::new(());
+    let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
+
+    let vmm = Vmm::build(&config).map_err(|error| error.to_string())?;
+    let exits = MmioExits::of_cpu(0).map_err(|error| format!("KVM's statistics: {error}"))?;
+    let stop = vmm.stop_handle();
+    let (sender, ended) = channel();
+    thread::spawn(move || sender.send(vmm.run()));
+    let mut reason = ended.recv_timeout(LIMIT);
+    if matches!(reason, Err(RecvTimeoutError::Timeout)) {
+        stop.stop();
+        reason = ended.recv_timeout(LIMIT);
+    }
+    match reason {
+        Ok(Ok(ExitReason::PowerOff)) => Ok(Ended {
+            mmio_exits: exits.count().map_err(|error| error.to_string())?,
+        }),
+        Ok(Ok(ExitReason::Stopped)) => Err(format!("it did not end within {LIMIT:?}")),
+        Ok(Ok(reason)) => Err(format!("it ended with {reason:?}")),
+        Ok(Err(error)) => Err(error.to_string()),
+        Err(error) => Err(format!("the machine did not end: {error}")),
+    }
+}

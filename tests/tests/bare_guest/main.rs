@@ -1,0 +1,91 @@
+//! Tandem on this machine's own KVM, with a guest that has no operating system: it drives its disks
+//! with a driver written by others. What it does is in `tests/bare-guest`.
+
+#[path = "../../bare-guest/src/content.rs"]
+mod content;
+mod disk;
+mod exits;
+mod machine;
+
+use disk::{Disk, Kind};
+use machine::{Start, have_kvm};
+
+#[test]
+fn disks_of_every_kind_work_and_keep_what_is_written() {
+    if !have_kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let kinds = [
+        Kind::Internal,
+        Kind::External,
+        Kind::ExternalRaw,
+        Kind::RawFormat,
+    ];
+    let mut disks = kinds.map(|kind| Disk::create(dir.path(), kind)).to_vec();
+
+    let new = [
+        "identity",
+        "blank",
+        "sizes",
+        "segments",
+        "flush",
+        "beyond-the-end",
+        "interrupts",
+        "in-flight",
+        "together",
+        "restart",
+        "speed",
+        "fill",
+        "content",
+    ];
+    Start::new(dir.path(), &disks).run(&new);
+    for (index, disk) in disks.iter().enumerate() {
+        disk.assert_content(index);
+    }
+
+    let again = [
+        "identity",
+        "content",
+        "in-flight",
+        "together",
+        "fill",
+        "content",
+    ];
+    let mut start = Start::new(dir.path(), &disks);
+    start.config.cpus = 2;
+    start.run(&again);
+    for (index, disk) in disks.iter().enumerate() {
+        disk.assert_content(index);
+    }
+
+    let before: Vec<_> = disks.iter().map(Disk::files).collect();
+    for disk in &mut disks {
+        disk.read_only = true;
+    }
+    let read_only = [
+        "identity",
+        "read-only",
+        "beyond-the-end",
+        "flush",
+        "interrupts",
+        "content",
+    ];
+    Start::new(dir.path(), &disks).run(&read_only);
+    let after: Vec<_> = disks.iter().map(Disk::files).collect();
+    assert!(before == after, "a file of a read-only disk has changed");
+}
+
+/// Of the guest's accesses to the registers, KVM hands to this process all but the doorbells.
+#[test]
+fn doorbells_cause_no_exits() {
+    if !have_kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let disks = [Disk::create(dir.path(), Kind::ExternalRaw)];
+    let ended = Start::new(dir.path(), &disks).run(&["doorbells"]);
+    // The guest has read a register 1,000 times and rung 10,000 times.
+    let exits = ended.mmio_exits;
+    assert!((1000..10_000).contains(&exits), "{exits} exits");
+}

@@ -1,0 +1,287 @@
+//! Builds states that a power failure can leave, and judges them.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+
+use tandem_block::Disk;
+use tandem_block::qcow2::{FindingKind, OpenOptions, Qcow2, check_storage};
+use vm_memory::VolatileSlice;
+
+use crate::storage::{Event, Log, Memory, SECTOR, Which, Write, apply_write};
+use crate::workload::{Kind, Op, Random, Setup, ops, perform, stamp_of};
+
+/// Requests of a workload.
+const OPS: usize = 24;
+/// States built for each point of the log where power can fail.
+const STATES_PER_POINT: usize = 3;
+
+/// A broken promise.
+pub struct Found {
+    pub problem: String,
+    /// Number of the last event before the power failure.
+    pub point: usize,
+}
+
+/// Explores one workload on one image.
+pub struct Explorer {
+    setup: Setup,
+    options: OpenOptions,
+    random: Random,
+    /// States judged so far.
+    pub states: usize,
+}
+
+/// The content of both files.
+#[derive(Clone)]
+struct Files {
+    image: Vec<u8>,
+    data: Vec<u8>,
+}
+
+impl Files {
+    fn get(&mut self, which: Which) -> &mut Vec<u8> {
+        match which {
+            Which::Image => &mut self.image,
+            Which::Data => &mut self.data,
+        }
+    }
+}
+
+/// What each sector of the disk may read as: the stamps of the writes it may show.
+type Allowed = Vec<BTreeSet<u64>>;
+
+impl Explorer {
+    pub fn new(setup: Setup, seed: u64) -> Self {
+        let tag = (setup.kind as u64) << 40 | u64::from(setup.version) << 32 | setup.cluster_size;
+        // With room for a few tables only, write-back happens in the middle of requests.
+        let l2_cache_size = if seed.is_multiple_of(2) { 4 << 20 } else { 0 };
+        Self {
+            setup,
+            options: OpenOptions {
+                l2_cache_size,
+                ..OpenOptions::default()
+            },
+            random: Random(seed << 44 ^ tag),
+            states: 0,
+        }
+    }
+
+    /// Runs a workload and explores the log that `alter` makes of what was recorded.
+    pub fn run(&mut self, alter: impl Fn(Event) -> Option<Event>) -> Result<(), Found> {
+        let (image, data) = self.setup.files();
+        let start = Files { image, data };
+        let ops = ops(&self.setup, &mut self.random, OPS, 1);
+        let log: Vec<Event> = self
+            .record(&start, &ops)
+            .into_iter()
+            .filter_map(alter)
+            .collect();
+
+        // What is on disk for certain, and what was done since to each file.
+        let mut synced = start;
+        let mut pending: Vec<Write> = Vec::new();
+        let mut allowed: Allowed = vec![BTreeSet::from([0]); self.sectors()];
+        for (point, event) in log.iter().enumerate() {
+            match event {
+                Event::Write(write) => pending.push(write.clone()),
+                Event::Sync { file } => {
+                    for write in pending.extract_if(.., |write| write.file == *file) {
+                        apply(&mut synced, &write);
+                    }
+                }
+                Event::Begun { op } => allow(&mut allowed, &ops[*op]),
+                Event::Flushed { op } => allowed = settled(&ops[..=*op], self.sectors()),
+            }
+            for _ in 0..STATES_PER_POINT {
+                let state = self.crash(&synced, &pending);
+                self.states += 1;
+                self.judge(state, &allowed)
+                    .map_err(|problem| Found { problem, point })?;
+            }
+        }
+        Ok(())
+    }
+
+    fn sectors(&self) -> usize {
+        self.setup.size() as usize / SECTOR
+    }
+
+    fn record(&self, start: &Files, ops: &[Op]) -> Vec<Event> {
+        let log = Log::default();
+        let image = Memory::recording(Which::Image, start.image.clone(), &log);
+        let data = Memory::recording(Which::Data, start.data.clone(), &log);
+        let disk = self.open(image, data).unwrap();
+        for (op, request) in ops.iter().enumerate() {
+            log.lock().unwrap().push(Event::Begun { op });
+            perform(&disk, request);
+            if matches!(request, Op::Flush) {
+                log.lock().unwrap().push(Event::Flushed { op });
+            }
+        }
+        drop(disk);
+        std::mem::take(&mut *log.lock().unwrap())
+    }
+
+    fn open(&self, image: Memory, data: Memory) -> tandem_block::Result<Qcow2> {
+        let data = (self.setup.kind != Kind::Internal).then(|| Box::new(data) as _);
+        Qcow2::with_storage(Path::new("image"), Box::new(image), data, &self.options)
+    }
+
+    /// What is synced, with a random part of what is not.
+    fn crash(&mut self, synced: &Files, pending: &[Write]) -> Files {
+        let mut state = synced.clone();
+        // None, all, each of them or not, or each sector of them or not.
+        let mode = self.random.below(6);
+        for write in pending {
+            match mode {
+                0 => {}
+                1 => apply(&mut state, write),
+                2..=3 => {
+                    if self.random.below(2) == 0 {
+                        apply(&mut state, write);
+                    }
+                }
+                _ => self.tear(state.get(write.file), write.offset, &write.bytes),
+            }
+        }
+        state
+    }
+
+    /// Applies some of the sectors of a write.
+    fn tear(&mut self, content: &mut Vec<u8>, offset: u64, bytes: &[u8]) {
+        let mut at = 0;
+        while at < bytes.len() {
+            let position = offset + at as u64;
+            let in_sector = SECTOR - position as usize % SECTOR;
+            let n = in_sector.min(bytes.len() - at);
+            if self.random.below(2) == 0 {
+                apply_write(content, position, &bytes[at..at + n]);
+            }
+            at += n;
+        }
+    }
+
+    /// Opens `state` and checks the promises, before and after more requests.
+    fn judge(&mut self, state: Files, allowed: &Allowed) -> Result<(), String> {
+        let image = Arc::new(Mutex::new(state.image));
+        let data = Arc::new(Mutex::new(state.data));
+        let files = || {
+            (
+                Memory::plain(Which::Image, &image),
+                Memory::plain(Which::Data, &data),
+            )
+        };
+        check(&files().0)?;
+        let (i, d) = files();
+        let disk = self.open(i, d).map_err(|e| format!("does not open: {e}"))?;
+        let mut stamps = self.read_stamps(&disk)?;
+        for (sector, (stamp, allowed)) in stamps.iter().zip(allowed).enumerate() {
+            if !allowed.contains(stamp) {
+                return Err(format!(
+                    "sector {sector} is {stamp:#x}, not one of {allowed:x?}"
+                ));
+            }
+        }
+        self.compare_raw(&data, &stamps)?;
+
+        let more = ops(&self.setup, &mut self.random, 4, 1 << 32);
+        for op in &more {
+            perform(&disk, op);
+            note(&mut stamps, op);
+        }
+        disk.flush().map_err(|e| e.to_string())?;
+        drop(disk);
+        let (i, d) = files();
+        check(&i)?;
+        let disk = self
+            .open(i, d)
+            .map_err(|e| format!("does not open again: {e}"))?;
+        if self.read_stamps(&disk)? != stamps {
+            return Err("content is wrong after the crash and more requests".into());
+        }
+        self.compare_raw(&data, &stamps)
+    }
+
+    fn read_stamps(&self, disk: &dyn Disk) -> Result<Vec<u64>, String> {
+        let mut bytes = vec![0; self.setup.size() as usize];
+        disk.read_at(&[VolatileSlice::from(&mut bytes[..])], 0)
+            .map_err(|e| e.to_string())?;
+        let stamp = |(i, s)| stamp_of(s).map_err(|e| format!("sector {i} {e}"));
+        bytes.chunks_exact(SECTOR).enumerate().map(stamp).collect()
+    }
+
+    /// A raw data file shows what the disk shows.
+    fn compare_raw(&self, data: &Mutex<Vec<u8>>, stamps: &[u64]) -> Result<(), String> {
+        if self.setup.kind != Kind::Raw {
+            return Ok(());
+        }
+        let data = data.lock().unwrap();
+        for (sector, (bytes, stamp)) in data.chunks_exact(SECTOR).zip(stamps).enumerate() {
+            if stamp_of(bytes) != Ok(*stamp) {
+                return Err(format!("raw file: sector {sector} is not {stamp:#x}"));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// `check` finds leaks at most.
+fn check(image: &Memory) -> Result<(), String> {
+    let mut worst = None;
+    let report = check_storage(Path::new("image"), image, &mut |finding| {
+        if finding.kind != FindingKind::Leak {
+            worst = Some(finding.text);
+        }
+    });
+    match (report, worst) {
+        (Err(e), _) => Err(format!("check fails: {e}")),
+        (Ok(_), Some(text)) => Err(format!("check finds: {text}")),
+        (Ok(report), None) if report.corruptions > 0 => Err("check finds corruptions".into()),
+        (Ok(_), None) => Ok(()),
+    }
+}
+
+fn apply(files: &mut Files, write: &Write) {
+    apply_write(files.get(write.file), write.offset, &write.bytes);
+}
+
+/// The sectors that `op` writes, and the stamp they get.
+fn written(op: &Op) -> Option<(std::ops::Range<usize>, u64)> {
+    match *op {
+        Op::Write {
+            sector,
+            count,
+            stamp,
+        } => Some((sector, count, stamp)),
+        Op::Zero { sector, count, .. } => Some((sector, count, 0)),
+        Op::Flush => None,
+    }
+    .map(|(sector, count, stamp)| (sector as usize..(sector + count) as usize, stamp))
+}
+
+/// `op` may take effect.
+fn allow(allowed: &mut Allowed, op: &Op) {
+    if let Some((sectors, stamp)) = written(op) {
+        for stamps in &mut allowed[sectors] {
+            stamps.insert(stamp);
+        }
+    }
+}
+
+/// `op` has taken effect.
+fn note(stamps: &mut [u64], op: &Op) {
+    if let Some((sectors, stamp)) = written(op) {
+        stamps[sectors].fill(stamp);
+    }
+}
+
+/// What the sectors read as when all of `ops` are durable.
+fn settled(ops: &[Op], sectors: usize) -> Allowed {
+    let mut stamps = vec![0; sectors];
+    ops.iter().for_each(|op| note(&mut stamps, op));
+    stamps
+        .into_iter()
+        .map(|stamp| BTreeSet::from([stamp]))
+        .collect()
+}

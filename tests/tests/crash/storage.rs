@@ -1,0 +1,153 @@
+//! Storage in memory that records what happens to it.
+
+use std::io;
+use std::sync::{Arc, Mutex};
+
+use tandem_block::Storage;
+use vm_memory::VolatileSlice;
+
+/// Unit in which a write can be torn.
+pub const SECTOR: usize = 512;
+
+/// One of the files of an image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Which {
+    Image,
+    Data,
+}
+
+/// Something that happened to a file, or to the workload.
+#[derive(Clone, Debug)]
+pub enum Event {
+    Write(Write),
+    Sync {
+        file: Which,
+    },
+    /// The guest's request number `op` was begun.
+    Begun {
+        op: usize,
+    },
+    /// A flush has returned: request number `op` and all before it are durable.
+    Flushed {
+        op: usize,
+    },
+}
+
+/// Bytes that were written to a file.
+#[derive(Clone, Debug)]
+pub struct Write {
+    pub file: Which,
+    pub offset: u64,
+    pub bytes: Vec<u8>,
+}
+
+/// What happened, in order.
+pub type Log = Arc<Mutex<Vec<Event>>>;
+
+/// A file in memory.
+#[derive(Debug)]
+pub struct Memory {
+    which: Which,
+    bytes: Arc<Mutex<Vec<u8>>>,
+    log: Option<Log>,
+}
+
+impl Memory {
+    /// A file of `bytes` that records in `log`.
+    pub fn recording(which: Which, bytes: Vec<u8>, log: &Log) -> Self {
+        Self {
+            which,
+            bytes: Arc::new(Mutex::new(bytes)),
+            log: Some(log.clone()),
+        }
+    }
+
+    /// A file over shared bytes.
+    pub fn plain(which: Which, bytes: &Arc<Mutex<Vec<u8>>>) -> Self {
+        Self {
+            which,
+            bytes: bytes.clone(),
+            log: None,
+        }
+    }
+
+    fn record(&self, event: Event) {
+        if let Some(log) = &self.log {
+            log.lock().unwrap().push(event);
+        }
+    }
+}
+
+/// Applies a write to the content of a file.
+pub fn apply_write(content: &mut Vec<u8>, offset: u64, bytes: &[u8]) {
+    let end = offset as usize + bytes.len();
+    if content.len() < end {
+        content.resize(end, 0);
+    }
+    content[offset as usize..end].copy_from_slice(bytes);
+}
+
+impl Storage for Memory {
+    fn read_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> io::Result<()> {
+        let mut at = offset;
+        for buf in bufs {
+            let mut bytes = vec![0; buf.len()];
+            self.read_bytes_at(&mut bytes, at)?;
+            buf.copy_from(&bytes);
+            at += bytes.len() as u64;
+        }
+        Ok(())
+    }
+
+    fn write_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> io::Result<()> {
+        let mut whole = Vec::new();
+        for buf in bufs {
+            let mut bytes = vec![0; buf.len()];
+            buf.copy_to(&mut bytes);
+            whole.extend(bytes);
+        }
+        self.write_bytes_at(&whole, offset)
+    }
+
+    fn read_bytes_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        let content = self.bytes.lock().unwrap();
+        let start = content.len().min(offset as usize);
+        let n = buf.len().min(content.len() - start);
+        buf[..n].copy_from_slice(&content[start..start + n]);
+        buf[n..].fill(0);
+        Ok(())
+    }
+
+    fn write_bytes_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        apply_write(&mut self.bytes.lock().unwrap(), offset, bytes);
+        self.record(Event::Write(Write {
+            file: self.which,
+            offset,
+            bytes: bytes.to_vec(),
+        }));
+        Ok(())
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64, _unmap: bool) -> io::Result<()> {
+        let len = len.min(self.size()?.saturating_sub(offset));
+        self.write_bytes_at(&vec![0; len as usize], offset)
+    }
+
+    fn next_data(&self, offset: u64) -> io::Result<Option<u64>> {
+        let content = self.bytes.lock().unwrap();
+        let start = content.len().min(offset as usize);
+        Ok(content[start..]
+            .iter()
+            .position(|b| *b != 0)
+            .map(|i| offset + i as u64))
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.record(Event::Sync { file: self.which });
+        Ok(())
+    }
+
+    fn size(&self) -> io::Result<u64> {
+        Ok(self.bytes.lock().unwrap().len() as u64)
+    }
+}

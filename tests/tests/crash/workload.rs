@@ -1,0 +1,165 @@
+//! Random guest requests, and the images they run on.
+
+use std::path::Path;
+
+use tandem_block::Disk;
+use tandem_block::qcow2::{CreateOptions, create};
+use vm_memory::VolatileSlice;
+
+use crate::storage::SECTOR;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    Internal,
+    External,
+    Raw,
+}
+
+/// An image to explore.
+#[derive(Clone, Copy, Debug)]
+pub struct Setup {
+    pub kind: Kind,
+    pub version: u32,
+    pub cluster_size: u64,
+}
+
+impl Setup {
+    /// Size of the disk in bytes: enough clusters for several L2 tables of the smallest ones, and
+    /// an end within a cluster.
+    pub fn size(&self) -> u64 {
+        (self.cluster_size * 24).max(160 * 512) + 512
+    }
+
+    /// The files of a new image.
+    pub fn files(&self) -> (Vec<u8>, Vec<u8>) {
+        let dir = tempfile::tempdir().unwrap();
+        let (image, data) = (dir.path().join("image"), dir.path().join("data"));
+        let mut options = CreateOptions {
+            size: self.size(),
+            ..CreateOptions::default()
+        };
+        options.version = self.version;
+        options.cluster_size = self.cluster_size;
+        options.data_file = (self.kind != Kind::Internal).then(|| data.clone());
+        options.data_file_raw = self.kind == Kind::Raw;
+        create(&image, &options).unwrap();
+        let read = |path: &Path| std::fs::read(path).unwrap_or_default();
+        (read(&image), read(&data))
+    }
+}
+
+/// A generator of random numbers that is the same everywhere (SplitMix64).
+#[derive(Clone, Debug)]
+pub struct Random(pub u64);
+
+impl Random {
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ z >> 31
+    }
+
+    /// A number below `n`.
+    pub fn below(&mut self, n: u64) -> u64 {
+        self.next() % n
+    }
+}
+
+/// A guest request. Sectors are counted in units of 512 bytes.
+#[derive(Clone, Debug)]
+pub enum Op {
+    /// Every sector gets `stamp`.
+    Write {
+        sector: u64,
+        count: u64,
+        stamp: u64,
+    },
+    Zero {
+        sector: u64,
+        count: u64,
+        unmap: bool,
+    },
+    Flush,
+}
+
+/// `count` random requests for a disk of `setup`, whose stamps begin at `stamp`.
+pub fn ops(setup: &Setup, random: &mut Random, count: usize, stamp: u64) -> Vec<Op> {
+    let sectors = setup.size() / SECTOR as u64;
+    let per_cluster = (setup.cluster_size / SECTOR as u64).max(1);
+    (0..count)
+        .map(|i| {
+            let longest = if random.below(4) == 0 {
+                3 * per_cluster + 2
+            } else {
+                per_cluster
+            };
+            let count = 1 + random.below(longest.min(sectors));
+            let mut sector = random.below(sectors - count + 1);
+            let mut count = count;
+            if random.below(2) == 0 {
+                // Whole clusters.
+                sector -= sector % per_cluster;
+                count = count.next_multiple_of(per_cluster).min(sectors - sector);
+            }
+            match random.below(10) {
+                0..=5 => Op::Write {
+                    sector,
+                    count,
+                    stamp: stamp + i as u64,
+                },
+                6..=7 => Op::Zero {
+                    sector,
+                    count,
+                    unmap: random.below(2) == 0,
+                },
+                _ => Op::Flush,
+            }
+        })
+        .collect()
+}
+
+/// What a sector with `stamp` holds; stamp 0 is a sector of zeros.
+pub fn sector_bytes(stamp: u64) -> [u8; SECTOR] {
+    let mut bytes = [0; SECTOR];
+    bytes.as_chunks_mut().0.fill(stamp.to_le_bytes());
+    bytes
+}
+
+/// The stamp of a sector; an error says what is wrong if it is not one whole sector.
+pub fn stamp_of(bytes: &[u8]) -> Result<u64, String> {
+    let words = bytes.as_chunks::<8>().0;
+    if words.iter().any(|w| *w != words[0]) {
+        return Err(format!(
+            "is mixed: {:x?} {:x?}",
+            words[0],
+            words[words.len() - 1]
+        ));
+    }
+    Ok(u64::from_le_bytes(words[0]))
+}
+
+/// Carries out `op`.
+pub fn perform(disk: &dyn Disk, op: &Op) {
+    match *op {
+        Op::Write {
+            sector,
+            count,
+            stamp,
+        } => {
+            let mut bytes = sector_bytes(stamp).repeat(count as usize);
+            let bufs = [VolatileSlice::from(&mut bytes[..])];
+            disk.write_at(&bufs, sector * SECTOR as u64).unwrap();
+        }
+        Op::Zero {
+            sector,
+            count,
+            unmap,
+        } => {
+            disk.write_zeroes(sector * SECTOR as u64, count * SECTOR as u64, unmap)
+                .unwrap();
+        }
+        Op::Flush => disk.flush().unwrap(),
+    }
+}

@@ -1,0 +1,184 @@
+//! Files that fail: the one request fails, later ones work, and the image stays whole.
+
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use tandem_block::qcow2::{OpenOptions, Qcow2};
+use tandem_block::{Disk, Error, FileStorage, Storage};
+use vm_memory::VolatileSlice;
+
+use crate::qemu::{Image, Kind, read_all, write};
+
+/// Calls that a file may still carry out before one fails.
+#[derive(Debug, Default)]
+struct Fuse {
+    writes: AtomicU64,
+    syncs: AtomicU64,
+}
+
+const NEVER: u64 = u64::MAX;
+
+impl Fuse {
+    fn new() -> Arc<Self> {
+        let fuse = Self::default();
+        fuse.writes.store(NEVER, Ordering::Relaxed);
+        fuse.syncs.store(NEVER, Ordering::Relaxed);
+        Arc::new(fuse)
+    }
+
+    /// Fails once, when `left` calls have been made.
+    fn burn(left: &AtomicU64, errno: i32) -> io::Result<()> {
+        let before = left.fetch_sub(
+            u64::from(left.load(Ordering::Relaxed) != NEVER),
+            Ordering::Relaxed,
+        );
+        if before == 0 {
+            left.store(NEVER, Ordering::Relaxed);
+            return Err(io::Error::from_raw_os_error(errno));
+        }
+        Ok(())
+    }
+}
+
+#[derive(Debug)]
+struct Faulty {
+    file: FileStorage,
+    fuse: Arc<Fuse>,
+}
+
+impl Storage for Faulty {
+    fn read_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> io::Result<()> {
+        self.file.read_at(bufs, offset)
+    }
+
+    fn write_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> io::Result<()> {
+        Fuse::burn(&self.fuse.writes, libc::ENOSPC)?;
+        self.file.write_at(bufs, offset)
+    }
+
+    fn read_bytes_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        self.file.read_bytes_at(buf, offset)
+    }
+
+    fn write_bytes_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        Fuse::burn(&self.fuse.writes, libc::ENOSPC)?;
+        self.file.write_bytes_at(buf, offset)
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
+        Fuse::burn(&self.fuse.writes, libc::ENOSPC)?;
+        self.file.write_zeroes(offset, len, unmap)
+    }
+
+    fn next_data(&self, offset: u64) -> io::Result<Option<u64>> {
+        self.file.next_data(offset)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        Fuse::burn(&self.fuse.syncs, libc::EIO)?;
+        self.file.sync()
+    }
+
+    fn size(&self) -> io::Result<u64> {
+        self.file.size()
+    }
+}
+
+/// `image`, whose image file and data file burn `fuse`.
+fn open(image: &Image, fuse: &Arc<Fuse>) -> Qcow2 {
+    let storage = |path: &std::path::Path| -> Box<dyn Storage> {
+        let file = File::options().read(true).write(true).open(path).unwrap();
+        Box::new(Faulty {
+            file: FileStorage::new(file).unwrap(),
+            fuse: fuse.clone(),
+        })
+    };
+    let data = image
+        .data_file()
+        .exists()
+        .then(|| storage(&image.data_file()));
+    Qcow2::with_storage(
+        &image.path(),
+        storage(&image.path()),
+        data,
+        &OpenOptions::default(),
+    )
+    .unwrap()
+}
+
+const KINDS: [Kind; 2] = [Kind::Internal, Kind::External];
+
+/// Each write to a file fails in turn, be it of data, of metadata, or while a table grows. What
+/// failed is told, what was told to be written is there, and nothing else has changed.
+#[test]
+fn every_write_may_fail() {
+    for kind in KINDS {
+        for failing in 0..40 {
+            let image = Image::create(kind, 512, 12 << 20);
+            let fuse = Fuse::new();
+            let disk = open(&image, &fuse);
+            let mut model = vec![0; 12 << 20];
+            fuse.writes.store(failing, Ordering::Relaxed);
+            // Steps of 1.5 MiB: a new refcount block each time, and a longer table at last.
+            for (i, at) in (0..7u64).map(|i| (i, i * 1_572_864)) {
+                let byte = i as u8 + 1;
+                let mut bytes = vec![byte; 150_000];
+                let range = at as usize..at as usize + bytes.len();
+                let result = disk.write_at(&[VolatileSlice::from(&mut bytes[..])], at);
+                match result.and_then(|()| disk.flush()) {
+                    Ok(()) => model[range].fill(byte),
+                    Err(Error::Io { .. }) => {
+                        write(&disk, at, bytes.len(), byte);
+                        disk.flush().unwrap();
+                        model[range].fill(byte);
+                    }
+                    Err(e) => panic!("{kind:?}, write {failing}: {e}"),
+                }
+            }
+            assert!(
+                read_all(&disk) == model,
+                "{kind:?}, write {failing}: content"
+            );
+            drop(disk);
+            image.check_leaks_at_most();
+            assert!(
+                image.read_by_qemu() == model,
+                "{kind:?}, write {failing}: read by QEMU"
+            );
+        }
+    }
+}
+
+/// After a sync has failed nobody can say what is on disk, so no later flush succeeds, and nothing
+/// is mapped any more: what was durable before stays.
+#[test]
+fn a_failed_sync_is_final() {
+    for kind in KINDS {
+        for failing in 0..4 {
+            let image = Image::create(kind, 65536, 4 << 20);
+            let fuse = Fuse::new();
+            let disk = open(&image, &fuse);
+            let mut model = vec![0; 4 << 20];
+            write(&disk, 0, 100_000, 1);
+            model[..100_000].fill(1);
+            disk.flush().unwrap();
+            fuse.syncs.store(failing, Ordering::Relaxed);
+            let mut failed = false;
+            for i in 0..4 {
+                write(&disk, 1_000_000 + i * 200_000, 512, 2);
+                let result = disk.flush();
+                assert!(
+                    !failed || result.is_err(),
+                    "{kind:?}, sync {failing}: succeeded later"
+                );
+                failed |= result.is_err();
+            }
+            assert!(failed, "{kind:?}: sync {failing} was not reached");
+            drop(disk);
+            image.check_leaks_at_most();
+            assert!(image.read_by_qemu()[..100_000] == model[..100_000]);
+        }
+    }
+}

@@ -1,0 +1,8 @@
+//! The block engine and QEMU's tools on the same images.
+
+mod faults;
+mod qemu;
+mod random;
+mod refusals;
+mod shapes;
+mod threads;

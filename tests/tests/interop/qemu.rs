@@ -1,0 +1,212 @@
+//! QEMU's tools, and the images they make.
+
+use std::path::PathBuf;
+use std::process::{Command, Output};
+
+use tandem_block::qcow2::{OpenOptions, Qcow2};
+use tandem_block::{Disk, Result};
+use tempfile::TempDir;
+use vm_memory::VolatileSlice;
+
+/// Where an image keeps guest data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    Internal,
+    InternalV2,
+    External,
+    Raw,
+}
+
+pub const KINDS: [Kind; 4] = [Kind::Internal, Kind::InternalV2, Kind::External, Kind::Raw];
+
+/// An image in a directory of its own.
+pub struct Image {
+    dir: TempDir,
+    pub kind: Kind,
+}
+
+impl Image {
+    /// An image made by `qemu-img create`.
+    pub fn create(kind: Kind, cluster_size: u64, size: u64) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let data = dir.path().join("disk.raw");
+        let mut options = format!("cluster_size={cluster_size}");
+        match kind {
+            Kind::Internal => {}
+            Kind::InternalV2 => options += ",compat=0.10",
+            Kind::External => options += &format!(",data_file={}", data.display()),
+            Kind::Raw => options += &format!(",data_file={},data_file_raw=on", data.display()),
+        }
+        let image = Self { dir, kind };
+        let size = size.to_string();
+        run(
+            "qemu-img",
+            &[
+                "create",
+                "-q",
+                "-f",
+                "qcow2",
+                "-o",
+                &options,
+                image.path_str(),
+                &size,
+            ],
+        );
+        image
+    }
+
+    pub fn path(&self) -> PathBuf {
+        self.dir.path().join("disk.qcow2")
+    }
+
+    fn path_str(&self) -> &str {
+        // The directory's name is made of ASCII.
+        Box::leak(
+            self.path()
+                .into_os_string()
+                .into_string()
+                .unwrap()
+                .into_boxed_str(),
+        )
+    }
+
+    pub fn data_file(&self) -> PathBuf {
+        self.dir.path().join("disk.raw")
+    }
+
+    pub fn open(&self) -> Result<Qcow2> {
+        Qcow2::open(&self.path(), &OpenOptions::default())
+    }
+
+    /// The image, with memory for a few L2 slices only.
+    pub fn open_with_small_cache(&self) -> Qcow2 {
+        let options = OpenOptions {
+            l2_cache_size: 0,
+            ..OpenOptions::default()
+        };
+        Qcow2::open(&self.path(), &options).unwrap()
+    }
+
+    /// Asserts that `qemu-img check` finds nothing, leaks included.
+    pub fn check(&self) {
+        let output = command("qemu-img", &["check", self.path_str()]);
+        assert!(output.status.success(), "qemu-img check: {output:?}");
+    }
+
+    /// Asserts that `qemu-img check` finds nothing but leaked clusters.
+    pub fn check_leaks_at_most(&self) {
+        let output = command("qemu-img", &["check", self.path_str()]);
+        assert!(
+            matches!(output.status.code(), Some(0 | 3)),
+            "qemu-img check: {output:?}"
+        );
+    }
+
+    /// What QEMU reads from the image.
+    pub fn read_by_qemu(&self) -> Vec<u8> {
+        let raw = self.dir.path().join("converted");
+        run(
+            "qemu-img",
+            &[
+                "convert",
+                "-f",
+                "qcow2",
+                "-O",
+                "raw",
+                self.path_str(),
+                raw.to_str().unwrap(),
+            ],
+        );
+        std::fs::read(raw).unwrap()
+    }
+
+    /// Runs `qemu-io` commands on the image; any failure fails the test.
+    pub fn qemu_io(&self, commands: &[String]) {
+        let mut args = vec!["-f", "qcow2", self.path_str()];
+        for command in commands {
+            args.extend(["-c", command]);
+        }
+        let output = command("qemu-io", &args);
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success(), "qemu-io: {output:?}");
+        assert!(
+            !text.contains("verification failed"),
+            "qemu-io {args:?}: {text}"
+        );
+    }
+
+    /// Asserts that QEMU sees `expected`: by `qemu-img check`, by reading all of it, by `qemu-io`
+    /// pattern by pattern, and in the raw data file.
+    pub fn expect(&self, expected: &[u8]) {
+        self.check();
+        assert_same(&self.read_by_qemu(), expected, "qemu-img convert");
+        let reads: Vec<String> = patterns(expected)
+            .take(40)
+            .map(|(at, len, byte)| format!("read -P {byte} {at} {len}"))
+            .collect();
+        self.qemu_io(&reads);
+        if self.kind == Kind::Raw {
+            let data = std::fs::read(self.data_file()).unwrap();
+            assert_same(&data[..expected.len()], expected, "the raw data file");
+        }
+    }
+}
+
+/// Runs of equal bytes: offset, length, byte.
+fn patterns(bytes: &[u8]) -> impl Iterator<Item = (usize, usize, u8)> + '_ {
+    let mut at = 0;
+    bytes.chunk_by(|a, b| a == b).map(move |run| {
+        at += run.len();
+        (at - run.len(), run.len(), run[0])
+    })
+}
+
+pub fn assert_same(found: &[u8], expected: &[u8], what: &str) {
+    assert_eq!(found.len(), expected.len(), "length of {what}");
+    if found == expected {
+        return;
+    }
+    if let Some(at) = found.iter().zip(expected).position(|(a, b)| a != b) {
+        panic!(
+            "{what}: byte {at:#x} is {:#x}, expected {:#x}",
+            found[at], expected[at]
+        );
+    }
+}
+
+fn command(program: &str, args: &[&str]) -> Output {
+    Command::new(program)
+        .args(args)
+        .output()
+        .unwrap_or_else(|e| panic!("{program} (package qemu-utils) is needed: {e}"))
+}
+
+fn run(program: &str, args: &[&str]) {
+    let output = command(program, args);
+    assert!(output.status.success(), "{program} {args:?}: {output:?}");
+}
+
+/// Writes `len` bytes of value `byte`, split over several buffers.
+pub fn write(disk: &dyn Disk, offset: u64, len: usize, byte: u8) {
+    let mut memory = vec![byte; len];
+    let (a, b) = memory.split_at_mut(len / 3);
+    disk.write_at(&[VolatileSlice::from(a), VolatileSlice::from(b)], offset)
+        .unwrap();
+}
+
+pub fn read(disk: &dyn Disk, offset: u64, len: usize) -> Vec<u8> {
+    let mut memory = vec![0xee; len];
+    let (a, b) = memory.split_at_mut(len / 2);
+    disk.read_at(&[VolatileSlice::from(a), VolatileSlice::from(b)], offset)
+        .unwrap();
+    memory
+}
+
+/// Reads the whole disk through the engine in pieces of an odd size.
+pub fn read_all(disk: &dyn Disk) -> Vec<u8> {
+    const PIECE: u64 = 1_000_003;
+    let size = disk.size();
+    (0..size.div_ceil(PIECE))
+        .flat_map(|i| read(disk, i * PIECE, PIECE.min(size - i * PIECE) as usize))
+        .collect()
+}

@@ -1,0 +1,135 @@
+//! Random operations, against a plain byte vector and against QEMU.
+
+use proptest::prelude::*;
+use tandem_block::Disk;
+
+use crate::qemu::{Image, KINDS, Kind, assert_same, read, read_all, write};
+
+#[derive(Clone, Debug)]
+enum Op {
+    Write {
+        offset: u64,
+        len: usize,
+        byte: u8,
+    },
+    Zero {
+        offset: u64,
+        len: usize,
+        unmap: bool,
+    },
+    Read {
+        offset: u64,
+        len: usize,
+    },
+    Flush,
+    Reopen,
+}
+
+/// Operations on a disk of `size` bytes: mostly small, near the clusters' borders, sometimes huge.
+fn ops(size: u64, cluster_size: u64) -> impl Strategy<Value = Vec<Op>> {
+    let border = (0..=size / cluster_size, -1024i64..1024)
+        .prop_map(move |(c, delta)| (c * cluster_size).saturating_add_signed(delta).min(size));
+    let offset = prop_oneof![border, 0..=size];
+    let len = prop_oneof![
+        4 => 0..8192u64,
+        2 => 0..3 * cluster_size,
+        1 => 0..size / 4
+    ];
+    let range = (offset, len).prop_map(move |(o, l)| (o, l.min(size - o) as usize));
+    let op = prop_oneof![
+        6 => (range.clone(), 1..=255u8)
+            .prop_map(|((offset, len), byte)| Op::Write { offset, len, byte }),
+        2 => (range.clone(), any::<bool>())
+            .prop_map(|((offset, len), unmap)| Op::Zero { offset, len, unmap }),
+        2 => range.prop_map(|(offset, len)| Op::Read { offset, len }),
+        1 => Just(Op::Flush),
+        1 => Just(Op::Reopen),
+    ];
+    prop::collection::vec(op, 1..40)
+}
+
+/// Runs `ops` on an image of `kind`, which QEMU has filled in part where `prefilled`.
+fn run(kind: Kind, cluster_size: u64, size: u64, prefilled: bool, ops: &[Op]) {
+    let image = Image::create(kind, cluster_size, size);
+    let mut model = vec![0u8; size as usize];
+    if prefilled {
+        fill_by_qemu(&image, &mut model);
+    }
+    let mut disk = image.open().unwrap();
+    for op in ops {
+        match *op {
+            Op::Write { offset, len, byte } => {
+                write(&disk, offset, len, byte);
+                model[offset as usize..][..len].fill(byte);
+            }
+            Op::Zero { offset, len, unmap } => {
+                disk.write_zeroes(offset, len as u64, unmap).unwrap();
+                model[offset as usize..][..len].fill(0);
+            }
+            Op::Read { offset, len } => {
+                let expected = &model[offset as usize..][..len];
+                assert_same(&read(&disk, offset, len), expected, "read");
+            }
+            Op::Flush => disk.flush().unwrap(),
+            Op::Reopen => {
+                drop(disk);
+                disk = image.open().unwrap();
+            }
+        }
+    }
+    assert_same(&read_all(&disk), &model, "the disk before it is closed");
+    disk.flush().unwrap();
+    drop(disk);
+    image.expect(&model);
+    assert_same(
+        &read_all(&image.open().unwrap()),
+        &model,
+        "the disk opened again",
+    );
+}
+
+/// Writes, zeroes and discards by `qemu-io`, in a fixed pattern over the whole disk.
+fn fill_by_qemu(image: &Image, model: &mut [u8]) {
+    let size = model.len();
+    let mut commands = Vec::new();
+    for i in 0..24usize {
+        let offset = i * 7_654_321 % (size - 200_000) / 512 * 512;
+        let len = (1 + i * 37 % 300) * 512;
+        let (command, byte) = match i % 6 {
+            4 => (format!("write -z {offset} {len}"), 0),
+            5 => (format!("write -z -u {offset} {len}"), 0),
+            _ => (format!("write -P {} {offset} {len}", i + 1), i as u8 + 1),
+        };
+        commands.push(command);
+        model[offset..][..len].fill(byte);
+    }
+    image.qemu_io(&commands);
+}
+
+fn cases(cluster_size: u64, size: u64, count: u32) {
+    let config = ProptestConfig {
+        cases: count,
+        failure_persistence: None,
+        ..Default::default()
+    };
+    proptest!(config, |(ops in ops(size, cluster_size), prefilled in any::<bool>())| {
+        for kind in KINDS {
+            run(kind, cluster_size, size, prefilled, &ops);
+        }
+    });
+}
+
+#[test]
+fn clusters_of_512_bytes() {
+    cases(512, (3 << 20) + 512, 10);
+}
+
+#[test]
+fn clusters_of_64_kib() {
+    cases(64 << 10, (12 << 20) + 1536, 10);
+}
+
+#[test]
+fn clusters_of_2_mib() {
+    cases(2 << 20, (33 << 20) + 512, 4);
+}

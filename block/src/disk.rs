@@ -63,6 +63,13 @@ pub trait Disk: Send + Sync {
     /// space that was reserved for the range stays reserved.
     fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> Result<()>;
 
+    /// Tells that the content of the `len` bytes at `offset` is no longer needed, so that the space
+    /// they occupy on the host can be released.
+    ///
+    /// Each part of the range keeps its content or reads as zero from then on; a qcow2 disk
+    /// releases whole clusters.
+    fn discard(&self, offset: u64, len: u64) -> Result<()>;
+
     /// Makes everything that was written before the call durable.
     ///
     /// # Errors

@@ -61,6 +61,12 @@ impl ImageFile {
             .map_err(|e| Error::io_at(&self.path, "zero", offset, e))
     }
 
+    pub fn discard(&self, offset: u64, len: u64) -> Result<()> {
+        self.storage
+            .discard(offset, len)
+            .map_err(|e| Error::io_at(&self.path, "release space of", offset, e))
+    }
+
     /// Makes completed writes durable.
     ///
     /// After a failure the system may have dropped what it could not write, and reports that only

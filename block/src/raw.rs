@@ -90,6 +90,10 @@ impl Disk for Raw {
         self.file.write_zeroes(offset, len, unmap)
     }
 
+    fn discard(&self, offset: u64, len: u64) -> Result<()> {
+        self.write_zeroes(offset, len, true)
+    }
+
     fn flush(&self) -> Result<()> {
         if self.read_only {
             return Ok(());

@@ -31,6 +31,10 @@ pub trait Storage: Debug + Send + Sync {
     /// stays as it is.
     fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()>;
 
+    /// Releases the space of a range where that is possible. What the range holds afterwards is
+    /// unspecified, until it is written again. The length of the file stays as it is.
+    fn discard(&self, offset: u64, len: u64) -> io::Result<()>;
+
     /// Offset of the first byte at or after `offset` that may be other than zero; `None` if all
     /// that follows, past the end of the file too, reads as zero. May err towards data.
     fn next_data(&self, offset: u64) -> io::Result<Option<u64>>;
@@ -161,6 +165,14 @@ impl Storage for FileStorage {
                 self.write_zero_bytes(offset, len)
             }
             Err(e) => Err(e.into()),
+        }
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        match self.fallocate(flags, offset, len) {
+            Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NODEV) => Ok(()),
+            result => Ok(result?),
         }
     }
 

@@ -63,6 +63,9 @@ impl Storage for Faulty {
     fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
         self.file.write_zeroes(offset, len, unmap)
     }
+    fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.file.discard(offset, len)
+    }
     fn next_data(&self, offset: u64) -> io::Result<Option<u64>> {
         self.file.next_data(offset)
     }

@@ -148,6 +148,9 @@ impl Disk for Gate {
     fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> Result<()> {
         self.disk.write_zeroes(offset, len, unmap)
     }
+    fn discard(&self, offset: u64, len: u64) -> Result<()> {
+        self.disk.discard(offset, len)
+    }
     fn flush(&self) -> Result<()> {
         self.disk.flush()
     }

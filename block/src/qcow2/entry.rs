@@ -55,6 +55,11 @@ pub(crate) enum Cluster {
 }
 
 impl L2Entry {
+    /// An entry of a cluster that nothing is known of.
+    pub const UNALLOCATED: Self = Self(0);
+    /// An entry of a cluster that reads as zero and has no place.
+    pub const ZERO_PLAIN: Self = Self(ZERO);
+
     /// An entry for data at `offset`, whose cluster belongs to this entry alone.
     pub fn normal(offset: u64) -> Self {
         Self(offset | COPIED)

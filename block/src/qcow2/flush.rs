@@ -11,6 +11,9 @@
 //!
 //! What step 3 writes is copied before step 1 syncs the data. An entry that another thread adds
 //! later waits for the next time, since its data may have missed the sync.
+//!
+//! After step 3, clusters whose mapping it removed go back to the allocator, as soon as no request
+//! uses them any more (`retired`). Their lower counts reach the disk with the next step 1.
 
 use super::Qcow2;
 use super::cache::DirtySlice;
@@ -27,13 +30,31 @@ impl Qcow2 {
         let _flushing = lock(&self.flushing);
         self.image.check_synced()?;
         self.data().check_synced()?;
+        // Before the slices: the removal of each of these is in a slice that is dirty or on disk.
+        let unmapped = self.retired.take_unmapped();
         let slices = self.l2.take_dirty();
         let result = self.write_in_order(&slices);
         match result {
-            Ok(()) => self.l2.written(),
-            Err(_) => self.l2.not_written(),
+            Ok(()) => {
+                self.l2.written();
+                self.retired.written(unmapped);
+                self.reclaim();
+            }
+            Err(_) => {
+                self.l2.not_written();
+                self.retired.put_back(unmapped);
+            }
         }
         result
+    }
+
+    /// Gives back the clusters that may be used again.
+    fn reclaim(&self) {
+        while let Some(batch) = self.retired.take_settled(&self.requests) {
+            let ranges = batch.len();
+            batch.into_iter().for_each(|range| self.give_back(range));
+            self.retired.finished(ranges);
+        }
     }
 
     fn write_in_order(&self, slices: &[DirtySlice]) -> Result<()> {
@@ -85,7 +106,11 @@ impl Drop for Qcow2 {
     fn drop(&mut self) {
         if !self.read_only {
             // Whoever needs to know calls `flush` first; this is for those who forgot.
-            drop(self.write_back());
+            let written = self.write_back();
+            if written.is_ok() && self.refcounts().is_ok_and(|r| r.is_dirty()) {
+                // Counts of clusters that the first time gave back.
+                drop(self.write_back());
+            }
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Reads, writes and zeroes of a qcow2 disk.
+//! Reads and writes of a qcow2 disk.
 
 use vm_memory::VolatileSlice;
 
@@ -28,6 +28,7 @@ impl Disk for Qcow2 {
         if let Some(file) = self.passthrough(offset, len)? {
             return file.read_at(bufs, offset);
         }
+        let _running = self.requests.begin();
         let mut buffers = Buffers::new(bufs);
         let mut done = 0;
         while done < len {
@@ -50,6 +51,45 @@ impl Disk for Qcow2 {
         if let Some(file) = self.passthrough(offset, len)? {
             return file.write_at(bufs, offset);
         }
+        self.write_mapped(bufs, offset, len)?;
+        self.limit_dirty()
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> Result<()> {
+        self.check_writable()?;
+        check_range(offset, len, self.geometry.size)?;
+        self.zero(offset, len, unmap)?;
+        self.limit_dirty()
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> Result<()> {
+        self.check_writable()?;
+        check_range(offset, len, self.geometry.size)?;
+        self.unmap(offset, len)?;
+        self.limit_dirty()
+    }
+
+    fn flush(&self) -> Result<()> {
+        if self.read_only {
+            Ok(())
+        } else {
+            self.write_back()
+        }
+    }
+}
+
+impl Qcow2 {
+    fn check_writable(&self) -> Result<()> {
+        if self.read_only {
+            Err(Error::ReadOnly)
+        } else {
+            Ok(())
+        }
+    }
+
+    /// Writes `bufs`, of `len` bytes, through the mapping.
+    fn write_mapped(&self, bufs: &[VolatileSlice<'_>], offset: u64, len: u64) -> Result<()> {
+        let _running = self.requests.begin();
         let mut buffers = Buffers::new(bufs);
         let mut done = 0;
         while done < len {
@@ -72,47 +112,7 @@ impl Disk for Qcow2 {
                 _ => self.write_new(offset + done, run.len, &mut buffers)?,
             };
         }
-        self.limit_dirty()
-    }
-
-    fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> Result<()> {
-        self.check_writable()?;
-        check_range(offset, len, self.geometry.size)?;
-        let passthrough = self.passthrough(offset, len)?;
-        let mut done = if passthrough.is_some() { len } else { 0 };
-        while done < len {
-            let run = self.run_in_slice(offset + done, len - done)?;
-            done += match run.kind {
-                Kind::Data {
-                    offset: data,
-                    in_place,
-                } => self.zero_data(offset + done, run.len, data, in_place)?,
-                Kind::Zero { .. } | Kind::Unallocated => run.len,
-            };
-        }
-        if let Placement::Raw(external, _) = &self.placement {
-            // What reads as zero by its mapping must be zero in the raw file too.
-            external.file.write_zeroes(offset, len, unmap)?;
-        }
-        self.limit_dirty()
-    }
-
-    fn flush(&self) -> Result<()> {
-        if self.read_only {
-            Ok(())
-        } else {
-            self.write_back()
-        }
-    }
-}
-
-impl Qcow2 {
-    fn check_writable(&self) -> Result<()> {
-        if self.read_only {
-            Err(Error::ReadOnly)
-        } else {
-            Ok(())
-        }
+        Ok(())
     }
 
     fn read_run(&self, kind: Kind, bufs: &[VolatileSlice<'_>]) -> Result<()> {
@@ -211,53 +211,9 @@ impl Qcow2 {
             .saturating_sub(end))
     }
 
-    /// Zeroes some of the `len` bytes at guest offset `offset`, which are stored at `data`, and
-    /// returns how many; none if another request has changed their mapping meanwhile.
-    fn zero_data(&self, offset: u64, len: u64, data: u64, in_place: bool) -> Result<u64> {
-        if !in_place {
-            return Err(self.image.unsupported("writing to a shared cluster"));
-        }
-        if let Placement::Raw(..) = self.placement {
-            // The caller zeroes the data file; the mapping stays.
-            return Ok(len);
-        }
-        let whole = self.whole_clusters(offset, len);
-        if whole == 0 {
-            let g = self.geometry;
-            let in_cluster = g.cluster_size() - g.in_cluster(offset);
-            let len = len.min(in_cluster);
-            self.data().write_zeroes(data, len, false)?;
-            return Ok(len);
-        }
-        let clusters = self.geometry.cluster(offset)..self.geometry.cluster(offset + whole - 1) + 1;
-        let _held = self.ranges.lock(clusters.clone());
-        let run = self.run(offset, whole)?;
-        if run.len < whole || !matches!(run.kind, Kind::Data { in_place: true, .. }) {
-            return Ok(0);
-        }
-        self.map_zero(clusters)?;
-        Ok(whole)
-    }
-
-    /// How many of the `len` bytes at `offset` are clusters of one L2 slice that can get the zero
-    /// flag as a whole. The part of a cluster that the disk ends in is a whole one.
-    fn whole_clusters(&self, offset: u64, len: u64) -> u64 {
-        let g = self.geometry;
-        if self.version < 3 || g.in_cluster(offset) != 0 {
-            return 0;
-        }
-        let end = (offset + len).min(g.slice_end(offset));
-        let whole_end = if end == g.size {
-            end
-        } else {
-            end - g.in_cluster(end)
-        };
-        whole_end - offset
-    }
-
     /// Writes metadata back if much of the cache is waiting for it.
     fn limit_dirty(&self) -> Result<()> {
-        if self.l2.wants_write_back() {
+        if self.l2.wants_write_back() || self.retired.wants_write_back() {
             self.write_back()
         } else {
             Ok(())

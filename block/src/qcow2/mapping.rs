@@ -59,7 +59,7 @@ impl Kind {
         match cluster {
             Cluster::Normal(offset) => Self::Data { offset, in_place },
             Cluster::ZeroAlloc(offset) => Self::Zero {
-                reserved: Some(offset),
+                reserved: in_place.then_some(offset),
             },
             Cluster::ZeroPlain => Self::Zero { reserved: None },
             Cluster::Unallocated | Cluster::Compressed => Self::Unallocated,
@@ -269,7 +269,8 @@ impl Qcow2 {
             }
             Placement::External(external) | Placement::Raw(external, _) => {
                 let end = offset + (clusters << self.geometry.cluster_bits);
-                let zeroed = external.reads_zero(offset..end)?;
+                // A request that found a mapping that is gone can still fill a hole.
+                let zeroed = self.retired.is_empty() && external.reads_zero(offset..end)?;
                 Ok(Allocation {
                     offset,
                     clusters,
@@ -347,6 +348,45 @@ impl Qcow2 {
             external.forget_hole();
         }
         self.change(clusters, |_, old| old.zeroed())
+    }
+
+    /// Lets `clusters`, which lie in one slice, read as zero without a place.
+    pub(super) fn map_nothing(&self, clusters: Range<u64>) -> Result<()> {
+        let entry = if self.version < 3 {
+            L2Entry::UNALLOCATED
+        } else {
+            L2Entry::ZERO_PLAIN
+        };
+        self.change(clusters, |_, _| entry)
+    }
+
+    /// The `len` bytes at `offset` of the data have lost their mapping. The caller holds the range
+    /// of their guest clusters.
+    pub(super) fn retire(&self, offset: u64, len: u64) {
+        self.retired.add(offset..offset + len);
+        if let Placement::External(external) = &self.placement {
+            // The place belongs to its guest clusters for good, so its space can be released at
+            // once; a crash may bring the old mapping back, and it must find zeros. An error only
+            // leaves space in use.
+            drop(external.file.write_zeroes(offset, len, true));
+        }
+    }
+
+    /// Gives back a range of clusters that nothing can lead to any more. An error leaks them.
+    pub(super) fn give_back(&self, range: Range<u64>) {
+        match &self.placement {
+            Placement::Internal => {
+                let len = range.end - range.start;
+                drop(self.image.discard(range.start, len));
+                let clusters = self.geometry.cluster(len);
+                let freed = self
+                    .refcounts()
+                    .and_then(|mut r| r.free(&self.image, range.start, clusters));
+                drop(freed);
+            }
+            // A request that had found the old mapping may have written there since.
+            Placement::External(external) | Placement::Raw(external, _) => external.forget_hole(),
+        }
     }
 
     /// Replaces the entries of `clusters`, all of them or, after an error, none.

@@ -8,10 +8,12 @@
 //! | `policy` | which data file an image may name |
 //! | `open` | from files to a [`Qcow2`] |
 //! | `mapping` | guest offset → place, and changing it |
-//! | `io` | reads, writes and zeroes on top of that |
+//! | `io` | reads and writes on top of that |
+//! | `zeroes` | writing zeroes, and discarding |
 //! | `placement` | where data lies: in the image, in a data file, in a raw data file |
 //! | `cache`, `l1`, `refcount` | L2 slices, the L1 table, and the allocator, in memory |
 //! | `ranges` | who may change which mapping |
+//! | `requests`, `retired` | when clusters that lost their mapping may be used again |
 //! | `flush` | the order in which all of that reaches the disk |
 //! | `create` | making new images |
 //! | `info` | what a user wants to know of an image |
@@ -24,7 +26,8 @@
 //! 2. the completeness of raw tables (`placement::Passthrough`);
 //! 3. the right to write back (`Qcow2::flushing`);
 //! 4. a set of the slice cache, or the list of new L1 entries;
-//! 5. the refcounts, or the known hole of a data file (`placement::External`).
+//! 5. the refcounts, the known hole of a data file (`placement::External`), or the retired
+//!    clusters.
 //!
 //! Reads of mapped clusters, and writes to them, take none, but for the first request to each L2
 //! table of a raw disk.
@@ -48,7 +51,10 @@ mod placement;
 mod policy;
 mod ranges;
 mod refcount;
+mod requests;
+mod retired;
 mod table;
+mod zeroes;
 
 use std::sync::Mutex;
 use std::sync::atomic::AtomicU64;
@@ -59,6 +65,8 @@ use l1::L1Table;
 use placement::Placement;
 use ranges::RangeLocks;
 use refcount::Refcounts;
+use requests::Requests;
+use retired::Retired;
 
 use crate::file::ImageFile;
 
@@ -85,6 +93,8 @@ pub struct Qcow2 {
     /// of what has been allocated since. An entry that leads further is not ours.
     data_end: AtomicU64,
     ranges: RangeLocks,
+    requests: Requests,
+    retired: Retired,
     /// Held by whoever writes metadata back.
     flushing: Mutex<()>,
 }

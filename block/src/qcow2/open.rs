@@ -13,6 +13,8 @@ use super::placement::{External, Passthrough, Placement};
 use super::policy;
 use super::ranges::RangeLocks;
 use super::refcount::Refcounts;
+use super::requests::Requests;
+use super::retired::Retired;
 use crate::file::ImageFile;
 use crate::{Error, Result, Storage};
 
@@ -133,6 +135,8 @@ impl Qcow2 {
             l2: SliceCache::new(geometry.slice_entries() as usize, options.l2_cache_size),
             refcounts,
             ranges: RangeLocks::default(),
+            requests: Requests::default(),
+            retired: Retired::default(),
             flushing: Mutex::default(),
         })
     }

@@ -175,6 +175,11 @@ impl Refcounts {
         Ok(())
     }
 
+    /// Whether counts have changed that are not in the file.
+    pub fn is_dirty(&self) -> bool {
+        self.slices.values().any(|slice| slice.dirty)
+    }
+
     /// Writes changed counts to the file, without waiting for the disk.
     pub fn write_counts(&mut self, image: &ImageFile) -> Result<Barrier> {
         self.write_dirty(image)?;

@@ -114,6 +114,10 @@ impl Disk for MemoryDisk {
         Ok(())
     }
 
+    fn discard(&self, offset: u64, len: u64) -> Result<()> {
+        self.range(len as usize, offset).map(drop)
+    }
+
     fn flush(&self) -> Result<()> {
         self.range(0, 0)?;
         self.flushes.fetch_add(1, Ordering::SeqCst);

@@ -254,7 +254,7 @@ fn written(op: &Op) -> Option<(std::ops::Range<usize>, u64)> {
             count,
             stamp,
         } => Some((sector, count, stamp)),
-        Op::Zero { sector, count, .. } => Some((sector, count, 0)),
+        Op::Zero { sector, count, .. } | Op::Discard { sector, count } => Some((sector, count, 0)),
         Op::Flush => None,
     }
     .map(|(sector, count, stamp)| (sector as usize..(sector + count) as usize, stamp))

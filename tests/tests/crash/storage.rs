@@ -133,6 +133,12 @@ impl Storage for Memory {
         self.write_bytes_at(&vec![0; len as usize], offset)
     }
 
+    fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        // Nobody may rely on zeros here.
+        let len = len.min(self.size()?.saturating_sub(offset));
+        self.write_bytes_at(&vec![0xd1; len as usize], offset)
+    }
+
     fn next_data(&self, offset: u64) -> io::Result<Option<u64>> {
         let content = self.bytes.lock().unwrap();
         let start = content.len().min(offset as usize);

@@ -30,6 +30,19 @@ impl Setup {
         (self.cluster_size * 24).max(160 * 512) + 512
     }
 
+    /// A request to discard what will read as zero afterwards: whole clusters of the range, if
+    /// there are any.
+    fn discard(&self, sector: u64, count: u64) -> Op {
+        let per_cluster = self.cluster_size / SECTOR as u64;
+        let sectors = self.size() / SECTOR as u64;
+        let first = sector - sector % per_cluster;
+        let end = (sector + count).next_multiple_of(per_cluster).min(sectors);
+        Op::Discard {
+            sector: first,
+            count: end - first,
+        }
+    }
+
     /// The files of a new image.
     pub fn files(&self) -> (Vec<u8>, Vec<u8>) {
         let dir = tempfile::tempdir().unwrap();
@@ -81,6 +94,10 @@ pub enum Op {
         count: u64,
         unmap: bool,
     },
+    Discard {
+        sector: u64,
+        count: u64,
+    },
     Flush,
 }
 
@@ -109,11 +126,12 @@ pub fn ops(setup: &Setup, random: &mut Random, count: usize, stamp: u64) -> Vec<
                     count,
                     stamp: stamp + i as u64,
                 },
-                6..=7 => Op::Zero {
+                6 => Op::Zero {
                     sector,
                     count,
                     unmap: random.below(2) == 0,
                 },
+                7 => setup.discard(sector, count),
                 _ => Op::Flush,
             }
         })
@@ -158,6 +176,10 @@ pub fn perform(disk: &dyn Disk, op: &Op) {
             unmap,
         } => {
             disk.write_zeroes(sector * SECTOR as u64, count * SECTOR as u64, unmap)
+                .unwrap();
+        }
+        Op::Discard { sector, count } => {
+            disk.discard(sector * SECTOR as u64, count * SECTOR as u64)
                 .unwrap();
         }
         Op::Flush => disk.flush().unwrap(),

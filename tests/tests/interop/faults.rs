@@ -72,6 +72,11 @@ impl Storage for Faulty {
         self.file.write_zeroes(offset, len, unmap)
     }
 
+    fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        Fuse::burn(&self.fuse.writes, libc::ENOSPC)?;
+        self.file.discard(offset, len)
+    }
+
     fn next_data(&self, offset: u64) -> io::Result<Option<u64>> {
         self.file.next_data(offset)
     }
@@ -136,7 +141,12 @@ fn every_write_may_fail() {
                     }
                     Err(e) => panic!("{kind:?}, write {failing}: {e}"),
                 }
+                // Half of it goes again; a discard that failed may be tried again.
+                let discard = || disk.discard(at, 75_264);
+                discard().or_else(|_| discard()).unwrap();
+                model[at as usize..][..75_264].fill(0);
             }
+            disk.flush().or_else(|_| disk.flush()).unwrap();
             assert!(
                 read_all(&disk) == model,
                 "{kind:?}, write {failing}: content"

@@ -1,5 +1,6 @@
 //! The block engine and QEMU's tools on the same images.
 
+mod discards;
 mod faults;
 mod qemu;
 mod random;

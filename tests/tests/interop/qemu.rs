@@ -120,9 +120,34 @@ impl Image {
         std::fs::read(raw).unwrap()
     }
 
+    /// The map of the disk, without the offsets that an internal image is free to choose: start,
+    /// length, whether it has data, reads as zero, and has a place.
+    pub fn map(&self) -> Vec<(u64, u64, bool, bool, bool)> {
+        let output = command("qemu-img", &["map", "--output=json", self.path_str()]);
+        let map: Vec<serde_json::Value> = serde_json::from_slice(&output.stdout).unwrap();
+        let flags = |extent: &serde_json::Value| {
+            let is = |key: &str| extent[key].as_bool().unwrap();
+            (is("data"), is("zero"), !extent["offset"].is_null())
+        };
+        // Extents are split where the place jumps, too.
+        map.chunk_by(|a, b| flags(a) == flags(b))
+            .map(|run| {
+                let length = run.iter().map(|e| e["length"].as_u64().unwrap()).sum();
+                let (data, zero, place) = flags(&run[0]);
+                (run[0]["start"].as_u64().unwrap(), length, data, zero, place)
+            })
+            .collect()
+    }
+
     /// Runs `qemu-io` commands on the image; any failure fails the test.
     pub fn qemu_io(&self, commands: &[String]) {
-        let mut args = vec!["-f", "qcow2", self.path_str()];
+        self.qemu_io_with(&[], commands);
+    }
+
+    /// As [`qemu_io`](Self::qemu_io), with further options.
+    pub fn qemu_io_with(&self, options: &[&str], commands: &[String]) {
+        let mut args = options.to_vec();
+        args.extend(["-f", "qcow2", self.path_str()]);
         for command in commands {
             args.extend(["-c", command]);
         }

@@ -1,5 +1,7 @@
 //! Random operations, against a plain byte vector and against QEMU.
 
+use std::ops::Range;
+
 use proptest::prelude::*;
 use tandem_block::Disk;
 
@@ -16,6 +18,10 @@ enum Op {
         offset: u64,
         len: usize,
         unmap: bool,
+    },
+    Discard {
+        offset: u64,
+        len: usize,
     },
     Read {
         offset: u64,
@@ -41,6 +47,7 @@ fn ops(size: u64, cluster_size: u64) -> impl Strategy<Value = Vec<Op>> {
             .prop_map(|((offset, len), byte)| Op::Write { offset, len, byte }),
         2 => (range.clone(), any::<bool>())
             .prop_map(|((offset, len), unmap)| Op::Zero { offset, len, unmap }),
+        2 => range.clone().prop_map(|(offset, len)| Op::Discard { offset, len }),
         2 => range.prop_map(|(offset, len)| Op::Read { offset, len }),
         1 => Just(Op::Flush),
         1 => Just(Op::Reopen),
@@ -66,6 +73,11 @@ fn run(kind: Kind, cluster_size: u64, size: u64, prefilled: bool, ops: &[Op]) {
                 disk.write_zeroes(offset, len as u64, unmap).unwrap();
                 model[offset as usize..][..len].fill(0);
             }
+            Op::Discard { offset, len } => {
+                disk.discard(offset, len as u64).unwrap();
+                let gone = whole_clusters(cluster_size as usize, offset as usize, len, model.len());
+                model[gone].fill(0);
+            }
             Op::Read { offset, len } => {
                 let expected = &model[offset as usize..][..len];
                 assert_same(&read(&disk, offset, len), expected, "read");
@@ -86,6 +98,18 @@ fn run(kind: Kind, cluster_size: u64, size: u64, prefilled: bool, ops: &[Op]) {
         &model,
         "the disk opened again",
     );
+}
+
+/// What reads as zero after a range of a disk of `size` bytes has been discarded.
+fn whole_clusters(cluster_size: usize, offset: usize, len: usize, size: usize) -> Range<usize> {
+    let end = offset + len;
+    let start = offset.next_multiple_of(cluster_size);
+    let end = if end == size {
+        end
+    } else {
+        end - end % cluster_size
+    };
+    start..end.max(start)
 }
 
 /// Writes, zeroes and discards by `qemu-io`, in a fixed pattern over the whole disk.

@@ -52,7 +52,18 @@ fn work(disk: &dyn Disk, thread: usize, requests: usize, model: &mut [u8]) {
                     .unwrap();
                 expected.fill(0);
             }
-            5 if random.below(20) == 0 => disk.flush().unwrap(),
+            5 if random.below(3) == 0 => {
+                // Whole clusters lose their content; where there are none, nothing changes.
+                disk.discard(at as u64, len as u64).unwrap();
+                let mut bytes = vec![0; len];
+                disk.read_at(&[VolatileSlice::from(&mut bytes[..])], at as u64)
+                    .unwrap();
+                for (new, old) in bytes.chunks(SECTOR).zip(expected.chunks_mut(SECTOR)) {
+                    assert!(new == old || new.iter().all(|b| *b == 0));
+                    old.copy_from_slice(new);
+                }
+            }
+            6 if random.below(20) == 0 => disk.flush().unwrap(),
             _ => {
                 let mut bytes = vec![0xee; len];
                 disk.read_at(&[VolatileSlice::from(&mut bytes[..])], at as u64)

@@ -263,6 +263,10 @@ mod tests {
             self.0.write_zeroes(offset, len, unmap)
         }
 
+        fn discard(&self, offset: u64, len: u64) -> Result<()> {
+            self.0.discard(offset, len)
+        }
+
         fn flush(&self) -> Result<()> {
             self.0.flush()
         }

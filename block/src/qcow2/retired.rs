@@ -1,0 +1,129 @@
+//! Clusters that have lost their mapping, on their way back to the allocator.
+//!
+//! A cluster is used again only after three things have happened, in this order: its mapping is
+//! gone from the disk, or a crash could bring back a mapping of what it holds then; requests that
+//! found the old mapping have ended; and its space has been released, or the hole would be punched
+//! in somebody else's data.
+
+use std::ops::Range;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use super::requests::{GracePeriod, Requests};
+use crate::sync::lock;
+
+/// Ranges that lost their mapping before it is time to write the change back.
+const MANY: usize = 1024;
+
+/// Ranges of the file that holds guest data, in bytes.
+pub(crate) type Batch = Vec<Range<u64>>;
+
+/// Clusters that have lost their mapping.
+#[derive(Default)]
+pub(crate) struct Retired {
+    lists: Mutex<Lists>,
+    /// Ranges in all lists, and in the batch that is being written back.
+    count: AtomicUsize,
+}
+
+#[derive(Default)]
+struct Lists {
+    /// The mapping is gone in memory.
+    unmapped: Batch,
+    /// It is gone from the disk.
+    durable: Batch,
+    /// Requests may still use it; no more are added.
+    waiting: Option<(GracePeriod, Batch)>,
+}
+
+impl Retired {
+    /// `range` has lost its mapping, in memory.
+    pub fn add(&self, range: Range<u64>) {
+        let mut lists = lock(&self.lists);
+        match lists.unmapped.last_mut() {
+            Some(last) if last.end == range.start => last.end = range.end,
+            _ => {
+                lists.unmapped.push(range);
+                self.count.fetch_add(1, Ordering::Release);
+            }
+        }
+    }
+
+    /// Whether there are none, in whatever state.
+    pub fn is_empty(&self) -> bool {
+        self.count.load(Ordering::Acquire) == 0
+    }
+
+    /// Whether there are so many that metadata should be written back soon.
+    pub fn wants_write_back(&self) -> bool {
+        self.count.load(Ordering::Relaxed) >= MANY && lock(&self.lists).unmapped.len() >= MANY
+    }
+
+    /// Takes those whose mapping will be gone from the disk once everything that is dirty now has
+    /// been written back.
+    pub fn take_unmapped(&self) -> Batch {
+        std::mem::take(&mut lock(&self.lists).unmapped)
+    }
+
+    /// Writing back failed.
+    pub fn put_back(&self, batch: Batch) {
+        lock(&self.lists).unmapped.extend(batch);
+    }
+
+    /// The mappings of `batch` are gone from the disk.
+    pub fn written(&self, batch: Batch) {
+        lock(&self.lists).durable.extend(batch);
+    }
+
+    /// Takes clusters that can be used again once their space has been released, if there are
+    /// such; [`finished`](Self::finished) must follow. One thread calls this at a time.
+    pub fn take_settled(&self, requests: &Requests) -> Option<Batch> {
+        let mut lists = lock(&self.lists);
+        if lists.waiting.is_none() && !lists.durable.is_empty() {
+            let batch = std::mem::take(&mut lists.durable);
+            lists.waiting = Some((GracePeriod::default(), batch));
+        }
+        lists
+            .waiting
+            .take_if(|(period, _)| requests.is_over(period))
+            .map(|(_, batch)| batch)
+    }
+
+    /// So many ranges are in use again, or free.
+    pub fn finished(&self, ranges: usize) {
+        self.count.fetch_sub(ranges, Ordering::Release);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn clusters_come_back_after_write_back_and_the_last_request() {
+        let (retired, requests) = (Retired::default(), Requests::default());
+        let running = requests.begin();
+        retired.add(0..512);
+        retired.add(512..1024);
+        retired.add(4096..4608);
+        assert_eq!(
+            retired.take_settled(&requests),
+            None,
+            "still mapped on disk"
+        );
+
+        let batch = retired.take_unmapped();
+        assert_eq!(batch, [0..1024, 4096..4608]);
+        retired.put_back(batch);
+        let batch = retired.take_unmapped();
+        retired.add(8192..8704);
+        retired.written(batch.clone());
+        assert_eq!(retired.take_settled(&requests), None, "still in use");
+        drop(running);
+        assert_eq!(retired.take_settled(&requests), Some(batch));
+        retired.finished(2);
+        assert!(!retired.is_empty());
+        assert_eq!(retired.take_settled(&requests), None);
+        assert!(retired.take_unmapped().contains(&(8192..8704)));
+    }
+}

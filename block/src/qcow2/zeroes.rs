@@ -1,0 +1,174 @@
+//! Writing zeroes, and discarding.
+//!
+//! In a raw data file both become zeros in the file, and the mapping stays, so that the file
+//! remains a faithful raw image. Elsewhere whole clusters get the zero flag, or lose their mapping
+//! and go back to the allocator.
+
+use super::Qcow2;
+use super::mapping::{Kind, Run};
+use super::placement::Placement;
+use crate::Result;
+
+/// What whole clusters that are zeroed become.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Zeroed {
+    /// Zero, with their space reserved.
+    Reserved,
+    /// Zero or unallocated, their space given back.
+    Unmapped,
+}
+
+impl Qcow2 {
+    /// Makes a range read as zero.
+    pub(super) fn zero(&self, offset: u64, len: u64, unmap: bool) -> Result<()> {
+        let passthrough = self.passthrough(offset, len)?;
+        if passthrough.is_none() {
+            let _running = self.requests.begin();
+            let zeroed = if unmap {
+                Zeroed::Unmapped
+            } else {
+                Zeroed::Reserved
+            };
+            let is_raw = matches!(self.placement, Placement::Raw(..));
+            let mut done = 0;
+            while done < len {
+                let run = self.run_in_slice(offset + done, len - done)?;
+                done += match run.kind {
+                    Kind::Data {
+                        offset: data,
+                        in_place,
+                    } => self.zero_data(offset + done, run.len, data, in_place, zeroed)?,
+                    Kind::Zero { reserved: Some(_) } if unmap && !is_raw => {
+                        match self.whole_clusters(offset + done, run.len) {
+                            0 => run.len.min(self.to_cluster_end(offset + done)),
+                            whole => self.change_whole(offset + done, whole, zeroed)?,
+                        }
+                    }
+                    Kind::Zero { .. } | Kind::Unallocated => run.len,
+                };
+            }
+        }
+        if let Placement::Raw(external, _) = &self.placement {
+            // What reads as zero by its mapping must be zero in the raw file too.
+            external.file.write_zeroes(offset, len, unmap)?;
+        }
+        Ok(())
+    }
+
+    /// Gives the space of the whole clusters in a range back; the rest of the range stays as it is.
+    pub(super) fn unmap(&self, offset: u64, len: u64) -> Result<()> {
+        let g = self.geometry;
+        let mut at = offset.next_multiple_of(g.cluster_size());
+        let end = match offset + len {
+            end if end == g.size => end,
+            end => end - g.in_cluster(end),
+        };
+        if at >= end {
+            return Ok(());
+        }
+        if let Placement::Raw(external, _) = &self.placement {
+            return external.file.write_zeroes(at, end - at, true);
+        }
+        let _running = self.requests.begin();
+        while at < end {
+            let run = self.run_in_slice(at, end - at)?;
+            at += match run.kind {
+                Kind::Data { .. } | Kind::Zero { reserved: Some(_) } => {
+                    self.change_whole(at, run.len, Zeroed::Unmapped)?
+                }
+                Kind::Zero { .. } | Kind::Unallocated => run.len,
+            };
+        }
+        Ok(())
+    }
+
+    /// Zeroes some of the `len` bytes at guest offset `offset`, which are stored at `data`, and
+    /// returns how many; none if another request has changed their mapping meanwhile.
+    fn zero_data(
+        &self,
+        offset: u64,
+        len: u64,
+        data: u64,
+        in_place: bool,
+        zeroed: Zeroed,
+    ) -> Result<u64> {
+        if !in_place {
+            return Err(self.image.unsupported("writing to a shared cluster"));
+        }
+        if let Placement::Raw(..) = self.placement {
+            // The caller zeroes the data file; the mapping stays.
+            return Ok(len);
+        }
+        let has_zero_flag = self.version >= 3;
+        match self.whole_clusters(offset, len) {
+            whole if whole > 0 && (has_zero_flag || zeroed == Zeroed::Unmapped) => {
+                self.change_whole(offset, whole, zeroed)
+            }
+            _ => {
+                let len = len.min(self.to_cluster_end(offset));
+                self.data().write_zeroes(data, len, false)?;
+                Ok(len)
+            }
+        }
+    }
+
+    /// Changes the mapping of the `len` bytes at `offset`, which are whole clusters of one slice
+    /// with data or reserved space. Returns `len`, or 0 if another request was faster.
+    fn change_whole(&self, offset: u64, len: u64, zeroed: Zeroed) -> Result<u64> {
+        let g = self.geometry;
+        let clusters = g.cluster(offset)..g.cluster(offset + len - 1) + 1;
+        let _held = self.ranges.lock(clusters.clone());
+        let data = match self.run_in_slice(offset, len)? {
+            Run { len: now, .. } if now < len => return Ok(0),
+            Run {
+                kind:
+                    Kind::Data {
+                        offset,
+                        in_place: true,
+                    },
+                ..
+            } => offset,
+            Run {
+                kind: Kind::Data { .. },
+                ..
+            } => return Err(self.image.unsupported("discarding a shared cluster")),
+            Run {
+                kind: Kind::Zero {
+                    reserved: Some(data),
+                },
+                ..
+            } => data,
+            _ => return Ok(0),
+        };
+        match zeroed {
+            Zeroed::Reserved => self.map_zero(clusters)?,
+            Zeroed::Unmapped => {
+                let size = (clusters.end - clusters.start) << g.cluster_bits;
+                self.map_nothing(clusters)?;
+                self.retire(data, size);
+            }
+        }
+        Ok(len)
+    }
+
+    /// How many of the `len` bytes at `offset` are whole clusters of one L2 slice. The part of a
+    /// cluster that the disk ends in is a whole one.
+    fn whole_clusters(&self, offset: u64, len: u64) -> u64 {
+        let g = self.geometry;
+        if g.in_cluster(offset) != 0 {
+            return 0;
+        }
+        let end = (offset + len).min(g.slice_end(offset));
+        let whole_end = if end == g.size {
+            end
+        } else {
+            end - g.in_cluster(end)
+        };
+        whole_end - offset
+    }
+
+    /// Bytes from `offset` to the end of its cluster.
+    fn to_cluster_end(&self, offset: u64) -> u64 {
+        self.geometry.cluster_size() - self.geometry.in_cluster(offset)
+    }
+}

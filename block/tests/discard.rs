@@ -1,0 +1,286 @@
+//! Discarding: what becomes of the space, and of requests that are under way.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test fails by panicking, in its helpers as well"
+)]
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Condvar, Mutex};
+use std::thread;
+
+use tandem_block::qcow2::{CreateOptions, OpenOptions, Qcow2, check, create};
+use tandem_block::{Disk, FileStorage, Storage};
+use tempfile::TempDir;
+use vm_memory::VolatileSlice;
+
+const CLUSTER: u64 = 64 << 10;
+
+/// A gate for the next transfer of guest data.
+#[derive(Debug, Default)]
+struct Gate {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum State {
+    #[default]
+    Open,
+    /// The next transfer will be held.
+    Armed,
+    /// A transfer is being held.
+    Holding,
+}
+
+impl Gate {
+    fn set(&self, state: State) {
+        *self.state.lock().unwrap() = state;
+        self.changed.notify_all();
+    }
+
+    fn wait_for(&self, wanted: State) {
+        let state = self.state.lock().unwrap();
+        drop(self.changed.wait_while(state, |s| *s != wanted).unwrap());
+    }
+
+    fn pass(&self) {
+        let mut state = self.state.lock().unwrap();
+        if *state == State::Armed {
+            *state = State::Holding;
+            self.changed.notify_all();
+            drop(self.changed.wait_while(state, |s| *s != State::Open));
+        }
+    }
+}
+
+/// A file with a gate before transfers of guest data.
+#[derive(Debug)]
+struct Gated {
+    file: FileStorage,
+    gate: Arc<Gate>,
+}
+
+impl Storage for Gated {
+    fn read_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> io::Result<()> {
+        self.gate.pass();
+        self.file.read_at(bufs, offset)
+    }
+    fn write_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> io::Result<()> {
+        self.gate.pass();
+        self.file.write_at(bufs, offset)
+    }
+    fn read_bytes_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        self.file.read_bytes_at(buf, offset)
+    }
+    fn write_bytes_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        self.file.write_bytes_at(buf, offset)
+    }
+    fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
+        self.file.write_zeroes(offset, len, unmap)
+    }
+    fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.file.discard(offset, len)
+    }
+    fn next_data(&self, offset: u64) -> io::Result<Option<u64>> {
+        self.file.next_data(offset)
+    }
+    fn sync(&self) -> io::Result<()> {
+        self.file.sync()
+    }
+    fn size(&self) -> io::Result<u64> {
+        self.file.size()
+    }
+}
+
+/// An image of 64 MiB, with its data in it or in the file `data` beside it.
+fn image(external: bool) -> (TempDir, PathBuf) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("image");
+    let options = CreateOptions {
+        size: 64 << 20,
+        data_file: external.then(|| dir.path().join("data")),
+        ..CreateOptions::default()
+    };
+    create(&path, &options).unwrap();
+    (dir, path)
+}
+
+fn open_gated(path: &Path) -> (Qcow2, Arc<Gate>) {
+    let gate = Arc::new(Gate::default());
+    let storage = |path: &Path| -> Box<dyn Storage> {
+        Box::new(Gated {
+            file: FileStorage::open(path, false).unwrap(),
+            gate: gate.clone(),
+        })
+    };
+    let data = path.with_file_name("data");
+    let data = data.exists().then(|| storage(&data));
+    let disk = Qcow2::with_storage(path, storage(path), data, &OpenOptions::default());
+    (disk.unwrap(), gate)
+}
+
+fn write(disk: &dyn Disk, offset: u64, len: u64, byte: u8) {
+    let mut bytes = vec![byte; len as usize];
+    disk.write_at(&[VolatileSlice::from(&mut bytes[..])], offset)
+        .unwrap();
+}
+
+fn read(disk: &dyn Disk, offset: u64, len: u64) -> Vec<u8> {
+    let mut bytes = vec![0xee; len as usize];
+    disk.read_at(&[VolatileSlice::from(&mut bytes[..])], offset)
+        .unwrap();
+    bytes
+}
+
+fn assert_clean(path: &Path) {
+    let report = check(path, &mut |finding| panic!("{}", finding.text)).unwrap();
+    assert_eq!((report.leaks, report.corruptions), (0, 0));
+}
+
+/// A read that has found a cluster, and is slow, does not see what the cluster is used for next.
+#[test]
+fn a_slow_read_sees_no_other_data() {
+    let (_dir, path) = image(false);
+    let (disk, gate) = open_gated(&path);
+    write(&disk, 0, CLUSTER, 1);
+    disk.flush().unwrap();
+    thread::scope(|scope| {
+        gate.set(State::Armed);
+        let reader = scope.spawn(|| read(&disk, 0, CLUSTER));
+        gate.wait_for(State::Holding);
+        disk.discard(0, CLUSTER).unwrap();
+        for cluster in 1..20 {
+            disk.flush().unwrap();
+            write(&disk, cluster * CLUSTER, CLUSTER, 2);
+        }
+        gate.set(State::Open);
+        let bytes = reader.join().unwrap();
+        assert!(bytes.iter().all(|b| *b == 1) || bytes.iter().all(|b| *b == 0));
+    });
+    drop(disk);
+    assert_clean(&path);
+}
+
+/// A write that has found a cluster, and is slow, does not change what the cluster is used for
+/// next.
+#[test]
+fn a_slow_write_changes_no_other_data() {
+    let (_dir, path) = image(false);
+    let (disk, gate) = open_gated(&path);
+    write(&disk, 0, CLUSTER, 1);
+    disk.flush().unwrap();
+    thread::scope(|scope| {
+        gate.set(State::Armed);
+        scope.spawn(|| write(&disk, 0, CLUSTER, 3));
+        gate.wait_for(State::Holding);
+        disk.discard(0, CLUSTER).unwrap();
+        for cluster in 1..20 {
+            disk.flush().unwrap();
+            write(&disk, cluster * CLUSTER, CLUSTER, 2);
+        }
+        gate.set(State::Open);
+    });
+    assert!(read(&disk, CLUSTER, 19 * CLUSTER).iter().all(|b| *b == 2));
+    drop(disk);
+    assert_clean(&path);
+}
+
+/// What a slow write leaves where nothing is mapped any more does not come to light when the
+/// cluster is written in part.
+#[test]
+fn a_slow_write_leaves_no_stale_data() {
+    // In a hole of the data file.
+    const AT: u64 = 8 * CLUSTER;
+    let (_dir, path) = image(true);
+    let (disk, gate) = open_gated(&path);
+    write(&disk, AT, CLUSTER, 1);
+    disk.flush().unwrap();
+    thread::scope(|scope| {
+        gate.set(State::Armed);
+        scope.spawn(|| write(&disk, AT, CLUSTER, 3));
+        gate.wait_for(State::Holding);
+        disk.discard(AT, CLUSTER).unwrap();
+        disk.flush().unwrap();
+        gate.set(State::Open);
+    });
+    disk.flush().unwrap();
+    write(&disk, AT + 512, 512, 2);
+    let bytes = read(&disk, AT, CLUSTER);
+    assert!(bytes[..512].iter().all(|b| *b == 0));
+    assert!(bytes[1024..].iter().all(|b| *b == 0));
+    drop(disk);
+    assert_clean(&path);
+}
+
+/// Once the slow request has ended, the clusters come back after all.
+#[test]
+fn space_comes_back_after_a_slow_read() {
+    let (_dir, path) = image(false);
+    let (disk, gate) = open_gated(&path);
+    write(&disk, 0, 64 * CLUSTER, 1);
+    disk.flush().unwrap();
+    let size = fs::metadata(&path).unwrap().len();
+    thread::scope(|scope| {
+        gate.set(State::Armed);
+        scope.spawn(|| read(&disk, 0, CLUSTER));
+        gate.wait_for(State::Holding);
+        disk.discard(0, 64 * CLUSTER).unwrap();
+        disk.flush().unwrap();
+        gate.set(State::Open);
+    });
+    disk.flush().unwrap();
+    write(&disk, 128 * CLUSTER, 64 * CLUSTER, 2);
+    disk.flush().unwrap();
+    assert_eq!(fs::metadata(&path).unwrap().len(), size);
+    drop(disk);
+    assert_clean(&path);
+}
+
+/// A file that is written and discarded over and over does not grow, and holes are punched in it.
+#[test]
+fn space_is_reused_and_released() {
+    let (_dir, path) = image(false);
+    let disk = Qcow2::open(&path, &OpenOptions::default()).unwrap();
+    let mut largest = 0;
+    for round in 0..20 {
+        let at = round % 8 * 64 * CLUSTER;
+        write(&disk, at, 64 * CLUSTER, round as u8 + 1);
+        disk.flush().unwrap();
+        let size = fs::metadata(&path).unwrap().len();
+        if round == 0 {
+            largest = size;
+        }
+        assert_eq!(size, largest, "round {round}");
+        disk.discard(at, 64 * CLUSTER).unwrap();
+        disk.flush().unwrap();
+        let used = fs::metadata(&path).unwrap().blocks() * 512;
+        assert!(used < 16 * CLUSTER, "{used} bytes in use");
+        assert!(read(&disk, at, 64 * CLUSTER).iter().all(|b| *b == 0));
+    }
+    drop(disk);
+    assert_clean(&path);
+}
+
+/// Only whole clusters are discarded, and a range past the end is refused.
+#[test]
+fn parts_of_clusters_stay() {
+    let (_dir, path) = image(false);
+    let disk = Qcow2::open(&path, &OpenOptions::default()).unwrap();
+    write(&disk, 0, 4 * CLUSTER, 1);
+    disk.discard(512, 3 * CLUSTER).unwrap();
+    let bytes = read(&disk, 0, 4 * CLUSTER);
+    for (cluster, bytes) in bytes.chunks(CLUSTER as usize).enumerate() {
+        let byte = u8::from(!(1..3).contains(&cluster));
+        assert!(bytes.iter().all(|b| *b == byte), "cluster {cluster}");
+    }
+    disk.discard(CLUSTER + 512, 1024).unwrap();
+    disk.discard(disk.size(), 0).unwrap();
+    assert!(disk.discard(disk.size() - 512, 1024).is_err());
+    assert!(disk.discard(u64::MAX, 512).is_err());
+    drop(disk);
+    assert_clean(&path);
+}

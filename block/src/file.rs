@@ -1,7 +1,7 @@
 //! A file below a disk: storage with a name for error messages, and a memory for failed syncs.
 
+use crate::sync::atomic::{AtomicBool, Ordering};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use vm_memory::VolatileSlice;
 

@@ -1,6 +1,13 @@
-//! Locks that do not spread a panic.
+//! Locks that do not spread a panic, and the atomics of what the model checker examines.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+/// The standard library's; those of the model checker `loom` in its tests (`cfg(loom)`).
+#[cfg(not(loom))]
+pub(crate) use std::sync::{Condvar, Mutex, MutexGuard, atomic};
+
+#[cfg(loom)]
+pub(crate) use loom::sync::{Condvar, Mutex, MutexGuard, atomic};
+
+use std::sync::PoisonError;
 
 /// Locks `mutex`, also after a thread has panicked while it held it: the state below each lock of
 /// this crate is valid between any two statements, and a disk that refuses to flush because one

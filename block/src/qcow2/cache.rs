@@ -9,13 +9,13 @@
 //! Filling and changing a frame takes the lock of its set. A slice that was changed is dirty until
 //! it has been written back, and stays in its frame until then.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence};
-use std::sync::{Mutex, MutexGuard, OnceLock};
+use crate::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence};
+use std::sync::OnceLock;
 
-use crate::sync::lock;
+use crate::sync::{Mutex, MutexGuard, lock};
 
-/// Frames in a set.
-const WAYS: usize = 8;
+/// Frames in a set; one is all that the model checker can follow.
+const WAYS: usize = if cfg!(loom) { 1 } else { 8 };
 
 /// Bits of a tag that hold the version; the slice number plus one is above them. A reader would
 /// have to sleep through exactly 2^24 refills of a frame to take one filling for another.
@@ -364,5 +364,75 @@ mod tests {
             done.store(true, Ordering::Relaxed);
         });
         assert!(hits.into_inner() > 0);
+    }
+}
+
+/// The model checker runs these with every order of events that the memory model allows.
+#[cfg(all(test, loom))]
+mod loom_tests {
+    use super::*;
+    use loom::sync::Arc;
+    use loom::thread;
+    use std::convert::Infallible;
+
+    fn fill(value: u64) -> impl FnOnce(&[AtomicU64]) -> Result<(), Infallible> {
+        move |words| {
+            words.iter().for_each(|w| w.store(value, Ordering::Relaxed));
+            Ok(())
+        }
+    }
+
+    fn look(cache: &SliceCache, slice: u64) -> Option<[u64; 2]> {
+        cache.read(slice, |words| {
+            [0, 1].map(|i| words[i].load(Ordering::Acquire))
+        })
+    }
+
+    fn cache() -> Arc<SliceCache> {
+        let cache = Arc::new(SliceCache::new(2, 0));
+        cache.load(1, fill(1)).unwrap();
+        cache
+    }
+
+    /// A frame is refilled with another slice, and again with the first, during a lookup.
+    #[test]
+    fn loom_eviction_during_a_lookup() {
+        loom::model(|| {
+            let cache = cache();
+            let evict = thread::spawn({
+                let cache = cache.clone();
+                move || {
+                    cache.load(2, fill(2)).unwrap();
+                    cache.load(1, fill(3)).unwrap();
+                }
+            });
+            if let Some(seen) = look(&cache, 1) {
+                assert!(seen == [1, 1] || seen == [3, 3], "{seen:?}");
+            }
+            evict.join().unwrap();
+            assert_eq!(look(&cache, 1), Some([3, 3]));
+        });
+    }
+
+    /// An entry is changed while the slice is taken for writing back: it is in the copy, or the
+    /// slice is dirty again.
+    #[test]
+    fn loom_write_back_during_a_change() {
+        loom::model(|| {
+            let cache = cache();
+            let change = thread::spawn({
+                let cache = cache.clone();
+                move || {
+                    let store = |words: &[AtomicU64]| words[1].store(9, Ordering::Release);
+                    cache.update(1, fill(0), store).unwrap();
+                }
+            });
+            let first = cache.take_dirty();
+            cache.written();
+            change.join().unwrap();
+            let second = cache.take_dirty();
+            let copies: Vec<_> = first.iter().chain(&second).map(|d| d.entries[1]).collect();
+            assert_eq!(copies, [9], "written back once");
+        });
     }
 }

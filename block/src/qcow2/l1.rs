@@ -1,8 +1,8 @@
 //! The active L1 table, kept in memory whole.
 
+use crate::sync::Mutex;
+use crate::sync::atomic::{AtomicU64, Ordering};
 use std::collections::BTreeMap;
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::entry::L1Entry;
 use super::geometry::{ENTRY_SIZE, Geometry};

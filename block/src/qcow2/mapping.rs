@@ -1,7 +1,7 @@
 //! Where guest clusters are, and changing it.
 
+use crate::sync::atomic::{AtomicU64, Ordering};
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::cache::LoadError;
 use super::entry::{Cluster, L2Entry};
@@ -10,7 +10,7 @@ use super::placement::{Passthrough, Placement};
 use super::refcount::{Allocation, Refcounts};
 use super::{Qcow2, table};
 use crate::file::ImageFile;
-use crate::sync::lock;
+use crate::sync::{MutexGuard, lock};
 use crate::{Error, Result};
 
 /// A range of guest bytes that is mapped in one way.
@@ -95,7 +95,7 @@ impl Qcow2 {
     }
 
     /// The refcounts of a writable image.
-    pub(super) fn refcounts(&self) -> Result<std::sync::MutexGuard<'_, Refcounts>> {
+    pub(super) fn refcounts(&self) -> Result<MutexGuard<'_, Refcounts>> {
         self.refcounts.as_ref().map(lock).ok_or(Error::ReadOnly)
     }
 

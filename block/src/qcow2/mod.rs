@@ -56,8 +56,8 @@ mod retired;
 mod table;
 mod zeroes;
 
-use std::sync::Mutex;
-use std::sync::atomic::AtomicU64;
+use crate::sync::Mutex;
+use crate::sync::atomic::AtomicU64;
 
 use cache::SliceCache;
 use geometry::Geometry;

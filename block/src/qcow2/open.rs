@@ -1,8 +1,8 @@
 //! From files to a [`Qcow2`].
 
+use crate::sync::Mutex;
+use crate::sync::atomic::AtomicU64;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
-use std::sync::atomic::AtomicU64;
 
 use super::Qcow2;
 use super::cache::SliceCache;

@@ -1,9 +1,9 @@
 //! Where guest data lies: in the image file, in an external data file, or in a raw data file.
 
+use crate::sync::Mutex;
+use crate::sync::atomic::{AtomicU64, Ordering};
 use std::collections::HashMap;
 use std::ops::Range;
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::Result;
 use crate::file::ImageFile;

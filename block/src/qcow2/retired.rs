@@ -5,9 +5,9 @@
 //! found the old mapping have ended; and its space has been released, or the hole would be punched
 //! in somebody else's data.
 
+use crate::sync::Mutex;
+use crate::sync::atomic::{AtomicUsize, Ordering};
 use std::ops::Range;
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::requests::{GracePeriod, Requests};
 use crate::sync::lock;

@@ -5,9 +5,9 @@
     reason = "a test fails by panicking, in its helpers as well"
 )]
 
-use std::fs;
+use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
@@ -283,4 +283,86 @@ fn parts_of_clusters_stay() {
     assert!(disk.discard(u64::MAX, 512).is_err());
     drop(disk);
     assert_clean(&path);
+}
+
+/// Without a flush, too, space comes back before much of it has gathered.
+#[test]
+fn space_comes_back_without_a_flush() {
+    let (_dir, path) = image(false);
+    let disk = Qcow2::open(&path, &OpenOptions::default()).unwrap();
+    for _ in 0..20 {
+        write(&disk, 0, 32 << 20, 1);
+        disk.discard(0, 32 << 20).unwrap();
+    }
+    let size = fs::metadata(&path).unwrap().len();
+    assert!(size < 160 << 20, "{size}");
+}
+
+/// A discard of a fragmented disk as a whole gives everything back.
+#[test]
+fn fragmented_space_comes_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("image");
+    let options = CreateOptions {
+        size: 8 << 20,
+        cluster_size: 512,
+        ..CreateOptions::default()
+    };
+    create(&path, &options).unwrap();
+    let disk = Qcow2::open(&path, &OpenOptions::default()).unwrap();
+    for cluster in (0..16 << 10).rev() {
+        write(&disk, cluster * 512, 512, 1);
+    }
+    disk.flush().unwrap();
+    let before = fs::metadata(&path).unwrap();
+    disk.discard(0, 8 << 20).unwrap();
+    disk.flush().unwrap();
+    let used = fs::metadata(&path).unwrap().blocks() * 512;
+    assert!(used < before.blocks() * 512 / 4, "{used} bytes in use");
+    write(&disk, 0, 8 << 20, 2);
+    disk.flush().unwrap();
+    assert_eq!(fs::metadata(&path).unwrap().len(), before.len());
+    drop(disk);
+    assert_clean(&path);
+}
+
+/// What a hostile image maps is not given to the allocator on its word.
+#[test]
+fn clusters_that_are_not_counted_stay() {
+    // In a part of the file without a refcount block, and where there is no room for one.
+    for target in [4 << 20, 16 << 20] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("image");
+        let options = CreateOptions {
+            size: 1 << 20,
+            cluster_size: 512,
+            ..CreateOptions::default()
+        };
+        create(&path, &options).unwrap();
+        let disk = Qcow2::open(&path, &OpenOptions::default()).unwrap();
+        write(&disk, 0, 512, 1);
+        drop(disk);
+        let file = File::options().read(true).write(true).open(&path).unwrap();
+        file.set_len(32 << 20).unwrap();
+        let field = |at| {
+            let mut bytes = [0; 8];
+            file.read_exact_at(&mut bytes, at).unwrap();
+            u64::from_be_bytes(bytes)
+        };
+        // Header bytes 40 to 47 lead to the L1 table, and its first entry to the L2 table.
+        let l2_table = field(field(40)) & 0x00ff_ffff_ffff_fe00;
+        file.write_all_at(&(1 << 63 | target as u64).to_be_bytes(), l2_table)
+            .unwrap();
+
+        let header = || fs::read(&path).unwrap()[..512].to_vec();
+        let before = header();
+        let disk = Qcow2::open(&path, &OpenOptions::default()).unwrap();
+        disk.discard(0, 512).unwrap();
+        disk.flush().unwrap();
+        write(&disk, 512, 512, 2);
+        drop(disk);
+        assert!(header() == before, "target {target:#x}");
+        let disk = Qcow2::open(&path, &OpenOptions::default()).unwrap();
+        assert!(read(&disk, 512, 512).iter().all(|b| *b == 2));
+    }
 }

@@ -19,6 +19,7 @@ use super::Qcow2;
 use super::cache::DirtySlice;
 use super::l1::OnDisk;
 use super::placement::Placement;
+use super::retired::Batch;
 use super::table;
 use crate::Result;
 use crate::sync::lock;
@@ -51,9 +52,11 @@ impl Qcow2 {
     /// Gives back the clusters that may be used again.
     fn reclaim(&self) {
         while let Some(batch) = self.retired.take_settled(&self.requests) {
-            let ranges = batch.len();
-            batch.into_iter().for_each(|range| self.give_back(range));
-            self.retired.finished(ranges);
+            for range in merged(&batch) {
+                // At worst the range is leaked, and the next check finds it.
+                drop(self.give_back(range));
+            }
+            self.retired.finished(&batch);
         }
     }
 
@@ -100,6 +103,20 @@ impl Qcow2 {
         self.image
             .write_bytes_at(&bytes, table + self.geometry.slice_offset(slice.slice))
     }
+}
+
+/// The ranges of `batch` in order, neighbours in one.
+fn merged(batch: &Batch) -> Batch {
+    let mut sorted = batch.clone();
+    sorted.sort_unstable_by_key(|range| range.start);
+    sorted.dedup_by(|next, range| {
+        let joins = range.end == next.start;
+        if joins {
+            range.end = next.end;
+        }
+        joins
+    });
+    sorted
 }
 
 impl Drop for Qcow2 {

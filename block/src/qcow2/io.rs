@@ -211,9 +211,13 @@ impl Qcow2 {
             .saturating_sub(end))
     }
 
+    pub(super) fn wants_write_back(&self) -> bool {
+        self.l2.wants_write_back() || self.retired.wants_write_back()
+    }
+
     /// Writes metadata back if much of the cache is waiting for it.
     fn limit_dirty(&self) -> Result<()> {
-        if self.l2.wants_write_back() || self.retired.wants_write_back() {
+        if self.wants_write_back() {
             self.write_back()
         } else {
             Ok(())

@@ -373,19 +373,27 @@ impl Qcow2 {
     }
 
     /// Gives back a range of clusters that nothing can lead to any more. An error leaks them.
-    pub(super) fn give_back(&self, range: Range<u64>) {
+    pub(super) fn give_back(&self, range: Range<u64>) -> Result<()> {
         match &self.placement {
             Placement::Internal => {
                 let len = range.end - range.start;
-                drop(self.image.discard(range.start, len));
                 let clusters = self.geometry.cluster(len);
-                let freed = self
-                    .refcounts()
-                    .and_then(|mut r| r.free(&self.image, range.start, clusters));
-                drop(freed);
+                // Refcounts and mappings are the image's word. Where they contradict each other,
+                // something else may be using the clusters.
+                let ours = self
+                    .refcounts()?
+                    .are_exclusive(&self.image, range.start, clusters)?;
+                if ours {
+                    self.image.discard(range.start, len)?;
+                    self.refcounts()?.free(&self.image, range.start, clusters)?;
+                }
+                Ok(())
             }
-            // A request that had found the old mapping may have written there since.
-            Placement::External(external) | Placement::Raw(external, _) => external.forget_hole(),
+            Placement::External(external) | Placement::Raw(external, _) => {
+                // A request that had found the old mapping may have written there since.
+                external.forget_hole();
+                Ok(())
+            }
         }
     }
 

@@ -122,10 +122,7 @@ impl Refcounts {
     ) -> Result<()> {
         let first = self.geometry.cluster(offset);
         for cluster in first..first + len.div_ceil(self.geometry.cluster_size()) {
-            let block = (cluster / self.counts_per_block()) as usize;
-            let has_block = self.table.get(block).is_some_and(|offset| *offset != 0);
-            let index = (cluster % self.counts_per_slice()) as usize;
-            if !has_block || self.slice(image, cluster)?.counts[index] == 0 {
+            if self.count(image, cluster)? == 0 {
                 let reason = format!(
                     "cluster {cluster} holds metadata and is counted as free; repair the image \
                      first: qemu-img check -r all"
@@ -162,7 +159,18 @@ impl Refcounts {
         })
     }
 
-    /// Gives back clusters that no mapping on disk refers to.
+    /// Whether each of the clusters is used exactly once.
+    pub fn are_exclusive(&mut self, image: &ImageFile, offset: u64, clusters: u64) -> Result<bool> {
+        let first = self.geometry.cluster(offset);
+        for cluster in first..first + clusters {
+            if self.count(image, cluster)? != 1 {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Gives back clusters that no mapping on disk refers to, and that are counted.
     pub fn free(&mut self, image: &ImageFile, offset: u64, clusters: u64) -> Result<()> {
         let first = self.geometry.cluster(offset);
         for cluster in first..first + clusters {
@@ -314,6 +322,16 @@ impl Refcounts {
             self.written = true;
         }
         Ok(())
+    }
+
+    /// How often `cluster`, which can be anything, is used.
+    fn count(&mut self, image: &ImageFile, cluster: u64) -> Result<u16> {
+        let block = (cluster / self.counts_per_block()) as usize;
+        if self.table.get(block).is_none_or(|offset| *offset == 0) {
+            return Ok(0);
+        }
+        let index = (cluster % self.counts_per_slice()) as usize;
+        Ok(self.slice(image, cluster)?.counts[index])
     }
 
     fn count_mut(&mut self, image: &ImageFile, cluster: u64) -> Result<&mut u16> {

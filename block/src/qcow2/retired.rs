@@ -6,14 +6,17 @@
 //! in somebody else's data.
 
 use crate::sync::Mutex;
-use crate::sync::atomic::{AtomicUsize, Ordering};
+use crate::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::ops::Range;
 
 use super::requests::{GracePeriod, Requests};
 use crate::sync::lock;
 
-/// Ranges that lost their mapping before it is time to write the change back.
+/// Ranges that lost their mapping, before it is time to write the change back.
 const MANY: usize = 1024;
+
+/// Bytes in them.
+const MUCH: u64 = 64 << 20;
 
 /// Ranges of the file that holds guest data, in bytes.
 pub(crate) type Batch = Vec<Range<u64>>;
@@ -24,6 +27,9 @@ pub(crate) struct Retired {
     lists: Mutex<Lists>,
     /// Ranges in all lists, and in the batch that is being written back.
     count: AtomicUsize,
+    /// Ranges in memory whose mapping is still on disk, and their bytes; a hint.
+    unmapped: AtomicUsize,
+    unmapped_bytes: AtomicU64,
 }
 
 #[derive(Default)]
@@ -40,11 +46,14 @@ impl Retired {
     /// `range` has lost its mapping, in memory.
     pub fn add(&self, range: Range<u64>) {
         let mut lists = lock(&self.lists);
+        let len = range.end - range.start;
+        self.unmapped_bytes.fetch_add(len, Ordering::Relaxed);
         match lists.unmapped.last_mut() {
             Some(last) if last.end == range.start => last.end = range.end,
             _ => {
                 lists.unmapped.push(range);
                 self.count.fetch_add(1, Ordering::Release);
+                self.unmapped.fetch_add(1, Ordering::Relaxed);
             }
         }
     }
@@ -56,17 +65,22 @@ impl Retired {
 
     /// Whether there are so many that metadata should be written back soon.
     pub fn wants_write_back(&self) -> bool {
-        self.count.load(Ordering::Relaxed) >= MANY && lock(&self.lists).unmapped.len() >= MANY
+        self.unmapped.load(Ordering::Relaxed) >= MANY
+            || self.unmapped_bytes.load(Ordering::Relaxed) >= MUCH
     }
 
     /// Takes those whose mapping will be gone from the disk once everything that is dirty now has
     /// been written back.
     pub fn take_unmapped(&self) -> Batch {
-        std::mem::take(&mut lock(&self.lists).unmapped)
+        let mut lists = lock(&self.lists);
+        self.unmapped.store(0, Ordering::Relaxed);
+        self.unmapped_bytes.store(0, Ordering::Relaxed);
+        std::mem::take(&mut lists.unmapped)
     }
 
     /// Writing back failed.
     pub fn put_back(&self, batch: Batch) {
+        self.unmapped.fetch_add(batch.len(), Ordering::Relaxed);
         lock(&self.lists).unmapped.extend(batch);
     }
 
@@ -89,9 +103,9 @@ impl Retired {
             .map(|(_, batch)| batch)
     }
 
-    /// So many ranges are in use again, or free.
-    pub fn finished(&self, ranges: usize) {
-        self.count.fetch_sub(ranges, Ordering::Release);
+    /// `batch` is in use again, or free.
+    pub fn finished(&self, batch: &Batch) {
+        self.count.fetch_sub(batch.len(), Ordering::Release);
     }
 }
 
@@ -120,8 +134,8 @@ mod tests {
         retired.written(batch.clone());
         assert_eq!(retired.take_settled(&requests), None, "still in use");
         drop(running);
-        assert_eq!(retired.take_settled(&requests), Some(batch));
-        retired.finished(2);
+        assert_eq!(retired.take_settled(&requests).as_ref(), Some(&batch));
+        retired.finished(&batch);
         assert!(!retired.is_empty());
         assert_eq!(retired.take_settled(&requests), None);
         assert!(retired.take_unmapped().contains(&(8192..8704)));

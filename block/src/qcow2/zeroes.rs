@@ -23,7 +23,7 @@ impl Qcow2 {
     pub(super) fn zero(&self, offset: u64, len: u64, unmap: bool) -> Result<()> {
         let passthrough = self.passthrough(offset, len)?;
         if passthrough.is_none() {
-            let _running = self.requests.begin();
+            let mut running = self.requests.begin();
             let zeroed = if unmap {
                 Zeroed::Unmapped
             } else {
@@ -32,6 +32,12 @@ impl Qcow2 {
             let is_raw = matches!(self.placement, Placement::Raw(..));
             let mut done = 0;
             while done < len {
+                if self.wants_write_back() {
+                    // A request waits for itself: what it unmapped comes back after it.
+                    drop(running);
+                    self.write_back()?;
+                    running = self.requests.begin();
+                }
                 let run = self.run_in_slice(offset + done, len - done)?;
                 done += match run.kind {
                     Kind::Data {
@@ -69,8 +75,13 @@ impl Qcow2 {
         if let Placement::Raw(external, _) = &self.placement {
             return external.file.write_zeroes(at, end - at, true);
         }
-        let _running = self.requests.begin();
+        let mut running = self.requests.begin();
         while at < end {
+            if self.wants_write_back() {
+                drop(running);
+                self.write_back()?;
+                running = self.requests.begin();
+            }
             let run = self.run_in_slice(at, end - at)?;
             at += match run.kind {
                 Kind::Data { .. } | Kind::Zero { reserved: Some(_) } => {

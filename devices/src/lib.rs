@@ -75,6 +75,9 @@
 //!     fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> Result<()> {
 //!         self.inner.write_zeroes(offset, len, unmap)
 //!     }
+//!     fn discard(&self, offset: u64, len: u64) -> Result<()> {
+//!         self.inner.discard(offset, len)
+//!     }
 //!     fn flush(&self) -> Result<()> {
 //!         self.flushes.fetch_add(1, Ordering::Relaxed);
 //!         self.inner.flush()

@@ -109,7 +109,7 @@ fn whole_clusters(cluster_size: usize, offset: usize, len: usize, size: usize) -
     } else {
         end - end % cluster_size
     };
-    start..end.max(start)
+    start.min(end)..end
 }
 
 /// Writes, zeroes and discards by `qemu-io`, in a fixed pattern over the whole disk.

@@ -141,6 +141,28 @@ fn assert_clean(path: &Path) {
     assert_eq!((report.leaks, report.corruptions), (0, 0));
 }
 
+/// Runs `request` on a thread of its own, and `meanwhile` while it waits between finding its
+/// cluster and the transfer; returns what the request did.
+fn during<R: Send>(gate: &Gate, request: impl FnOnce() -> R + Send, meanwhile: impl FnOnce()) -> R {
+    thread::scope(|scope| {
+        gate.set(State::Armed);
+        let request = scope.spawn(request);
+        gate.wait_for(State::Holding);
+        meanwhile();
+        gate.set(State::Open);
+        request.join().unwrap()
+    })
+}
+
+/// Discards the first cluster, and writes others that could take its place.
+fn discard_and_reuse(disk: &dyn Disk) {
+    disk.discard(0, CLUSTER).unwrap();
+    for cluster in 1..20 {
+        disk.flush().unwrap();
+        write(disk, cluster * CLUSTER, CLUSTER, 2);
+    }
+}
+
 /// A read that has found a cluster, and is slow, does not see what the cluster is used for next.
 #[test]
 fn a_slow_read_sees_no_other_data() {
@@ -148,19 +170,9 @@ fn a_slow_read_sees_no_other_data() {
     let (disk, gate) = open_gated(&path);
     write(&disk, 0, CLUSTER, 1);
     disk.flush().unwrap();
-    thread::scope(|scope| {
-        gate.set(State::Armed);
-        let reader = scope.spawn(|| read(&disk, 0, CLUSTER));
-        gate.wait_for(State::Holding);
-        disk.discard(0, CLUSTER).unwrap();
-        for cluster in 1..20 {
-            disk.flush().unwrap();
-            write(&disk, cluster * CLUSTER, CLUSTER, 2);
-        }
-        gate.set(State::Open);
-        let bytes = reader.join().unwrap();
-        assert!(bytes.iter().all(|b| *b == 1) || bytes.iter().all(|b| *b == 0));
-    });
+    let reader = || read(&disk, 0, CLUSTER);
+    let bytes = during(&gate, reader, || discard_and_reuse(&disk));
+    assert!(bytes.iter().all(|b| *b == 1) || bytes.iter().all(|b| *b == 0));
     drop(disk);
     assert_clean(&path);
 }
@@ -173,17 +185,8 @@ fn a_slow_write_changes_no_other_data() {
     let (disk, gate) = open_gated(&path);
     write(&disk, 0, CLUSTER, 1);
     disk.flush().unwrap();
-    thread::scope(|scope| {
-        gate.set(State::Armed);
-        scope.spawn(|| write(&disk, 0, CLUSTER, 3));
-        gate.wait_for(State::Holding);
-        disk.discard(0, CLUSTER).unwrap();
-        for cluster in 1..20 {
-            disk.flush().unwrap();
-            write(&disk, cluster * CLUSTER, CLUSTER, 2);
-        }
-        gate.set(State::Open);
-    });
+    let writer = || write(&disk, 0, CLUSTER, 3);
+    during(&gate, writer, || discard_and_reuse(&disk));
     assert!(read(&disk, CLUSTER, 19 * CLUSTER).iter().all(|b| *b == 2));
     drop(disk);
     assert_clean(&path);
@@ -199,13 +202,10 @@ fn a_slow_write_leaves_no_stale_data() {
     let (disk, gate) = open_gated(&path);
     write(&disk, AT, CLUSTER, 1);
     disk.flush().unwrap();
-    thread::scope(|scope| {
-        gate.set(State::Armed);
-        scope.spawn(|| write(&disk, AT, CLUSTER, 3));
-        gate.wait_for(State::Holding);
+    let writer = || write(&disk, AT, CLUSTER, 3);
+    during(&gate, writer, || {
         disk.discard(AT, CLUSTER).unwrap();
         disk.flush().unwrap();
-        gate.set(State::Open);
     });
     disk.flush().unwrap();
     write(&disk, AT + 512, 512, 2);
@@ -224,13 +224,10 @@ fn space_comes_back_after_a_slow_read() {
     write(&disk, 0, 64 * CLUSTER, 1);
     disk.flush().unwrap();
     let size = fs::metadata(&path).unwrap().len();
-    thread::scope(|scope| {
-        gate.set(State::Armed);
-        scope.spawn(|| read(&disk, 0, CLUSTER));
-        gate.wait_for(State::Holding);
+    let reader = || read(&disk, 0, CLUSTER);
+    during(&gate, reader, || {
         disk.discard(0, 64 * CLUSTER).unwrap();
         disk.flush().unwrap();
-        gate.set(State::Open);
     });
     disk.flush().unwrap();
     write(&disk, 128 * CLUSTER, 64 * CLUSTER, 2);

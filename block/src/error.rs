@@ -138,6 +138,11 @@ impl Error {
         }
     }
 
+    /// Whether there is no space left where something was to be written.
+    pub(crate) fn is_no_space(&self) -> bool {
+        matches!(self, Self::Io { source, .. } if source.kind() == io::ErrorKind::StorageFull)
+    }
+
     /// An [`Error::Invalid`].
     pub(crate) fn invalid(
         file: &Path,

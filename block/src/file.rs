@@ -103,6 +103,19 @@ impl ImageFile {
             .map_err(|e| Error::io(&self.path, "get the size of", e))
     }
 
+    /// The length that the file cannot exceed, in bytes, if it is fixed.
+    pub fn capacity(&self) -> Result<Option<u64>> {
+        self.storage
+            .capacity()
+            .map_err(|e| Error::io(&self.path, "get the size of", e))
+    }
+
+    /// The error of an allocation for which there is no room.
+    pub fn full(&self) -> Error {
+        let source = std::io::Error::from_raw_os_error(libc::ENOSPC);
+        Error::io(&self.path, "allocate a cluster in", source)
+    }
+
     /// An [`Error::Invalid`] of this file.
     pub fn invalid(&self, field: &'static str, value: u64, reason: String) -> Error {
         Error::Invalid {

@@ -44,6 +44,11 @@ pub trait Storage: Debug + Send + Sync {
 
     /// Length in bytes.
     fn size(&self) -> io::Result<u64>;
+
+    /// The length that it cannot exceed, in bytes, where that is fixed: that of a block device.
+    fn capacity(&self) -> io::Result<Option<u64>> {
+        Ok(None)
+    }
 }
 
 /// A regular file or a host block device.
@@ -200,6 +205,13 @@ impl Storage for FileStorage {
             return Ok(rustix::fs::seek(&self.file, SeekFrom::End(0))?);
         }
         Ok(self.file.metadata()?.len())
+    }
+
+    fn capacity(&self) -> io::Result<Option<u64>> {
+        if self.is_block_device {
+            return self.size().map(Some);
+        }
+        Ok(None)
     }
 }
 

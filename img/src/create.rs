@@ -4,7 +4,7 @@ use std::ffi::OsStr;
 use std::io;
 
 use clap::Command;
-use tandem_block::qcow2::{self, CreateOptions};
+use tandem_block::qcow2::{self, CreateOptions, DataFileLayout};
 use tandem_block::{Error, Preallocation, Raw};
 
 use crate::failure::Failure;
@@ -124,6 +124,12 @@ const QCOW2: &[Definition] = &[
         Kind::Switch,
         None,
         "The external data file must stay valid as a raw image",
+    ),
+    option(
+        "data_file_layout",
+        Kind::Text,
+        None,
+        "How data lies in the data file (allowed values: standard, packed)",
     ),
     option(
         "lazy_refcounts",
@@ -320,6 +326,11 @@ fn qcow2_options(
             None => None,
         },
         data_file_raw: options.is_on("data_file_raw"),
+        data_file_layout: match options.text("data_file_layout") {
+            None | Some("standard") => DataFileLayout::Standard,
+            Some("packed") => DataFileLayout::Packed,
+            Some(other) => return Err(not_accepted("data-file-layout", other)),
+        },
         preallocation,
         lazy_refcounts: options.is_on("lazy_refcounts"),
     })

@@ -7,7 +7,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use clap::Command;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
-use tandem_block::qcow2::Info;
+use tandem_block::qcow2::{DataFileLayout, Info};
 
 use crate::failure::Failure;
 use crate::getopt::{self, Parsed, flag, value};
@@ -222,6 +222,8 @@ fn specific(info: &Info) -> Map<String, Value> {
         #[serde(skip_serializing_if = "Option::is_none")]
         data_file_raw: Option<bool>,
         #[serde(skip_serializing_if = "Option::is_none")]
+        data_file_layout: Option<&'static str>,
+        #[serde(skip_serializing_if = "Option::is_none")]
         corrupt: Option<bool>,
         #[serde(skip_serializing_if = "Option::is_none")]
         extended_l2: Option<bool>,
@@ -237,6 +239,10 @@ fn specific(info: &Info) -> Map<String, Value> {
             .as_ref()
             .map(|name| String::from_utf8_lossy(name)),
         data_file_raw: info.has_data_file.then_some(info.data_file_raw),
+        data_file_layout: match info.data_file_layout {
+            Some(DataFileLayout::Packed) => Some("packed"),
+            _ => None,
+        },
         corrupt: v3.then_some(info.corrupt),
         extended_l2: v3.then_some(info.extended_l2),
     };

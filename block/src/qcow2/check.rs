@@ -11,7 +11,7 @@ use super::counters::Counters;
 use super::entry::{Cluster, L1Entry, L2Entry};
 use super::geometry::ENTRY_SIZE;
 use super::header::Header;
-use super::{policy, table};
+use super::{DataFileLayout, packed, policy, table};
 use crate::{Error, FileStorage, Result, Storage};
 
 /// What a check found, in total.
@@ -75,10 +75,17 @@ const MAX_REPEATS: u16 = 1024;
 pub fn check(path: &Path, found: &mut dyn FnMut(Finding)) -> Result<CheckReport> {
     let file = FileStorage::open(path, true).map_err(|e| Error::io(path, "open", e))?;
     let header = read_header(path, &file)?;
+    let mut check = Check::new(path, &file, &header, found)?;
     if header.has_data_file() {
-        policy::find_data_file(path, header.extensions.data_file.as_deref())?;
+        let data_file = policy::find_data_file(path, header.extensions.data_file.as_deref())?;
+        let metadata = data_file
+            .metadata()
+            .map_err(|e| Error::io(&data_file, "get the size of", e))?;
+        if metadata.is_file() {
+            check.data_file_len = metadata.len();
+        }
     }
-    Check::new(path, &file, &header, found)?.run()
+    check.run()
 }
 
 /// [`check`] of an image in storage of the caller's, called `name` in errors. The external data
@@ -107,12 +114,16 @@ struct Check<'a> {
     found: &'a mut dyn FnMut(Finding),
     report: CheckReport,
     file_len: u64,
+    /// Length of the data file, as far as it is known.
+    data_file_len: u64,
     l1_table: Vec<u64>,
     refcount_table: Vec<u64>,
     /// Clusters of the image file; a reference may add the one that the file's end cuts.
     clusters: u64,
     /// References found to each cluster.
     references: Counters,
+    /// References found to each cluster of a packed data file.
+    data_references: Counters,
     /// Refcount of each cluster according to the image.
     refcounts: Counters,
 }
@@ -141,10 +152,12 @@ impl<'a> Check<'a> {
             found,
             report: CheckReport::default(),
             file_len,
+            data_file_len: u64::MAX,
             l1_table: Vec::new(),
             refcount_table: Vec::new(),
             clusters,
             references: Counters::default(),
+            data_references: Counters::default(),
             refcounts: Counters::default(),
         };
         check.report.total_clusters = header.disk_size().div_ceil(header.cluster_size());
@@ -285,7 +298,7 @@ impl<'a> Check<'a> {
     fn check_l2_entries(&mut self, first: u64, table: &[L2Entry]) {
         let mut expected = None;
         for (i, &entry) in table.iter().enumerate() {
-            let cluster = entry.cluster(self.header.has_data_file());
+            let cluster = entry.cluster(self.header.data_file_layout());
             if cluster != Cluster::Compressed && entry.reserved() != 0 {
                 let text = format!("ERROR found l2 entry with reserved bits set: {:x}", entry.0);
                 self.corruption(text);
@@ -317,12 +330,34 @@ impl<'a> Check<'a> {
                 "ERROR offset={offset:x}: {kind} cluster is not properly aligned; L2 entry \
                  corrupted."
             ));
-        } else if self.header.has_data_file() && offset != guest_offset {
-            self.corruption(format!(
-                "ERROR offset={offset:x}: Cluster in the data file is not at its guest offset \
-                 {guest_offset:x}; L2 entry corrupted."
-            ));
+            return;
         }
+        match self.header.data_file_layout() {
+            Some(DataFileLayout::Standard) if offset != guest_offset => {
+                self.corruption(format!(
+                    "ERROR offset={offset:x}: Cluster in the data file is not at its guest offset \
+                     {guest_offset:x}; L2 entry corrupted."
+                ));
+            }
+            Some(DataFileLayout::Packed) => self.check_packed(offset),
+            _ => {}
+        }
+    }
+
+    /// Checks and counts a cluster of a packed data file.
+    fn check_packed(&mut self, offset: u64) {
+        let cluster = self.cluster_of(offset);
+        let problem = if offset >= self.data_file_len || cluster >= packed::MAX_CLUSTERS {
+            "lies past its end"
+        } else if self.data_references.get(cluster) > 0 {
+            "is that of another entry, too"
+        } else {
+            self.data_references.set(cluster, 1);
+            return;
+        };
+        self.corruption(format!(
+            "ERROR offset={offset:x}: Cluster in the data file {problem}; L2 entry corrupted."
+        ));
     }
 
     /// Checks and counts a compressed cluster (qcow2 specification, "Compressed Clusters
@@ -457,10 +492,10 @@ impl<'a> Check<'a> {
     }
 
     fn check_l2_copied(&mut self, _: u64, table: &[L2Entry]) {
-        let external = self.header.has_data_file();
+        let layout = self.header.data_file_layout();
         for entry in table {
-            let refcount = match entry.cluster(external) {
-                Cluster::Normal(_) | Cluster::ZeroAlloc(_) if external => Some(1),
+            let refcount = match entry.cluster(layout) {
+                Cluster::Normal(_) | Cluster::ZeroAlloc(_) if layout.is_some() => Some(1),
                 Cluster::Normal(offset) | Cluster::ZeroAlloc(offset) => self.refcount_at(offset),
                 _ => None,
             };

@@ -14,6 +14,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use super::DataFileLayout;
 use super::entry::{L1Entry, L2Entry};
 use super::extension::Extensions;
 use super::geometry::{ENTRY_SIZE, Geometry};
@@ -39,6 +40,8 @@ pub struct CreateOptions {
     /// Whether the data file is to be a valid raw image at all times. The mapping of such an image
     /// is always complete, whatever `preallocation` says.
     pub data_file_raw: bool,
+    /// How guest data lies in the data file.
+    pub data_file_layout: DataFileLayout,
     /// How much of the disk gets its space at once.
     pub preallocation: Preallocation,
     /// Allows a writer to postpone refcount updates.
@@ -53,6 +56,7 @@ impl Default for CreateOptions {
             cluster_size: 64 << 10,
             data_file: None,
             data_file_raw: false,
+            data_file_layout: DataFileLayout::Standard,
             preallocation: Preallocation::Off,
             lazy_refcounts: false,
         }
@@ -107,6 +111,7 @@ pub fn create(path: &Path, options: &CreateOptions) -> Result<()> {
 struct Layout {
     geometry: Geometry,
     external: bool,
+    packed: bool,
     /// Whether all clusters of the disk are mapped.
     mapped: bool,
     refcount_table_clusters: u64,
@@ -159,6 +164,7 @@ impl Layout {
         Ok(Self {
             geometry,
             external,
+            packed: options.data_file_layout == DataFileLayout::Packed,
             mapped,
             refcount_table_clusters,
             refcount_blocks,
@@ -190,7 +196,8 @@ impl Layout {
             refcount_table_clusters: self.refcount_table_clusters as u32,
             nb_snapshots: 0,
             snapshots_offset: 0,
-            incompatible_features: flag(self.external, incompatible::DATA_FILE),
+            incompatible_features: flag(self.external, incompatible::DATA_FILE)
+                | flag(self.packed, incompatible::PACKED),
             compatible_features: flag(options.lazy_refcounts, compatible::LAZY_REFCOUNTS),
             autoclear_features: flag(options.data_file_raw, autoclear::DATA_FILE_RAW),
             refcount_order: REFCOUNT_ORDER,
@@ -204,10 +211,13 @@ impl Layout {
         }
     }
 
-    /// Length of the data file: the last cluster is complete where it is mapped.
+    /// Length of the data file: the last cluster is complete where it is mapped, and a packed one has
+    /// nothing but what is mapped.
     fn data_file_len(&self) -> u64 {
         let g = self.geometry;
-        if self.mapped {
+        if self.packed && !self.mapped {
+            0
+        } else if self.mapped {
             g.size.next_multiple_of(g.cluster_size())
         } else {
             g.size
@@ -288,6 +298,16 @@ fn check_options(options: &CreateOptions) -> Result<()> {
     }
     if options.data_file_raw && options.data_file.is_none() {
         return wrong("data-file-raw requires data-file");
+    }
+    if options.data_file_layout == DataFileLayout::Packed {
+        if options.data_file.is_none() {
+            return wrong("data-file-layout=packed requires data-file");
+        }
+        if options.data_file_raw {
+            return wrong(
+                "data-file-layout=packed and data-file-raw cannot be used at the same time",
+            );
+        }
     }
     if options.data_file.is_some() && is_v2 {
         return wrong(

@@ -1,5 +1,7 @@
 //! Entries of the L1 and L2 tables (qcow2 specification, "Cluster mapping").
 
+use super::DataFileLayout;
+
 /// Set in an L1 or L2 entry whose target has a refcount of exactly one and may be written in place.
 pub(crate) const COPIED: u64 = 1 << 63;
 /// Set in an L2 entry of a compressed cluster.
@@ -80,22 +82,26 @@ impl L2Entry {
         self.0 & !(OFFSET_MASK | COPIED | COMPRESSED | ZERO)
     }
 
-    /// What the entry says. `external`: guest data lies in an external data file, where offset 0
-    /// belongs to guest cluster 0 and the COPIED flag tells it from an unallocated entry.
-    pub fn cluster(self, external: bool) -> Cluster {
+    /// What the entry says, in an image with an external data file of this layout, or without one.
+    ///
+    /// Offset 0 of a data file belongs to a guest cluster like any other, and the COPIED flag tells
+    /// an entry that leads there from one that leads nowhere; in the standard layout only where the
+    /// zero flag is not set.
+    pub fn cluster(self, layout: Option<DataFileLayout>) -> Cluster {
         let offset = self.0 & OFFSET_MASK;
+        let has_place = offset != 0 || layout.is_some() && self.is_copied();
         if self.0 & COMPRESSED != 0 {
             Cluster::Compressed
         } else if self.0 & ZERO != 0 {
-            if offset == 0 {
-                Cluster::ZeroPlain
-            } else {
+            if has_place && (offset != 0 || layout == Some(DataFileLayout::Packed)) {
                 Cluster::ZeroAlloc(offset)
+            } else {
+                Cluster::ZeroPlain
             }
-        } else if offset == 0 && !(external && self.is_copied()) {
-            Cluster::Unallocated
-        } else {
+        } else if has_place {
             Cluster::Normal(offset)
+        } else {
+            Cluster::Unallocated
         }
     }
 }
@@ -104,25 +110,33 @@ impl L2Entry {
 mod tests {
     use super::*;
 
+    const STANDARD: Option<DataFileLayout> = Some(DataFileLayout::Standard);
+    const PACKED: Option<DataFileLayout> = Some(DataFileLayout::Packed);
+
     #[test]
     fn offset_zero_depends_on_the_data_file() {
-        assert_eq!(L2Entry(0).cluster(false), Cluster::Unallocated);
-        assert_eq!(L2Entry(0).cluster(true), Cluster::Unallocated);
-        assert_eq!(L2Entry(COPIED).cluster(false), Cluster::Unallocated);
-        assert_eq!(L2Entry(COPIED).cluster(true), Cluster::Normal(0));
+        assert_eq!(L2Entry(0).cluster(None), Cluster::Unallocated);
+        assert_eq!(L2Entry(0).cluster(STANDARD), Cluster::Unallocated);
+        assert_eq!(L2Entry(COPIED).cluster(None), Cluster::Unallocated);
+        assert_eq!(L2Entry(COPIED).cluster(STANDARD), Cluster::Normal(0));
         // As in QEMU, the zero flag is looked at first.
-        assert_eq!(L2Entry(COPIED | ZERO).cluster(true), Cluster::ZeroPlain);
+        assert_eq!(L2Entry(COPIED | ZERO).cluster(STANDARD), Cluster::ZeroPlain);
+        assert_eq!(
+            L2Entry(COPIED | ZERO).cluster(PACKED),
+            Cluster::ZeroAlloc(0)
+        );
+        assert_eq!(L2Entry(ZERO).cluster(PACKED), Cluster::ZeroPlain);
     }
 
     #[test]
     fn kinds() {
         let normal = L2Entry::normal(0x5_0000);
-        assert_eq!(normal.cluster(false), Cluster::Normal(0x5_0000));
+        assert_eq!(normal.cluster(None), Cluster::Normal(0x5_0000));
         assert!(normal.is_copied());
-        assert_eq!(normal.zeroed().cluster(false), Cluster::ZeroAlloc(0x5_0000));
-        assert_eq!(L2Entry(ZERO).cluster(false), Cluster::ZeroPlain);
+        assert_eq!(normal.zeroed().cluster(None), Cluster::ZeroAlloc(0x5_0000));
+        assert_eq!(L2Entry(ZERO).cluster(None), Cluster::ZeroPlain);
         assert_eq!(
-            L2Entry(COMPRESSED | 0x5_0000).cluster(false),
+            L2Entry(COMPRESSED | 0x5_0000).cluster(None),
             Cluster::Compressed
         );
         assert_eq!(L2Entry(1 << 56 | 2).reserved(), 1 << 56 | 2);

@@ -121,6 +121,18 @@ const KNOWN_FEATURES: [(u8, u8, &str); 8] = [
     (2, 1, "raw external data"),
 ];
 
+/// So that a program that does not know it can say what it misses.
+const PACKED_DATA_FILE: (u8, u8, &str) = (0, 62, "packed data file");
+
+/// What a feature name table is to contain; it is left out if that is nothing.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct FeatureNames {
+    /// All features of the published specification.
+    pub published: bool,
+    /// The packed layout of data files.
+    pub packed: bool,
+}
+
 impl Extensions {
     /// Reads the extensions in `bytes`, which lie between the fixed header and the backing file's
     /// name (or the end of the cluster).
@@ -171,8 +183,8 @@ impl Extensions {
     /// Appends the extensions in QEMU's order, with the end marker. Stale bitmaps are dropped.
     ///
     /// `with_data_file`: whether the image has an external data file, without which a name in the
-    /// header means nothing. `with_names`: whether to append the feature name table.
-    pub fn encode(&self, out: &mut Vec<u8>, with_data_file: bool, with_names: bool) {
+    /// header means nothing.
+    pub fn encode(&self, out: &mut Vec<u8>, with_data_file: bool, names: FeatureNames) {
         if let Some(format) = &self.backing_format {
             append(out, BACKING_FORMAT, format);
         }
@@ -186,8 +198,9 @@ impl Extensions {
             };
             append(out, CRYPTO, data.as_bytes());
         }
-        if with_names {
-            append(out, FEATURE_NAMES, &encode_feature_names());
+        let names = encode_feature_names(names);
+        if !names.is_empty() {
+            append(out, FEATURE_NAMES, &names);
         }
         if let Some(bitmaps) = self.bitmaps {
             let data = BitmapsLayout {
@@ -327,9 +340,11 @@ fn parse_feature_names(data: &[u8]) -> Vec<FeatureName> {
         .collect()
 }
 
-fn encode_feature_names() -> Vec<u8> {
+fn encode_feature_names(names: FeatureNames) -> Vec<u8> {
+    let published = KNOWN_FEATURES.iter().filter(|_| names.published);
+    let packed = Some(&PACKED_DATA_FILE).filter(|_| names.packed);
     let mut table = Vec::new();
-    for (kind, bit, text) in KNOWN_FEATURES {
+    for &(kind, bit, text) in published.chain(packed) {
         let mut name = [0; 46];
         name[..text.len()].copy_from_slice(text.as_bytes());
         table.extend_from_slice(FeatureNameLayout { kind, bit, name }.as_bytes());
@@ -368,7 +383,11 @@ mod tests {
             ..Extensions::default()
         };
         let mut bytes = Vec::new();
-        written.encode(&mut bytes, true, true);
+        let names = FeatureNames {
+            published: true,
+            packed: false,
+        };
+        written.encode(&mut bytes, true, names);
         let mut read = parse(&bytes).unwrap();
         let names = std::mem::take(&mut read.feature_names);
         assert_eq!(read, written);

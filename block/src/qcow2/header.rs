@@ -4,7 +4,8 @@ use std::path::Path;
 
 use zerocopy::IntoBytes;
 
-use super::extension::Extensions;
+use super::DataFileLayout;
+use super::extension::{Extensions, FeatureNames};
 use super::parse::{LENGTH_V2, LENGTH_V3, Layout, MAGIC, Purpose};
 use crate::{Error, Result, Storage};
 
@@ -29,8 +30,10 @@ pub(crate) mod incompatible {
     pub(crate) const COMPRESSION: u64 = 1 << 3;
     /// L2 entries have 16 bytes.
     pub(crate) const EXTENDED_L2: u64 = 1 << 4;
-    /// All bits that the published specification defines.
-    pub(crate) const KNOWN: u64 = 0x1f;
+    /// The data file is in the packed layout: an extension of ours, see `packed`.
+    pub(crate) const PACKED: u64 = 1 << 62;
+    /// All bits that the published specification defines, and ours.
+    pub(crate) const KNOWN: u64 = 0x1f | PACKED;
 }
 
 /// Bits of `compatible_features`.
@@ -126,9 +129,12 @@ impl Header {
         } else {
             LENGTH_V3
         };
-        let with_names = self.version >= 3 && cluster_size > MIN_CLUSTER_FOR_NAMES;
+        let names = FeatureNames {
+            published: self.version >= 3 && cluster_size > MIN_CLUSTER_FOR_NAMES,
+            packed: self.incompatible_features & incompatible::PACKED != 0,
+        };
         self.extensions
-            .encode(&mut tail, self.has_data_file(), with_names);
+            .encode(&mut tail, self.has_data_file(), names);
         if let Some(name) = &self.backing_file {
             layout.backing_file_offset = ((fixed + tail.len()) as u64).into();
             layout.backing_file_size = (name.len() as u32).into();
@@ -197,6 +203,16 @@ impl Header {
         self.incompatible_features & incompatible::DATA_FILE != 0
     }
 
+    /// How guest data lies in the data file, if there is one.
+    pub fn data_file_layout(&self) -> Option<DataFileLayout> {
+        let layout = if self.incompatible_features & incompatible::PACKED != 0 {
+            DataFileLayout::Packed
+        } else {
+            DataFileLayout::Standard
+        };
+        self.has_data_file().then_some(layout)
+    }
+
     /// Whether the data file is promised to be a valid raw image.
     pub fn data_file_is_raw(&self) -> bool {
         self.autoclear_features & autoclear::DATA_FILE_RAW != 0
@@ -227,6 +243,11 @@ impl Header {
                 self.autoclear_features,
                 reason,
             ));
+        }
+        if has(incompatible::PACKED) && (self.data_file_is_raw() || !self.has_data_file()) {
+            let reason = "the packed layout requires a data file that is not raw";
+            let value = self.incompatible_features;
+            return Err(Error::invalid(file, "incompatible_features", value, reason));
         }
         let bitmaps = self.extensions.bitmaps.is_some() || self.extensions.stale_bitmaps;
         let missing = [

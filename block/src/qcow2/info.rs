@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use super::DataFileLayout;
 use super::header::{Header, compatible, incompatible};
 use crate::{Error, FileStorage, Result};
 
@@ -31,6 +32,8 @@ pub struct Info {
     pub data_file: Option<Vec<u8>>,
     /// Whether the data file is promised to be a valid raw image.
     pub data_file_raw: bool,
+    /// How guest data lies in the data file, if there is one.
+    pub data_file_layout: Option<DataFileLayout>,
     /// Whether refcounts may be wrong since the image was not closed.
     pub dirty: bool,
     /// Whether the image is marked as corrupt.
@@ -59,6 +62,7 @@ impl Info {
             refcount_bits: 1 << header.refcount_order,
             has_data_file: header.has_data_file(),
             data_file_raw: header.data_file_is_raw(),
+            data_file_layout: header.data_file_layout(),
             dirty: incompatible(incompatible::DIRTY),
             corrupt: incompatible(incompatible::CORRUPT),
             extended_l2: header.has_extended_l2(),

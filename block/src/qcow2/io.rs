@@ -1,14 +1,19 @@
 //! Reads and writes of a qcow2 disk.
 
+use std::time::Duration;
+
 use vm_memory::VolatileSlice;
 
 use super::Qcow2;
+use super::allocator::Allocation;
 use super::mapping::Kind;
 use super::placement::Placement;
-use super::refcount::Allocation;
 use crate::buffers::{Buffers, fill_zero};
 use crate::disk::{check_range, total_len};
 use crate::{Disk, Error, Limits, Result};
+
+/// How often a request on a full disk looks for clusters that have come back.
+const SPACE_POLL: Duration = Duration::from_millis(1);
 
 impl Disk for Qcow2 {
     fn size(&self) -> u64 {
@@ -51,8 +56,14 @@ impl Disk for Qcow2 {
         if let Some(file) = self.passthrough(offset, len)? {
             return file.write_at(bufs, offset);
         }
-        self.write_mapped(bufs, offset, len)?;
-        self.limit_dirty()
+        loop {
+            let returned = self.retired.returned();
+            match self.write_mapped(bufs, offset, len) {
+                Err(e) if e.is_no_space() && self.wait_for_space(returned)? => {}
+                Err(e) => return Err(e),
+                Ok(()) => return self.limit_dirty(),
+            }
+        }
     }
 
     fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> Result<()> {
@@ -203,12 +214,31 @@ impl Qcow2 {
     fn tail(&self, end: u64) -> Result<u64> {
         let g = self.geometry;
         let cluster_end = end.next_multiple_of(g.cluster_size());
-        if cluster_end <= g.size || matches!(self.placement, Placement::Internal) {
+        let is_shared = matches!(self.placement, Placement::Internal | Placement::Packed(_));
+        if cluster_end <= g.size || is_shared {
             return Ok(cluster_end - end);
         }
         Ok(cluster_end
             .min(self.data().size()?.max(g.size))
             .saturating_sub(end))
+    }
+
+    /// Waits until clusters have come back that have lost their mapping, unless some have since
+    /// `returned` of them had. Whether any have.
+    ///
+    /// The calling request must not be running: what it waits for waits for running requests. All
+    /// of those end by themselves.
+    fn wait_for_space(&self, returned: usize) -> Result<bool> {
+        while self.retired.returned() == returned {
+            if self.retired.is_empty() {
+                return Ok(false);
+            }
+            self.write_back()?;
+            if self.retired.returned() == returned {
+                std::thread::sleep(SPACE_POLL);
+            }
+        }
+        Ok(true)
     }
 
     pub(super) fn wants_write_back(&self) -> bool {

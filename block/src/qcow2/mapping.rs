@@ -3,12 +3,13 @@
 use crate::sync::atomic::{AtomicU64, Ordering};
 use std::ops::Range;
 
+use super::allocator::Allocation;
 use super::cache::LoadError;
 use super::entry::{Cluster, L2Entry};
 use super::geometry::ENTRY_SIZE;
 use super::placement::{Passthrough, Placement};
-use super::refcount::{Allocation, Refcounts};
-use super::{Qcow2, table};
+use super::refcount::Refcounts;
+use super::{DataFileLayout, Qcow2, table};
 use crate::file::ImageFile;
 use crate::sync::{MutexGuard, lock};
 use crate::{Error, Result};
@@ -87,6 +88,7 @@ impl Qcow2 {
         match &self.placement {
             Placement::Internal => &self.image,
             Placement::External(external) | Placement::Raw(external, _) => &external.file,
+            Placement::Packed(packed) => &packed.file,
         }
     }
 
@@ -176,7 +178,8 @@ impl Qcow2 {
                 problem,
             })
         };
-        let found = entry.cluster(self.is_external());
+        let layout = self.placement.data_file_layout();
+        let found = entry.cluster(layout);
         match found {
             Cluster::Compressed => return bad(Problem::Compressed),
             Cluster::ZeroPlain | Cluster::ZeroAlloc(_) if self.version < 3 => {
@@ -186,7 +189,7 @@ impl Qcow2 {
                 if g.in_cluster(offset) != 0 {
                     return bad(Problem::Unaligned);
                 }
-                if self.is_external() {
+                if layout == Some(DataFileLayout::Standard) {
                     if g.cluster(offset) != cluster {
                         return bad(Problem::NotGuestOffset);
                     }
@@ -198,7 +201,7 @@ impl Qcow2 {
             Cluster::Unallocated | Cluster::ZeroPlain => {}
         }
         // A cluster of an external data file has one place and cannot be shared.
-        Ok(Kind::new(found, entry.is_copied() || self.is_external()))
+        Ok(Kind::new(found, entry.is_copied() || layout.is_some()))
     }
 
     fn bad_entry(&self, bad: BadEntry) -> Error {
@@ -257,12 +260,22 @@ impl Qcow2 {
         }
     }
 
-    /// Finds room for up to `clusters` guest clusters from `first` on, and an L2 table for them.
+    /// Finds room for up to `clusters` guest clusters from `first` on, behind the one before them
+    /// where possible.
     pub(super) fn allocate(&self, first: u64, clusters: u64) -> Result<Allocation> {
         let offset = first << self.geometry.cluster_bits;
         match &self.placement {
             Placement::Internal => {
-                let place = self.refcounts()?.allocate(&self.image, clusters)?;
+                let place = self
+                    .refcounts()?
+                    .allocate(&self.image, self.goal(first), clusters)?;
+                let end = place.offset + (place.clusters << self.geometry.cluster_bits);
+                self.data_end.fetch_max(end, Ordering::Relaxed);
+                Ok(place)
+            }
+            Placement::Packed(packed) => {
+                let goal = self.goal(first);
+                let place = packed.clusters()?.allocate(&packed.file, goal, clusters)?;
                 let end = place.offset + (place.clusters << self.geometry.cluster_bits);
                 self.data_end.fetch_max(end, Ordering::Relaxed);
                 Ok(place)
@@ -280,6 +293,22 @@ impl Qcow2 {
         }
     }
 
+    /// Where guest cluster `first` would continue the one before it, as far as that can be told
+    /// without another L2 slice.
+    fn goal(&self, first: u64) -> Option<u64> {
+        let g = self.geometry;
+        if g.slice_index(first) == 0 {
+            return None;
+        }
+        match self.run_in_slice((first - 1) << g.cluster_bits, 1) {
+            Ok(Run {
+                kind: Kind::Data { offset, .. },
+                ..
+            }) => Some(offset + g.cluster_size()),
+            _ => None,
+        }
+    }
+
     /// Gives back clusters that were allocated and not mapped. That can only leak them if it
     /// fails, and it follows an error that is reported.
     pub(super) fn release(&self, place: &Allocation) {
@@ -291,6 +320,11 @@ impl Qcow2 {
                 drop(freed);
             }
             Placement::External(external) | Placement::Raw(external, _) => external.forget_hole(),
+            Placement::Packed(packed) => {
+                if let Ok(mut all) = packed.clusters() {
+                    all.free(place.offset, place.clusters);
+                }
+            }
         }
     }
 
@@ -303,7 +337,7 @@ impl Qcow2 {
             return Ok(());
         }
         self.l1.add_table(index, || {
-            let table = self.refcounts()?.allocate(&self.image, 1)?;
+            let table = self.refcounts()?.allocate(&self.image, None, 1)?;
             if let Err(e) = self.clear_table(&table) {
                 self.refcounts()?.free(&self.image, table.offset, 1)?;
                 return Err(e);
@@ -392,6 +426,13 @@ impl Qcow2 {
             Placement::External(external) | Placement::Raw(external, _) => {
                 // A request that had found the old mapping may have written there since.
                 external.forget_hole();
+                Ok(())
+            }
+            Placement::Packed(packed) => {
+                let len = range.end - range.start;
+                packed.file.discard(range.start, len)?;
+                let clusters = self.geometry.cluster(len);
+                packed.clusters()?.free(range.start, clusters);
                 Ok(())
             }
         }

@@ -10,8 +10,9 @@
 //! | `mapping` | guest offset → place, and changing it |
 //! | `io` | reads and writes on top of that |
 //! | `zeroes` | writing zeroes, and discarding |
-//! | `placement` | where data lies: in the image, in a data file, in a raw data file |
-//! | `cache`, `l1`, `refcount` | L2 slices, the L1 table, and the allocator, in memory |
+//! | `placement`, `packed` | where data lies: in the image, or in a data file of some kind |
+//! | `cache`, `l1`, `refcount` | L2 slices, the L1 table and refcounts, in memory |
+//! | `allocator`, `free_map`, `reserved` | free clusters, and those that can never be free |
 //! | `ranges` | who may change which mapping |
 //! | `requests`, `retired` | when clusters that lost their mapping may be used again |
 //! | `flush` | the order in which all of that reaches the disk |
@@ -26,12 +27,13 @@
 //! 2. the completeness of raw tables (`placement::Passthrough`);
 //! 3. the right to write back (`Qcow2::flushing`);
 //! 4. a set of the slice cache, or the list of new L1 entries;
-//! 5. the refcounts, the known hole of a data file (`placement::External`), or the retired
-//!    clusters.
+//! 5. the refcounts, the clusters of a packed data file, the known hole of a data file
+//!    (`placement::External`), or the retired clusters.
 //!
 //! Reads of mapped clusters, and writes to them, take none, but for the first request to each L2
 //! table of a raw disk.
 
+mod allocator;
 mod cache;
 mod check;
 mod counters;
@@ -39,6 +41,7 @@ mod create;
 mod entry;
 mod extension;
 mod flush;
+mod free_map;
 mod geometry;
 mod header;
 mod info;
@@ -46,12 +49,14 @@ mod io;
 mod l1;
 mod mapping;
 mod open;
+mod packed;
 mod parse;
 mod placement;
 mod policy;
 mod ranges;
 mod refcount;
 mod requests;
+mod reserved;
 mod retired;
 mod table;
 mod zeroes;
@@ -75,6 +80,17 @@ pub use create::{CreateOptions, create};
 pub use info::Info;
 pub use open::OpenOptions;
 
+/// How guest data lies in an external data file.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DataFileLayout {
+    /// Each guest cluster at its guest offset, as the published format demands.
+    #[default]
+    Standard,
+    /// Each guest cluster where there is room, and its space used again for others once it is
+    /// discarded. Other programs refuse such an image.
+    Packed,
+}
+
 /// An open qcow2 image.
 ///
 /// Metadata that changed is written back on [`flush`](crate::Disk::flush), when the cache fills
@@ -89,8 +105,9 @@ pub struct Qcow2 {
     l2: SliceCache,
     /// `None` in an image that is open read-only.
     refcounts: Option<Mutex<Refcounts>>,
-    /// Data in the image file lies below this offset: the end of the file when it was opened, and
-    /// of what has been allocated since. An entry that leads further is not ours.
+    /// Data in the image file, or the packed data file, lies below this offset: the end of the file
+    /// when it was opened, and of what has been allocated since. An entry that leads further is
+    /// not ours.
     data_end: AtomicU64,
     ranges: RangeLocks,
     requests: Requests,

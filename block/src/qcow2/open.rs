@@ -4,17 +4,19 @@ use crate::sync::Mutex;
 use crate::sync::atomic::AtomicU64;
 use std::path::{Path, PathBuf};
 
-use super::Qcow2;
 use super::cache::SliceCache;
 use super::geometry::{ENTRY_SIZE, Geometry};
 use super::header::{Header, autoclear};
 use super::l1::L1Table;
+use super::packed::Packed;
 use super::placement::{External, Passthrough, Placement};
 use super::policy;
 use super::ranges::RangeLocks;
 use super::refcount::Refcounts;
 use super::requests::Requests;
+use super::reserved::{Field, Reserved};
 use super::retired::Retired;
+use super::{DataFileLayout, Qcow2};
 use crate::file::ImageFile;
 use crate::{Error, Result, Storage};
 
@@ -115,6 +117,13 @@ impl Qcow2 {
         };
         let placement = match data_file(&image, &header)? {
             None => Placement::Internal,
+            Some(file) if header.data_file_layout() == Some(DataFileLayout::Packed) => {
+                Placement::Packed(if read_only {
+                    Packed::read_only(file)
+                } else {
+                    Packed::open(file, &image, geometry, &l1)?
+                })
+            }
             Some(file) if header.data_file_is_raw() => {
                 let tables = Passthrough::new(geometry.l1_entries() as usize);
                 Placement::Raw(External::new(file), tables)
@@ -124,8 +133,12 @@ impl Qcow2 {
         if !read_only {
             clear_unknown_autoclear(&image, &header)?;
         }
+        let data_end = match &placement {
+            Placement::Packed(packed) => packed.file.size()?,
+            _ => image.size()?,
+        };
         Ok(Self {
-            data_end: AtomicU64::new(image.size()?),
+            data_end: AtomicU64::new(data_end),
             image,
             placement,
             geometry,
@@ -142,47 +155,33 @@ impl Qcow2 {
     }
 }
 
-/// The refcounts of an image to be written, after all of its metadata has been seen to be counted
-/// and to lie apart: the allocator would hand out what is not, and what two tables share could
-/// only be right for one of them.
+/// The refcounts of an image to be written, after all of its metadata has been seen to lie apart.
 fn open_refcounts(
     image: &ImageFile,
     geometry: Geometry,
     header: &Header,
     l1: &L1Table,
 ) -> Result<Refcounts> {
-    let cluster_size = geometry.cluster_size();
     let (table, clusters) = (
         header.refcount_table_offset,
         u64::from(header.refcount_table_clusters),
     );
     let mut refcounts = Refcounts::open(image, geometry, table, clusters)?;
-    let l1_size = (u64::from(header.l1_size) * ENTRY_SIZE).next_multiple_of(cluster_size);
-    let mut metadata = vec![
-        ("header", 0, cluster_size),
-        ("refcount_table_offset", table, clusters * cluster_size),
-        ("l1_table_offset", header.l1_table_offset, l1_size),
-    ];
-    metadata.extend(
-        l1.tables()
-            .map(|offset| ("l1_table entry", offset, cluster_size)),
-    );
-    metadata.extend(
-        refcounts
-            .blocks()
-            .map(|offset| ("refcount_table entry", offset, cluster_size)),
-    );
-    metadata.sort_unstable_by_key(|(_, offset, _)| *offset);
-    for pair in metadata.windows(2) {
-        let ((other, start, len), (field, offset, _)) = (pair[0], pair[1]);
-        if offset < start + len {
-            let reason = format!("what it leads to overlaps that of {other} at {start:#x}");
-            return Err(image.invalid(field, offset, reason));
-        }
+    let l1_size = u64::from(header.l1_size) * ENTRY_SIZE;
+    let l1_clusters = l1_size.div_ceil(geometry.cluster_size());
+    let mut reserved = Reserved::new(geometry.cluster_bits);
+    reserved.push(Field::Header, 0, 1);
+    reserved.push(Field::RefcountTable, geometry.cluster(table), clusters);
+    let l1_table = geometry.cluster(header.l1_table_offset);
+    reserved.push(Field::L1Table, l1_table, l1_clusters);
+    for offset in l1.tables() {
+        reserved.push(Field::L2Table, geometry.cluster(offset), 1);
     }
-    for (field, offset, len) in metadata {
-        refcounts.check_used(image, field, offset, len)?;
+    for offset in refcounts.blocks() {
+        reserved.push(Field::RefcountBlock, geometry.cluster(offset), 1);
     }
+    reserved.sort(image)?;
+    refcounts.reserve(image, reserved)?;
     Ok(refcounts)
 }
 

@@ -5,6 +5,8 @@ use crate::sync::atomic::{AtomicU64, Ordering};
 use std::collections::HashMap;
 use std::ops::Range;
 
+use super::DataFileLayout;
+use super::packed::Packed;
 use crate::Result;
 use crate::file::ImageFile;
 use crate::sync::lock;
@@ -17,6 +19,19 @@ pub(crate) enum Placement {
     External(External),
     /// As `External`, and the data file is a faithful raw image of the disk (`data_file_raw`).
     Raw(External, Passthrough),
+    /// In an external data file, where its cluster allocator puts them.
+    Packed(Packed),
+}
+
+impl Placement {
+    /// The layout of the data file, if there is one.
+    pub fn data_file_layout(&self) -> Option<DataFileLayout> {
+        match self {
+            Self::Internal => None,
+            Self::External(_) | Self::Raw(..) => Some(DataFileLayout::Standard),
+            Self::Packed(_) => Some(DataFileLayout::Packed),
+        }
+    }
 }
 
 /// An external data file in which every guest cluster lies at its guest offset.

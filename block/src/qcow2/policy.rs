@@ -41,12 +41,13 @@ pub(crate) fn resolve_data_file(image: &Path, name: &[u8]) -> Result<PathBuf> {
     }
 }
 
-/// Checks that the data file named in `image` exists, wherever it is, for a use that does not look
-/// into it.
-pub(crate) fn find_data_file(image: &Path, name: Option<&[u8]>) -> Result<()> {
+/// The data file named in `image`, which exists, wherever it is, for a use that does not look into
+/// it.
+pub(crate) fn find_data_file(image: &Path, name: Option<&[u8]>) -> Result<PathBuf> {
     let name =
         name.ok_or_else(|| data_file_error(image, "'data-file' is required for this image"))?;
-    find_candidates(image, &directory_of(image)?, name).map(|_| ())
+    let mut found = find_candidates(image, &directory_of(image)?, name)?;
+    Ok(found.swap_remove(0))
 }
 
 /// The one or two different files that `name` may mean, symbolic links resolved.

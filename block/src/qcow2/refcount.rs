@@ -1,4 +1,4 @@
-//! Refcounts of the image file's clusters, and the cluster allocator built on them.
+//! Refcounts of the image file's clusters; `allocator` hands out those that are free.
 //!
 //! Ordering on disk (who holds which promise is told in `flush.rs`): a refcount slice may be
 //! written at any time, since a count that is too high is a leak at worst. A new refcount block is
@@ -7,8 +7,9 @@
 
 use std::collections::HashMap;
 
+use super::free_map::FreeMap;
 use super::geometry::{ENTRY_SIZE, Geometry};
-use super::header::MAX_REFCOUNT_TABLE_SIZE;
+use super::reserved::Reserved;
 use super::table;
 use crate::Result;
 use crate::file::ImageFile;
@@ -16,30 +17,37 @@ use crate::file::ImageFile;
 /// Refcounts are 16 bits wide (`refcount_order` 4).
 const COUNT_SIZE: u64 = 2;
 
+/// Offsets in the image file end here (qcow2 specification, bits 9 to 55 of an entry).
+pub(super) const MAX_FILE_SIZE: u64 = 1 << 56;
+
 /// Refcount slices kept in memory, of up to 4 KiB each.
 const MAX_SLICES: usize = 64;
 
-/// Offset of `refcount_table_offset` in the header; `refcount_table_clusters` follows it.
-const HEADER_TABLE_FIELDS: u64 = 48;
-
-/// Offsets in the image file end here (qcow2 specification, bits 9 to 55 of an entry).
-const MAX_FILE_SIZE: u64 = 1 << 56;
-
 /// The refcount structures of a writable image.
+///
+/// Of what is free it remembers one bit for each slice of refcounts, that is 1 KiB per TiB of image
+/// file in clusters of 64 KiB, and 1 MiB per TiB in clusters of 512 bytes, and one bit for each
+/// cluster that a slice in memory counts.
 pub(crate) struct Refcounts {
-    geometry: Geometry,
-    table_offset: u64,
-    table_clusters: u64,
+    pub(super) geometry: Geometry,
+    pub(super) table_offset: u64,
+    pub(super) table_clusters: u64,
     /// Offsets of the refcount blocks; 0 where there is none and all counts are zero.
-    table: Vec<u64>,
+    pub(super) table: Vec<u64>,
     /// Blocks that `table` names and the table on disk does not yet.
-    unlinked: Vec<usize>,
+    pub(super) unlinked: Vec<usize>,
     slices: HashMap<u64, Slice>,
     clock: u64,
-    /// Every cluster below this one is in use.
-    first_free: u64,
+    /// Metadata that must be counted.
+    pub(super) reserved: Reserved,
+    /// Slices below `examined` that count free clusters.
+    pub(super) with_free: FreeMap,
+    /// No slice from this one on has been looked at for free clusters.
+    pub(super) examined: u64,
     /// No cluster from this one on has ever been written: they read as zero.
-    untouched: u64,
+    pub(super) untouched: u64,
+    /// There are no clusters from this one on.
+    pub(super) end: u64,
     /// Counts were written to the file since the last [`write_counts`](Self::write_counts).
     written: bool,
 }
@@ -52,21 +60,12 @@ pub(crate) struct Barrier {
     pub blocks: Vec<usize>,
 }
 
-struct Slice {
+pub(super) struct Slice {
     counts: Box<[u16]>,
+    /// Indices of those that are zero and whose clusters the file can have.
+    pub(super) free: FreeMap,
     dirty: bool,
     last_used: u64,
-}
-
-/// Clusters handed out by the allocator.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Allocation {
-    /// Offset of the first one in bytes.
-    pub offset: u64,
-    /// How many, one behind the other; at least one.
-    pub clusters: u64,
-    /// Whether they are known to read as zero.
-    pub zeroed: bool,
 }
 
 impl Refcounts {
@@ -97,8 +96,11 @@ impl Refcounts {
             unlinked: Vec::new(),
             slices: HashMap::new(),
             clock: 0,
-            first_free: 0,
+            reserved: Reserved::new(geometry.cluster_bits),
+            with_free: FreeMap::default(),
+            examined: 0,
             untouched: file_size.div_ceil(geometry.cluster_size()),
+            end: geometry.cluster(image.capacity()?.unwrap_or(MAX_FILE_SIZE)),
             written: false,
         })
     }
@@ -108,55 +110,45 @@ impl Refcounts {
         self.table.iter().copied().filter(|offset| *offset != 0)
     }
 
-    /// Checks that the clusters of `len` bytes of metadata at `offset` are counted as used: the
-    /// allocator would hand them out, and what is there be overwritten.
+    /// From now on, a slice that counts any of the clusters of `reserved` as free is not used.
+    ///
+    /// Slices are verified as they are read, so that opening a large image reads few of them: some
+    /// here, for a mistake had better be found before the image is in use.
     ///
     /// # Errors
-    /// [`Error::Invalid`](crate::Error::Invalid), naming `field`, which leads there.
-    pub fn check_used(
-        &mut self,
-        image: &ImageFile,
-        field: &'static str,
-        offset: u64,
-        len: u64,
-    ) -> Result<()> {
-        let first = self.geometry.cluster(offset);
-        for cluster in first..first + len.div_ceil(self.geometry.cluster_size()) {
-            if self.count(image, cluster)? == 0 {
-                let reason = format!(
-                    "cluster {cluster} holds metadata and is counted as free; repair the image \
-                     first: qemu-img check -r all"
-                );
-                return Err(image.invalid(field, offset, reason));
+    /// [`Error::Invalid`](crate::Error::Invalid), naming the field that leads to a cluster that is
+    /// counted as free.
+    pub fn reserve(&mut self, image: &ImageFile, reserved: Reserved) -> Result<()> {
+        self.reserved = reserved;
+        let blocks = self.table.len() as u64;
+        for block in (0..blocks).filter(|block| self.table[*block as usize] == 0) {
+            self.check_no_block(image, block)?;
+        }
+        self.check_no_more(image)?;
+        let mut next = Some(0);
+        while let Some(cluster) = next.filter(|_| self.slices.len() < MAX_SLICES) {
+            next = self.reserved.first_from(cluster);
+            if let Some(cluster) = next {
+                let per_slice = self.counts_per_slice();
+                self.slice(image, cluster)?;
+                next = Some((cluster / per_slice + 1) * per_slice);
             }
         }
         Ok(())
     }
 
-    /// Takes 1 to `max` free clusters in a row.
-    pub fn allocate(&mut self, image: &ImageFile, max: u64) -> Result<Allocation> {
-        let first = self.find_free(image)?;
-        let per_block = self.counts_per_block();
-        let block_end = (first / per_block + 1) * per_block;
-        let end = block_end.min(first.saturating_add(max));
-        let mut cluster = first;
-        while cluster < end {
-            let count = self.count_mut(image, cluster)?;
-            if *count != 0 {
-                break;
-            }
-            *count = 1;
-            cluster += 1;
-        }
-        self.first_free = cluster;
-        let zeroed = first >= self.untouched;
-        self.untouched = self.untouched.max(cluster);
-        let offset = first << self.geometry.cluster_bits;
-        Ok(Allocation {
-            offset,
-            clusters: cluster - first,
-            zeroed,
-        })
+    /// Checks that there is no metadata among the clusters that block `index`, which does not
+    /// exist, would count.
+    pub(super) fn check_no_block(&self, image: &ImageFile, index: u64) -> Result<()> {
+        let first = index * self.counts_per_block();
+        self.reserved
+            .check(image, first..first + self.counts_per_block(), |_| false)
+    }
+
+    /// Checks that there is no metadata behind everything that the refcount table can count.
+    pub(super) fn check_no_more(&self, image: &ImageFile) -> Result<()> {
+        let first = self.table.len() as u64 * self.counts_per_block();
+        self.reserved.check(image, first..u64::MAX, |_| false)
     }
 
     /// Whether each of the clusters is used exactly once.
@@ -168,19 +160,6 @@ impl Refcounts {
             }
         }
         Ok(true)
-    }
-
-    /// Gives back clusters that no mapping on disk refers to, and that are counted.
-    pub fn free(&mut self, image: &ImageFile, offset: u64, clusters: u64) -> Result<()> {
-        let first = self.geometry.cluster(offset);
-        for cluster in first..first + clusters {
-            let count = self.count_mut(image, cluster)?;
-            *count = count.saturating_sub(1);
-            if *count == 0 {
-                self.first_free = self.first_free.min(cluster);
-            }
-        }
-        Ok(())
     }
 
     /// Whether counts have changed that are not in the file.
@@ -210,98 +189,7 @@ impl Refcounts {
         Ok(())
     }
 
-    /// The first free cluster, whose refcount block exists.
-    fn find_free(&mut self, image: &ImageFile) -> Result<u64> {
-        let mut cluster = self.first_free;
-        loop {
-            let block = (cluster / self.counts_per_block()) as usize;
-            if cluster >= MAX_FILE_SIZE >> self.geometry.cluster_bits {
-                return Err(image.invalid("file size", MAX_FILE_SIZE, "the image is full".into()));
-            } else if block >= self.table.len() {
-                self.grow_table(image)?;
-            } else if self.table[block] == 0 {
-                self.add_block(image, block, cluster)?;
-                cluster += 1;
-            } else {
-                let per_slice = self.counts_per_slice();
-                let index = cluster % per_slice;
-                let counts = &self.slice(image, cluster)?.counts[index as usize..];
-                match counts.iter().position(|count| *count == 0) {
-                    Some(skip) => return Ok(cluster + skip as u64),
-                    None => cluster += per_slice - index,
-                }
-            }
-        }
-    }
-
-    /// Makes `cluster`, which is free, the refcount block `index`, which covers it.
-    fn add_block(&mut self, image: &ImageFile, index: usize, cluster: u64) -> Result<()> {
-        let offset = cluster << self.geometry.cluster_bits;
-        if cluster < self.untouched {
-            image.write_zeroes(offset, self.geometry.cluster_size(), false)?;
-        }
-        self.table[index] = offset;
-        match self.count_mut(image, cluster) {
-            Ok(count) => *count = 1,
-            Err(e) => {
-                // A block that does not count itself would be handed out.
-                self.table[index] = 0;
-                return Err(e);
-            }
-        }
-        self.unlinked.push(index);
-        self.untouched = self.untouched.max(cluster + 1);
-        Ok(())
-    }
-
-    /// Moves the refcount table to a larger one, behind everything that the old one covers.
-    ///
-    /// The header changes to it in one write, after the new table and all blocks that it names are
-    /// on disk, and the old one is given back only after that.
-    fn grow_table(&mut self, image: &ImageFile) -> Result<()> {
-        let cluster_size = self.geometry.cluster_size();
-        let per_block = self.counts_per_block();
-        let first_block = self.table.len();
-        let first = first_block as u64 * per_block;
-        let table_clusters = self.table_clusters * 2;
-        if table_clusters * cluster_size > MAX_REFCOUNT_TABLE_SIZE {
-            let reason = "the refcount table cannot grow further".to_owned();
-            return Err(image.invalid("refcount_table_clusters", self.table_clusters, reason));
-        }
-        // New blocks cover themselves and the new table, which lies behind them.
-        let blocks = table_clusters.div_ceil(per_block - 1);
-        let used = blocks + table_clusters;
-
-        for block in 0..blocks {
-            let counts = (0..per_block).map(|i| u16::from(block * per_block + i < used));
-            let bytes: Vec<u8> = counts.flat_map(u16::to_be_bytes).collect();
-            image.write_bytes_at(&bytes, (first + block) * cluster_size)?;
-        }
-        let mut table = self.table.clone();
-        table.extend((0..blocks).map(|block| (first + block) * cluster_size));
-        table.resize((table_clusters * cluster_size / ENTRY_SIZE) as usize, 0);
-        let table_offset = (first + blocks) * cluster_size;
-        image.write_bytes_at(&table::encode(table.iter().copied()), table_offset)?;
-        self.write_dirty(image)?;
-        image.sync()?;
-
-        let mut fields = table_offset.to_be_bytes().to_vec();
-        fields.extend((table_clusters as u32).to_be_bytes());
-        image.write_bytes_at(&fields, HEADER_TABLE_FIELDS)?;
-        image.sync()?;
-
-        let (old_offset, old_clusters) = (self.table_offset, self.table_clusters);
-        self.table = table;
-        self.table_offset = table_offset;
-        self.table_clusters = table_clusters;
-        self.unlinked.clear();
-        self.untouched = self.untouched.max(first + used);
-        // The new table serves, whether the old one's clusters come back or are leaked.
-        drop(self.free(image, old_offset, old_clusters));
-        Ok(())
-    }
-
-    fn write_dirty(&mut self, image: &ImageFile) -> Result<()> {
+    pub(super) fn write_dirty(&mut self, image: &ImageFile) -> Result<()> {
         let dirty: Vec<u64> = self
             .slices
             .iter()
@@ -325,7 +213,7 @@ impl Refcounts {
     }
 
     /// How often `cluster`, which can be anything, is used.
-    fn count(&mut self, image: &ImageFile, cluster: u64) -> Result<u16> {
+    pub(super) fn count(&mut self, image: &ImageFile, cluster: u64) -> Result<u16> {
         let block = (cluster / self.counts_per_block()) as usize;
         if self.table.get(block).is_none_or(|offset| *offset == 0) {
             return Ok(0);
@@ -334,42 +222,68 @@ impl Refcounts {
         Ok(self.slice(image, cluster)?.counts[index])
     }
 
-    fn count_mut(&mut self, image: &ImageFile, cluster: u64) -> Result<&mut u16> {
+    /// Sets the refcount of `cluster`, whose block exists.
+    pub(super) fn set_count(&mut self, image: &ImageFile, cluster: u64, count: u16) -> Result<()> {
+        let number = cluster / self.counts_per_slice();
         let index = (cluster % self.counts_per_slice()) as usize;
         let slice = self.slice(image, cluster)?;
         slice.dirty = true;
-        Ok(&mut slice.counts[index])
+        slice.counts[index] = count;
+        if count != 0 {
+            slice.free.remove(index);
+        } else {
+            slice.free.insert(index);
+            if number < self.examined {
+                self.with_free.insert(number as usize);
+            }
+        }
+        Ok(())
     }
 
     /// The slice that counts `cluster`, whose refcount block exists.
-    fn slice(&mut self, image: &ImageFile, cluster: u64) -> Result<&mut Slice> {
+    pub(super) fn slice(&mut self, image: &ImageFile, cluster: u64) -> Result<&mut Slice> {
         let number = cluster / self.counts_per_slice();
         self.clock += 1;
         if !self.slices.contains_key(&number) {
             if self.slices.len() >= MAX_SLICES {
                 self.evict(image)?;
             }
-            let mut bytes = vec![0; self.geometry.slice_size() as usize];
-            image.read_bytes_at(&mut bytes, self.slice_position(number))?;
-            let counts = bytes
-                .as_chunks()
-                .0
-                .iter()
-                .map(|c| u16::from_be_bytes(*c))
-                .collect();
-            self.slices.insert(
-                number,
-                Slice {
-                    counts,
-                    dirty: false,
-                    last_used: 0,
-                },
-            );
+            let slice = self.read_slice(image, number)?;
+            self.slices.insert(number, slice);
         }
         #[expect(clippy::expect_used, reason = "present or inserted just above")]
         let slice = self.slices.get_mut(&number).expect("cached");
         slice.last_used = self.clock;
         Ok(slice)
+    }
+
+    fn read_slice(&self, image: &ImageFile, number: u64) -> Result<Slice> {
+        let mut bytes = vec![0; self.geometry.slice_size() as usize];
+        image.read_bytes_at(&mut bytes, self.slice_position(number))?;
+        let counts: Box<[u16]> = bytes
+            .as_chunks()
+            .0
+            .iter()
+            .map(|c| u16::from_be_bytes(*c))
+            .collect();
+        let first = number * self.counts_per_slice();
+        self.reserved
+            .check(image, first..first + self.counts_per_slice(), |cluster| {
+                counts[(cluster - first) as usize] != 0
+            })?;
+        let mut free = FreeMap::default();
+        let room = self.end.saturating_sub(first) as usize;
+        for (index, count) in counts.iter().enumerate().take(room) {
+            if *count == 0 {
+                free.insert(index);
+            }
+        }
+        Ok(Slice {
+            counts,
+            free,
+            dirty: false,
+            last_used: 0,
+        })
     }
 
     fn evict(&mut self, image: &ImageFile) -> Result<()> {
@@ -393,11 +307,11 @@ impl Refcounts {
         block + number % per_block * self.geometry.slice_size()
     }
 
-    fn counts_per_slice(&self) -> u64 {
+    pub(super) fn counts_per_slice(&self) -> u64 {
         self.geometry.slice_size() / COUNT_SIZE
     }
 
-    fn counts_per_block(&self) -> u64 {
+    pub(super) fn counts_per_block(&self) -> u64 {
         self.geometry.cluster_size() / COUNT_SIZE
     }
 }

@@ -27,6 +27,8 @@ pub(crate) struct Retired {
     lists: Mutex<Lists>,
     /// Ranges in all lists, and in the batch that is being written back.
     count: AtomicUsize,
+    /// Ranges that have come back, ever.
+    returned: AtomicUsize,
     /// Ranges in memory whose mapping is still on disk, and their bytes; a hint.
     unmapped: AtomicUsize,
     unmapped_bytes: AtomicU64,
@@ -69,6 +71,11 @@ impl Retired {
             || self.unmapped_bytes.load(Ordering::Relaxed) >= MUCH
     }
 
+    /// How many ranges have come back, modulo the size of a word.
+    pub fn returned(&self) -> usize {
+        self.returned.load(Ordering::Acquire)
+    }
+
     /// Takes those whose mapping will be gone from the disk once everything that is dirty now has
     /// been written back.
     pub fn take_unmapped(&self) -> Batch {
@@ -105,6 +112,8 @@ impl Retired {
 
     /// `batch` is in use again, or free.
     pub fn finished(&self, batch: &Batch) {
+        // In this order: whoever finds that there are none left sees that they have come back.
+        self.returned.fetch_add(batch.len(), Ordering::Release);
         self.count.fetch_sub(batch.len(), Ordering::Release);
     }
 }

@@ -307,7 +307,8 @@ fn a_success_replaces_what_is_there() {
     assert_eq!(tandem.qemu_img(&["check", "t"]).status, Some(0));
 }
 
-/// The lines are QEMU's; those of options that are not supported yet are left out.
+/// The lines are QEMU's; those of options that are not supported yet are left out, and there is one
+/// more.
 #[test]
 fn describes_options() {
     for line in [
@@ -321,6 +322,9 @@ fn describes_options() {
         let expected: Vec<_> = expected.stdout.lines().collect();
         let mut at = 0;
         for text in found.stdout.lines() {
+            if text.trim_start().starts_with("data_file_layout=") {
+                continue;
+            }
             let skipped = expected[at..].iter().position(|expected| *expected == text);
             at += skipped.unwrap_or_else(|| panic!("{line}: {text}")) + 1;
         }

@@ -18,7 +18,7 @@ use explore::{Explorer, Found};
 use workload::{Kind, Setup};
 
 /// Kinds and cluster sizes that are explored.
-const SETUPS: [Setup; 9] = [
+const SETUPS: [Setup; 12] = [
     Setup {
         kind: Kind::Internal,
         version: 3,
@@ -51,6 +51,21 @@ const SETUPS: [Setup; 9] = [
     },
     Setup {
         kind: Kind::External,
+        version: 3,
+        cluster_size: 65536,
+    },
+    Setup {
+        kind: Kind::Packed,
+        version: 3,
+        cluster_size: 512,
+    },
+    Setup {
+        kind: Kind::Packed,
+        version: 3,
+        cluster_size: 4096,
+    },
+    Setup {
+        kind: Kind::Packed,
         version: 3,
         cluster_size: 65536,
     },
@@ -93,7 +108,7 @@ fn promises_hold_after_power_failures() {
 /// The explorer finds an engine at fault whose syncs do nothing.
 #[test]
 fn a_missing_barrier_is_found() {
-    for kind in [Kind::Internal, Kind::External] {
+    for kind in [Kind::Internal, Kind::External, Kind::Packed] {
         let setup = Setup {
             kind,
             version: 3,

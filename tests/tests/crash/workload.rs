@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use tandem_block::Disk;
-use tandem_block::qcow2::{CreateOptions, create};
+use tandem_block::qcow2::{CreateOptions, DataFileLayout, create};
 use vm_memory::VolatileSlice;
 
 use crate::storage::SECTOR;
@@ -13,6 +13,7 @@ pub enum Kind {
     Internal,
     External,
     Raw,
+    Packed,
 }
 
 /// An image to explore.
@@ -55,6 +56,9 @@ impl Setup {
         options.cluster_size = self.cluster_size;
         options.data_file = (self.kind != Kind::Internal).then(|| data.clone());
         options.data_file_raw = self.kind == Kind::Raw;
+        if self.kind == Kind::Packed {
+            options.data_file_layout = DataFileLayout::Packed;
+        }
         create(&image, &options).unwrap();
         let read = |path: &Path| std::fs::read(path).unwrap_or_default();
         (read(&image), read(&data))

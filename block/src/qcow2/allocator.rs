@@ -1,0 +1,188 @@
+//! The cluster allocator of the image file.
+//!
+//! Free clusters are those that the refcounts count as such. The lowest ones are handed out first,
+//! so the file grows only when there are none inside it; which slices of refcounts have some is
+//! remembered, so that looking for them costs the same however large and full the image is.
+
+use super::geometry::ENTRY_SIZE;
+use super::header::MAX_REFCOUNT_TABLE_SIZE;
+use super::refcount::Refcounts;
+use super::table;
+use crate::Result;
+use crate::file::ImageFile;
+
+/// Offset of `refcount_table_offset` in the header; `refcount_table_clusters` follows it.
+const HEADER_TABLE_FIELDS: u64 = 48;
+
+/// Clusters handed out by an allocator.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Allocation {
+    /// Offset of the first one in bytes.
+    pub offset: u64,
+    /// How many, one behind the other; at least one.
+    pub clusters: u64,
+    /// Whether they are known to read as zero.
+    pub zeroed: bool,
+}
+
+impl Refcounts {
+    /// Takes 1 to `max` free clusters in a row: those from offset `goal` on, if the first of them
+    /// is free and inside the file, else the first that are.
+    ///
+    /// # Errors
+    /// No space left on a device; a refcount slice that counts metadata as free; I/O.
+    pub fn allocate(
+        &mut self,
+        image: &ImageFile,
+        goal: Option<u64>,
+        max: u64,
+    ) -> Result<Allocation> {
+        let goal = goal.map(|offset| self.geometry.cluster(offset));
+        let (first, clusters) = match goal {
+            Some(cluster) if self.is_hole(image, cluster)? => {
+                let index = cluster % self.counts_per_slice();
+                let slice = self.slice(image, cluster)?;
+                (cluster, slice.free.run_length(index as usize, max))
+            }
+            _ => self.find_free(image, max)?,
+        };
+        let end = first + clusters as u64;
+        for cluster in first..end {
+            self.set_count(image, cluster, 1)?;
+        }
+        let zeroed = first >= self.untouched;
+        self.untouched = self.untouched.max(end);
+        Ok(Allocation {
+            offset: first << self.geometry.cluster_bits,
+            clusters: end - first,
+            zeroed,
+        })
+    }
+
+    /// Gives back clusters that no mapping on disk refers to, and that are counted.
+    pub fn free(&mut self, image: &ImageFile, offset: u64, clusters: u64) -> Result<()> {
+        let first = self.geometry.cluster(offset);
+        for cluster in first..first + clusters {
+            let count = self.count(image, cluster)?.saturating_sub(1);
+            if count == 0 {
+                self.reserved.release(cluster);
+            }
+            self.set_count(image, cluster, count)?;
+        }
+        Ok(())
+    }
+
+    /// Whether `cluster` is free and lies between others that have been in use.
+    fn is_hole(&mut self, image: &ImageFile, cluster: u64) -> Result<bool> {
+        let block = (cluster / self.counts_per_block()) as usize;
+        let is_counted = self.table.get(block).is_some_and(|offset| *offset != 0);
+        Ok(is_counted && cluster < self.untouched && self.count(image, cluster)? == 0)
+    }
+
+    /// Up to `max` free clusters, counted by the first slice that counts any: the first of them,
+    /// and how many there are in a row.
+    fn find_free(&mut self, image: &ImageFile, max: u64) -> Result<(u64, usize)> {
+        loop {
+            let number = match self.with_free.first_from(0) {
+                Some(number) => number as u64,
+                None => self.examined,
+            };
+            let first = number * self.counts_per_slice();
+            self.check_room(image, first + 1)?;
+            let block = (first / self.counts_per_block()) as usize;
+            if block >= self.table.len() {
+                self.grow_table(image)?;
+                continue;
+            }
+            if self.table[block] == 0 {
+                self.add_block(image, block)?;
+            }
+            let run = self.slice(image, first)?.free.run(max);
+            if number == self.examined {
+                self.examined += 1;
+                self.with_free.insert(number as usize);
+            }
+            match run {
+                Some(run) => return Ok((first + run.start as u64, run.len())),
+                None => self.with_free.remove(number as usize),
+            }
+        }
+    }
+
+    /// Checks that the file can have the clusters below `end`.
+    fn check_room(&self, image: &ImageFile, end: u64) -> Result<()> {
+        if end > self.end {
+            return Err(image.full());
+        }
+        Ok(())
+    }
+
+    /// Makes the first of the clusters that refcount block `index` would count that block. None of
+    /// them is in use.
+    fn add_block(&mut self, image: &ImageFile, index: usize) -> Result<()> {
+        self.check_no_block(image, index as u64)?;
+        let cluster = index as u64 * self.counts_per_block();
+        let offset = cluster << self.geometry.cluster_bits;
+        if cluster < self.untouched {
+            image.write_zeroes(offset, self.geometry.cluster_size(), false)?;
+        }
+        self.table[index] = offset;
+        if let Err(e) = self.set_count(image, cluster, 1) {
+            // A block that does not count itself would be handed out.
+            self.table[index] = 0;
+            return Err(e);
+        }
+        self.unlinked.push(index);
+        self.untouched = self.untouched.max(cluster + 1);
+        Ok(())
+    }
+
+    /// Moves the refcount table to a larger one, behind everything that the old one covers.
+    ///
+    /// The header changes to it in one write, after the new table and all blocks that it names are
+    /// on disk, and the old one is given back only after that.
+    fn grow_table(&mut self, image: &ImageFile) -> Result<()> {
+        let cluster_size = self.geometry.cluster_size();
+        let per_block = self.counts_per_block();
+        let first_block = self.table.len();
+        let first = first_block as u64 * per_block;
+        let table_clusters = self.table_clusters * 2;
+        if table_clusters * cluster_size > MAX_REFCOUNT_TABLE_SIZE {
+            let reason = "the refcount table cannot grow further".to_owned();
+            return Err(image.invalid("refcount_table_clusters", self.table_clusters, reason));
+        }
+        // New blocks cover themselves and the new table, which lies behind them.
+        let blocks = table_clusters.div_ceil(per_block - 1);
+        let used = blocks + table_clusters;
+        self.check_no_more(image)?;
+        self.check_room(image, first + used)?;
+
+        for block in 0..blocks {
+            let counts = (0..per_block).map(|i| u16::from(block * per_block + i < used));
+            let bytes: Vec<u8> = counts.flat_map(u16::to_be_bytes).collect();
+            image.write_bytes_at(&bytes, (first + block) * cluster_size)?;
+        }
+        let mut table = self.table.clone();
+        table.extend((0..blocks).map(|block| (first + block) * cluster_size));
+        table.resize((table_clusters * cluster_size / ENTRY_SIZE) as usize, 0);
+        let table_offset = (first + blocks) * cluster_size;
+        image.write_bytes_at(&table::encode(table.iter().copied()), table_offset)?;
+        self.write_dirty(image)?;
+        image.sync()?;
+
+        let mut fields = table_offset.to_be_bytes().to_vec();
+        fields.extend((table_clusters as u32).to_be_bytes());
+        image.write_bytes_at(&fields, HEADER_TABLE_FIELDS)?;
+        image.sync()?;
+
+        let (old_offset, old_clusters) = (self.table_offset, self.table_clusters);
+        self.table = table;
+        self.table_offset = table_offset;
+        self.table_clusters = table_clusters;
+        self.unlinked.clear();
+        self.untouched = self.untouched.max(first + used);
+        // The new table serves, whether the old one's clusters come back or are leaked.
+        drop(self.free(image, old_offset, old_clusters));
+        Ok(())
+    }
+}

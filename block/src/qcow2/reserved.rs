@@ -1,0 +1,181 @@
+//! Where the metadata of an image lies that the allocator must never hand out.
+
+use std::ops::Range;
+
+use crate::Result;
+use crate::file::ImageFile;
+
+/// Clusters of metadata, in order; 16 bytes for each L2 table and refcount block.
+#[derive(Debug)]
+pub(crate) struct Reserved {
+    pieces: Vec<Piece>,
+    cluster_bits: u32,
+}
+
+/// Clusters in a row that one field leads to.
+#[derive(Clone, Copy, Debug)]
+struct Piece {
+    first: u64,
+    clusters: u32,
+    field: Field,
+}
+
+/// What leads to a piece of metadata.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Field {
+    Header,
+    RefcountTable,
+    RefcountBlock,
+    L1Table,
+    L2Table,
+}
+
+impl Field {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Header => "header",
+            Self::RefcountTable => "refcount_table_offset",
+            Self::RefcountBlock => "refcount_table entry",
+            Self::L1Table => "l1_table_offset",
+            Self::L2Table => "l1_table entry",
+        }
+    }
+}
+
+impl Piece {
+    fn end(&self) -> u64 {
+        self.first + u64::from(self.clusters)
+    }
+
+    fn part(&self, range: Range<u64>) -> Self {
+        Self {
+            first: range.start,
+            clusters: (range.end - range.start) as u32,
+            field: self.field,
+        }
+    }
+}
+
+impl Reserved {
+    /// None yet, in clusters of `1 << cluster_bits` bytes.
+    pub fn new(cluster_bits: u32) -> Self {
+        Self {
+            pieces: Vec::new(),
+            cluster_bits,
+        }
+    }
+
+    /// Adds `clusters` clusters, which the format limits to the size of an L1 table, from `first`
+    /// on. [`sort`](Self::sort) follows.
+    pub fn push(&mut self, field: Field, first: u64, clusters: u64) {
+        if clusters > 0 {
+            self.pieces.push(Piece {
+                first,
+                clusters: clusters as u32,
+                field,
+            });
+        }
+    }
+
+    /// Puts the pieces in order.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`](crate::Error::Invalid) if two of them overlap: what two tables share
+    /// could only be right for one of them.
+    pub fn sort(&mut self, image: &ImageFile) -> Result<()> {
+        self.pieces.sort_unstable_by_key(|piece| piece.first);
+        for pair in self.pieces.windows(2) {
+            if pair[1].first < pair[0].end() {
+                let reason = format!(
+                    "what it leads to overlaps that of {} at {:#x}",
+                    pair[0].field.name(),
+                    pair[0].first << self.cluster_bits
+                );
+                let offset = pair[1].first << self.cluster_bits;
+                return Err(image.invalid(pair[1].field.name(), offset, reason));
+            }
+        }
+        Ok(())
+    }
+
+    /// Checks that each cluster of metadata in `range` is counted as used: the allocator would hand
+    /// it out, and what is there be overwritten.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`](crate::Error::Invalid), naming the field that leads there.
+    pub fn check(
+        &self,
+        image: &ImageFile,
+        range: Range<u64>,
+        is_used: impl Fn(u64) -> bool,
+    ) -> Result<()> {
+        for piece in &self.pieces[self.index_of(range.start)..] {
+            let first = piece.first.max(range.start);
+            let end = piece.end().min(range.end);
+            if first >= range.end {
+                break;
+            }
+            if let Some(cluster) = (first..end).find(|cluster| !is_used(*cluster)) {
+                let reason = format!(
+                    "cluster {cluster} holds metadata and is counted as free; repair the image \
+                     first: qemu-img check -r all"
+                );
+                let offset = piece.first << self.cluster_bits;
+                return Err(image.invalid(piece.field.name(), offset, reason));
+            }
+        }
+        Ok(())
+    }
+
+    /// The first cluster of metadata that is not below `cluster`.
+    pub fn first_from(&self, cluster: u64) -> Option<u64> {
+        let piece = self.pieces.get(self.index_of(cluster))?;
+        Some(piece.first.max(cluster))
+    }
+
+    /// `cluster` is not used for metadata any more.
+    pub fn release(&mut self, cluster: u64) {
+        let index = self.index_of(cluster);
+        let Some(&piece) = self
+            .pieces
+            .get(index)
+            .filter(|piece| piece.first <= cluster)
+        else {
+            return;
+        };
+        let rest = [piece.first..cluster, cluster + 1..piece.end()];
+        let rest = rest.into_iter().filter(|range| !range.is_empty());
+        self.pieces
+            .splice(index..=index, rest.map(|range| piece.part(range)));
+    }
+
+    /// Index of the first piece that ends behind `cluster`.
+    fn index_of(&self, cluster: u64) -> usize {
+        self.pieces.partition_point(|piece| piece.end() <= cluster)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn clusters(reserved: &Reserved) -> Vec<u64> {
+        let next = |cluster: &u64| reserved.first_from(cluster + 1);
+        std::iter::successors(reserved.first_from(0), next).collect()
+    }
+
+    #[test]
+    fn pieces_can_be_released_cluster_by_cluster() {
+        let mut reserved = Reserved::new(9);
+        reserved.push(Field::L1Table, 5, 4);
+        reserved.push(Field::L2Table, 12, 1);
+        assert_eq!(clusters(&reserved), [5, 6, 7, 8, 12]);
+        reserved.release(7);
+        reserved.release(9);
+        assert_eq!(clusters(&reserved), [5, 6, 8, 12]);
+        for cluster in [12, 5, 6, 8, 8] {
+            reserved.release(cluster);
+        }
+        assert!(clusters(&reserved).is_empty());
+    }
+}

@@ -2,6 +2,7 @@
 
 mod discards;
 mod faults;
+mod packed;
 mod qemu;
 mod random;
 mod refusals;

@@ -10,7 +10,7 @@ mod common;
 
 use common::{Memory, assert_clean, new_image, open, open_with, read, write};
 use proptest::prelude::*;
-use tandem_block::qcow2::{CreateOptions, DataFileLayout, Info, OpenOptions, check, create};
+use tandem_block::qcow2::{CreateOptions, DataFileLayout, Info, OpenOptions, Qcow2, check, create};
 use tandem_block::{Disk, Error};
 
 const CLUSTER: u64 = 64 << 10;
@@ -168,6 +168,31 @@ fn opening_reads_no_guest_data() {
     assert_eq!(data.len(), 9 << 20);
 }
 
+/// What has come back takes no space on the host.
+#[test]
+fn discarded_space_is_released() {
+    use std::os::unix::fs::MetadataExt;
+
+    let dir = tempfile::tempdir().unwrap();
+    let (path, data) = (dir.path().join("image"), dir.path().join("data"));
+    let options = CreateOptions {
+        size: 64 << 20,
+        data_file: Some(data.clone()),
+        data_file_layout: DataFileLayout::Packed,
+        ..CreateOptions::default()
+    };
+    create(&path, &options).unwrap();
+    let disk = Qcow2::open(&path, &OpenOptions::default()).unwrap();
+    let used = || data.metadata().unwrap().blocks() * 512;
+    write(&disk, 0, 8 << 20, 1).unwrap();
+    disk.flush().unwrap();
+    let before = used();
+    disk.discard(1 << 20, 6 << 20).unwrap();
+    disk.flush().unwrap();
+    assert!(before - used() >= 6 << 20, "{before} bytes, now {}", used());
+    assert_eq!(read(&disk, 7 << 20, 1 << 20), vec![1; 1 << 20]);
+}
+
 /// A cluster that is zeroed without unmap keeps its place, be it the first of the data file.
 #[test]
 fn zeroed_clusters_keep_their_place() {
@@ -291,7 +316,7 @@ proptest! {
             Info::read(&path).unwrap().data_file_layout,
             Some(DataFileLayout::Packed)
         );
-        let open = || tandem_block::qcow2::Qcow2::open(&path, &OpenOptions::default()).unwrap();
+        let open = || Qcow2::open(&path, &OpenOptions::default()).unwrap();
         let mut disk = open();
         let mut model = vec![0; size as usize];
         for op in &ops {

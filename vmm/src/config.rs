@@ -9,6 +9,9 @@ use tandem_devices::virtio::block::{InvalidSerial, Serial};
 
 use crate::layout;
 
+/// Most memory for the L2 tables of a disk: it would hold those of 256 TiB in clusters of 64 KiB.
+const MAX_L2_CACHE: usize = 32 << 30;
+
 /// A virtual machine to build.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
@@ -103,6 +106,8 @@ pub struct DiskConfig {
     pub data_file: Option<PathBuf>,
     /// What the guest reads as the disk's serial number.
     pub serial: Option<Serial>,
+    /// Bytes of memory for the L2 tables of a qcow2 image; `None` is the engine's default.
+    pub l2_cache_size: Option<usize>,
 }
 
 /// How a disk image is laid out.
@@ -162,7 +167,9 @@ pub enum Error {
     #[error("'{0}' is not key=value; a comma that belongs to a path is written twice")]
     DiskOption(String),
     /// A key that disks do not have.
-    #[error("unknown disk key '{0}'; known are readonly, format, data-file and serial")]
+    #[error(
+        "unknown disk key '{0}'; known are readonly, format, data-file, serial and l2-cache-size"
+    )]
     DiskKey(String),
     /// A key that is there twice.
     #[error("disk key '{0}' is given twice")]
@@ -180,9 +187,9 @@ pub enum Error {
     /// A serial number that a disk cannot have.
     #[error(transparent)]
     DiskSerial(InvalidSerial),
-    /// A data file for a format that has none.
-    #[error("data-file belongs to format=qcow2; a raw disk has no data file")]
-    RawDataFile,
+    /// A key that only qcow2 disks have, for a raw one.
+    #[error("{0} belongs to format=qcow2; a raw disk has no such thing")]
+    RawDisk(&'static str),
     /// A serial console that there is not.
     #[error("'{0}' is not stdio, none or file=PATH")]
     Serial(String),
@@ -218,6 +225,7 @@ impl DiskConfig {
             read_only: false,
             data_file: None,
             serial: None,
+            l2_cache_size: None,
         }
     }
 
@@ -239,10 +247,14 @@ impl DiskConfig {
             }
             seen.push(key.to_owned());
         }
-        if disk.format == DiskFormat::Raw && disk.data_file.is_some() {
-            return Err(Error::RawDataFile);
+        let qcow2_only = [
+            (disk.data_file.is_some(), "data-file"),
+            (disk.l2_cache_size.is_some(), "l2-cache-size"),
+        ];
+        match qcow2_only.into_iter().find(|(is_given, _)| *is_given) {
+            Some((_, key)) if disk.format == DiskFormat::Raw => Err(Error::RawDisk(key)),
+            _ => Ok(disk),
         }
-        Ok(disk)
     }
 
     fn set(&mut self, key: &[u8], value: &[u8]) -> Result<(), Error> {
@@ -272,6 +284,14 @@ impl DiskConfig {
             b"data-file" => self.data_file = Some(os_path(value.to_owned())),
             b"serial" => {
                 self.serial = Some(lossy(value).parse().map_err(Error::DiskSerial)?);
+            }
+            b"l2-cache-size" => {
+                let size = parse_memory(&lossy(value)).ok();
+                let size = size.and_then(|size| usize::try_from(size).ok());
+                self.l2_cache_size =
+                    Some(size.filter(|size| *size <= MAX_L2_CACHE).ok_or_else(|| {
+                        error("l2-cache-size", "a size of up to 32G with a unit, as in 4M")
+                    })?);
             }
             _ => return Err(Error::DiskKey(lossy(key))),
         }
@@ -369,8 +389,11 @@ mod tests {
                 read_only: true,
                 data_file: Some("d,d.raw".into()),
                 serial: Some("A1".parse().unwrap()),
+                l2_cache_size: None,
             }
         );
+        let disk: DiskConfig = "a,l2-cache-size=512K".parse().unwrap();
+        assert_eq!(disk.l2_cache_size, Some(512 << 10));
         let disk: DiskConfig = "a,format=raw,readonly=off".parse().unwrap();
         assert_eq!((disk.format, disk.read_only), (DiskFormat::Raw, false));
 
@@ -391,9 +414,21 @@ mod tests {
             error("a,readonly=on,readonly=on"),
             Error::DiskKeyTwice("readonly".into())
         );
-        assert_eq!(error("a,format=raw,data-file=b"), Error::RawDataFile);
-        assert_eq!(error("a,data-file=b,format=raw"), Error::RawDataFile);
-        for text in ["a,readonly=yes", "a,format=vmdk", "a,data-file="] {
+        assert_eq!(
+            error("a,format=raw,data-file=b"),
+            Error::RawDisk("data-file")
+        );
+        assert_eq!(
+            error("a,l2-cache-size=1M,format=raw"),
+            Error::RawDisk("l2-cache-size")
+        );
+        for text in [
+            "a,readonly=yes",
+            "a,format=vmdk",
+            "a,data-file=",
+            "a,l2-cache-size=1000",
+            "a,l2-cache-size=1T",
+        ] {
             assert!(matches!(error(text), Error::DiskValue { .. }), "{text}");
         }
         for serial in ["", "123456789012345678901", "\u{e9}"] {

@@ -26,10 +26,11 @@ pub fn open(config: &DiskConfig) -> Result<Arc<dyn Disk>> {
 }
 
 fn open_qcow2(config: &DiskConfig) -> Result<Arc<dyn Disk>> {
+    let default = OpenOptions::default();
     let options = OpenOptions {
         read_only: config.read_only,
         data_file: config.data_file.clone(),
-        ..OpenOptions::default()
+        l2_cache_size: config.l2_cache_size.unwrap_or(default.l2_cache_size),
     };
     match Qcow2::open(&config.path, &options) {
         Ok(disk) => Ok(Arc::new(disk)),

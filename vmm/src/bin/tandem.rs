@@ -80,6 +80,8 @@ Disk keys:
   readonly=on|off    Keep the guest from writing (default off)
   data-file=PATH     External data file, instead of the one that the qcow2 header names
   serial=ID          Serial number that the guest sees: 1 to 20 printable ASCII characters
+  l2-cache-size=SIZE Memory for L2 tables of a qcow2 image, as in 16M (default 4M, which maps 32 GiB
+                     in clusters of 64 KiB); taken as it is needed
   A comma that belongs to a path is written twice: 'a,,b.qcow2' is the file a,b.qcow2.
 
 Root disk:

@@ -105,6 +105,17 @@ impl FileStorage {
         rustix::io::retry_on_intr(|| rustix::fs::fallocate(&self.file, flags, offset, len))
     }
 
+    /// Whether `fallocate` fails with `error` where it is not to be had: on this file system, or for
+    /// parts of a device's blocks.
+    fn cannot_fallocate(&self, error: rustix::io::Errno) -> bool {
+        use rustix::io::Errno;
+        match error {
+            Errno::OPNOTSUPP | Errno::NODEV => true,
+            Errno::INVAL => self.is_block_device,
+            _ => false,
+        }
+    }
+
     fn write_zero_bytes(&self, mut offset: u64, mut len: u64) -> io::Result<()> {
         let zeros = vec![0; ZERO_BUFFER.min(usize::try_from(len).unwrap_or(ZERO_BUFFER))];
         while len > 0 {
@@ -166,9 +177,7 @@ impl Storage for FileStorage {
         };
         match self.fallocate(flags, offset, len) {
             Ok(()) => Ok(()),
-            Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NODEV) => {
-                self.write_zero_bytes(offset, len)
-            }
+            Err(e) if self.cannot_fallocate(e) => self.write_zero_bytes(offset, len),
             Err(e) => Err(e.into()),
         }
     }
@@ -176,7 +185,7 @@ impl Storage for FileStorage {
     fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         match self.fallocate(flags, offset, len) {
-            Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NODEV) => Ok(()),
+            Err(e) if self.cannot_fallocate(e) => Ok(()),
             result => Ok(result?),
         }
     }

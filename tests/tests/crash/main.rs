@@ -7,7 +7,7 @@
 //!
 //! 1. what had been flushed is there; a sector written since is old or new; nothing else changed;
 //! 2. `check` finds leaks at most;
-//! 3. a raw data file has the same content as the disk;
+//! 3. a raw data file whose mapping is complete has the same content as the disk;
 //! 4. the image can be written on, and all of this holds again.
 
 mod explore;
@@ -18,7 +18,7 @@ use explore::{Explorer, Found};
 use workload::{Kind, Setup};
 
 /// Kinds and cluster sizes that are explored.
-const SETUPS: [Setup; 12] = [
+const SETUPS: [Setup; 14] = [
     Setup {
         kind: Kind::Internal,
         version: 3,
@@ -68,6 +68,16 @@ const SETUPS: [Setup; 12] = [
         kind: Kind::Packed,
         version: 3,
         cluster_size: 65536,
+    },
+    Setup {
+        kind: Kind::RawIncomplete,
+        version: 3,
+        cluster_size: 512,
+    },
+    Setup {
+        kind: Kind::RawIncomplete,
+        version: 3,
+        cluster_size: 4096,
     },
     Setup {
         kind: Kind::Raw,

@@ -13,6 +13,8 @@ pub enum Kind {
     Internal,
     External,
     Raw,
+    /// Raw, with a mapping that is not complete: QEMU made such images before version 6.0.
+    RawIncomplete,
     Packed,
 }
 
@@ -55,13 +57,30 @@ impl Setup {
         options.version = self.version;
         options.cluster_size = self.cluster_size;
         options.data_file = (self.kind != Kind::Internal).then(|| data.clone());
-        options.data_file_raw = self.kind == Kind::Raw;
+        options.data_file_raw = matches!(self.kind, Kind::Raw | Kind::RawIncomplete);
         if self.kind == Kind::Packed {
             options.data_file_layout = DataFileLayout::Packed;
         }
         create(&image, &options).unwrap();
         let read = |path: &Path| std::fs::read(path).unwrap_or_default();
-        (read(&image), read(&data))
+        let mut image = read(&image);
+        if self.kind == Kind::RawIncomplete {
+            unmap_some(&mut image);
+        }
+        (image, read(&data))
+    }
+}
+
+/// Empties every other entry of the first L2 table.
+fn unmap_some(image: &mut [u8]) {
+    let offset_at = |image: &[u8], at: usize| {
+        let entry = u64::from_be_bytes(image[at..at + 8].try_into().unwrap());
+        (entry & 0x00ff_ffff_ffff_fe00) as usize
+    };
+    let l1_table = offset_at(image, 40);
+    let l2_table = offset_at(image, l1_table);
+    for entry in (0..32).step_by(2) {
+        image[l2_table + entry * 8..][..8].fill(0);
     }
 }
 

@@ -70,6 +70,21 @@ pub trait Disk: Send + Sync {
     /// releases whole clusters.
     fn discard(&self, offset: u64, len: u64) -> Result<()>;
 
+    /// Changes the size of the disk to `size` bytes. What it gains reads as zero, but for what a
+    /// raw data file holds there already.
+    ///
+    /// Other requests may go on meanwhile. Those that were begun before, in a part that goes, may
+    /// fail. The new size is durable when this returns.
+    ///
+    /// # Errors
+    /// [`Error::Option`](crate::Error::Option) for a size that is not a multiple of 512, or that
+    /// the format or the device below cannot have, and, unless implemented, for any. The disk has
+    /// its old size after an error.
+    fn resize(&self, size: u64) -> Result<()> {
+        let reason = format!("This disk cannot be resized (to {size} bytes)");
+        Err(Error::Option(reason))
+    }
+
     /// Makes everything that was written before the call durable.
     ///
     /// # Errors

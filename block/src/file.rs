@@ -103,6 +103,13 @@ impl ImageFile {
             .map_err(|e| Error::io(&self.path, "get the size of", e))
     }
 
+    /// Changes the length. A block device keeps its own, which must suffice.
+    pub fn set_len(&self, len: u64) -> Result<()> {
+        self.storage
+            .set_len(len)
+            .map_err(|e| Error::io(&self.path, "resize", e))
+    }
+
     /// The length that the file cannot exceed, in bytes, if it is fixed.
     pub fn capacity(&self) -> Result<Option<u64>> {
         self.storage

@@ -7,13 +7,16 @@ use vm_memory::VolatileSlice;
 use crate::disk::{check_range, total_len};
 use crate::file::ImageFile;
 use crate::new_file::{NewFile, Preallocation};
+use crate::sync::atomic::{AtomicU64, Ordering};
+use crate::sync::{Mutex, lock};
 use crate::{Disk, Error, Limits, Result, Storage};
 
 /// A disk whose bytes are the bytes of a file or host block device.
 #[derive(Debug)]
 pub struct Raw {
     file: ImageFile,
-    size: u64,
+    size: AtomicU64,
+    resizing: Mutex<()>,
     read_only: bool,
 }
 
@@ -54,7 +57,8 @@ impl Raw {
 
     fn from_file(file: ImageFile, read_only: bool) -> Result<Self> {
         Ok(Self {
-            size: file.size()? & !511,
+            size: AtomicU64::new(file.size()? & !511),
+            resizing: Mutex::default(),
             file,
             read_only,
         })
@@ -63,7 +67,7 @@ impl Raw {
 
 impl Disk for Raw {
     fn size(&self) -> u64 {
-        self.size
+        self.size.load(Ordering::Acquire)
     }
 
     fn limits(&self) -> Limits {
@@ -74,24 +78,43 @@ impl Disk for Raw {
     }
 
     fn read_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> Result<()> {
-        check_range(offset, total_len(bufs), self.size)?;
+        check_range(offset, total_len(bufs), self.size())?;
         self.file.read_at(bufs, offset)
     }
 
     fn write_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> Result<()> {
         self.check_writable()?;
-        check_range(offset, total_len(bufs), self.size)?;
+        check_range(offset, total_len(bufs), self.size())?;
         self.file.write_at(bufs, offset)
     }
 
     fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> Result<()> {
         self.check_writable()?;
-        check_range(offset, len, self.size)?;
+        check_range(offset, len, self.size())?;
         self.file.write_zeroes(offset, len, unmap)
     }
 
     fn discard(&self, offset: u64, len: u64) -> Result<()> {
         self.write_zeroes(offset, len, true)
+    }
+
+    fn resize(&self, size: u64) -> Result<()> {
+        self.check_writable()?;
+        let _resizing = lock(&self.resizing);
+        let old = self.size();
+        if !size.is_multiple_of(512) {
+            let reason = "The new size must be a multiple of 512";
+            return Err(Error::Option(reason.to_owned()));
+        }
+        if size != old && self.file.capacity()?.is_some() {
+            return Err(Error::Option("Cannot resize device files".to_owned()));
+        }
+        // From here on, no request begins behind the end.
+        self.size.store(size.min(old), Ordering::Release);
+        let resized = self.file.set_len(size).and_then(|()| self.file.sync());
+        let size = if resized.is_ok() { size } else { old };
+        self.size.store(size, Ordering::Release);
+        resized
     }
 
     fn flush(&self) -> Result<()> {

@@ -45,6 +45,15 @@ pub trait Storage: Debug + Send + Sync {
     /// Length in bytes.
     fn size(&self) -> io::Result<u64>;
 
+    /// Makes it `len` bytes long; what it gains reads as zero. A block device keeps its length.
+    ///
+    /// # Errors
+    /// `len` is more than the [`capacity`](Storage::capacity); `Unsupported`, unless implemented.
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        let _ = len;
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
     /// The length that it cannot exceed, in bytes, where that is fixed: that of a block device.
     fn capacity(&self) -> io::Result<Option<u64>> {
         Ok(None)
@@ -214,6 +223,14 @@ impl Storage for FileStorage {
             return Ok(rustix::fs::seek(&self.file, SeekFrom::End(0))?);
         }
         Ok(self.file.metadata()?.len())
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        match self.capacity()? {
+            Some(capacity) if len > capacity => Err(io::ErrorKind::StorageFull.into()),
+            Some(_) => Ok(()),
+            None => self.file.set_len(len),
+        }
     }
 
     fn capacity(&self) -> io::Result<Option<u64>> {

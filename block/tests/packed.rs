@@ -278,6 +278,8 @@ enum Op {
     Write(u64, u64, u8),
     Zero(u64, u64, bool),
     Discard(u64, u64),
+    /// To so many sectors, or back to what it was.
+    Resize(u64),
     Reopen,
 }
 
@@ -288,6 +290,7 @@ fn op(clusters: u64) -> impl Strategy<Value = Op> {
         5 => (range.clone(), 1..255u8).prop_map(|((at, len), byte)| Op::Write(at, len, byte)),
         1 => (range.clone(), any::<bool>()).prop_map(|((at, len), unmap)| Op::Zero(at, len, unmap)),
         2 => range.prop_map(|(at, len)| Op::Discard(at, len)),
+        1 => (0..clusters * 128).prop_map(Op::Resize),
         1 => Just(Op::Reopen),
     ]
 }
@@ -336,6 +339,11 @@ proptest! {
                     if start < end {
                         model[start as usize..end as usize].fill(0);
                     }
+                }
+                Op::Resize(sectors) => {
+                    disk.resize(sectors * 512).unwrap();
+                    disk.resize(size).unwrap();
+                    model[sectors as usize * 512..].fill(0);
                 }
                 Op::Reopen => {
                     drop(disk);

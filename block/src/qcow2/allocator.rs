@@ -14,6 +14,9 @@ use crate::file::ImageFile;
 /// Offset of `refcount_table_offset` in the header; `refcount_table_clusters` follows it.
 const HEADER_TABLE_FIELDS: u64 = 48;
 
+/// Rows that are tried before one is made at the end of the file.
+const ROW_ATTEMPTS: usize = 4;
+
 /// Clusters handed out by an allocator.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Allocation {
@@ -57,6 +60,66 @@ impl Refcounts {
             clusters: end - first,
             zeroed,
         })
+    }
+
+    /// Takes `count` free clusters in a row, and returns the offset of the first.
+    pub fn allocate_row(&mut self, image: &ImageFile, count: u64) -> Result<u64> {
+        let mut short: Vec<Allocation> = Vec::new();
+        let mut found = None;
+        while found.is_none() && short.len() < ROW_ATTEMPTS {
+            match self.allocate(image, None, count) {
+                Ok(place) if place.clusters == count => found = Some(Ok(place.offset)),
+                Ok(place) => short.push(place),
+                Err(e) => found = Some(Err(e)),
+            }
+        }
+        for place in short {
+            self.free(image, place.offset, place.clusters)?;
+        }
+        found.unwrap_or_else(|| self.append(image, count))
+    }
+
+    /// Takes `count` clusters behind everything that refcount blocks cover, with new blocks for
+    /// them, and returns the offset of the first.
+    fn append(&mut self, image: &ImageFile, count: u64) -> Result<u64> {
+        let per_block = self.counts_per_block();
+        let new_blocks = count.div_ceil(per_block - 1);
+        let used = new_blocks + count;
+        let mut first_block;
+        loop {
+            let last = self.table.iter().rposition(|offset| *offset != 0);
+            first_block = last.map_or(0, |last| last as u64 + 1);
+            if first_block + new_blocks <= self.table.len() as u64 {
+                break;
+            }
+            self.grow_table(image)?;
+        }
+        let first = first_block * per_block;
+        self.check_room(image, first + used)?;
+        for block in 0..new_blocks {
+            self.check_no_block(image, first_block + block)?;
+        }
+        self.write_blocks(image, first, new_blocks, used)?;
+        self.written = true;
+        for block in 0..new_blocks {
+            let index = (first_block + block) as usize;
+            self.table[index] = (first + block) << self.geometry.cluster_bits;
+            self.unlinked.push(index);
+        }
+        self.untouched = self.untouched.max(first + used);
+        Ok((first + new_blocks) << self.geometry.cluster_bits)
+    }
+
+    /// Writes `count` refcount blocks to the clusters from `first` on, the first that they cover,
+    /// of which `used` are in use.
+    fn write_blocks(&self, image: &ImageFile, first: u64, count: u64, used: u64) -> Result<()> {
+        let per_block = self.counts_per_block();
+        for block in 0..count {
+            let counts = (0..per_block).map(|i| u16::from(block * per_block + i < used));
+            let bytes: Vec<u8> = counts.flat_map(u16::to_be_bytes).collect();
+            image.write_bytes_at(&bytes, (first + block) << self.geometry.cluster_bits)?;
+        }
+        Ok(())
     }
 
     /// Gives back clusters that no mapping on disk refers to, and that are counted.
@@ -157,11 +220,7 @@ impl Refcounts {
         self.check_no_more(image)?;
         self.check_room(image, first + used)?;
 
-        for block in 0..blocks {
-            let counts = (0..per_block).map(|i| u16::from(block * per_block + i < used));
-            let bytes: Vec<u8> = counts.flat_map(u16::to_be_bytes).collect();
-            image.write_bytes_at(&bytes, (first + block) * cluster_size)?;
-        }
+        self.write_blocks(image, first, blocks, used)?;
         let mut table = self.table.clone();
         table.extend((0..blocks).map(|block| (first + block) * cluster_size));
         table.resize((table_clusters * cluster_size / ENTRY_SIZE) as usize, 0);

@@ -19,7 +19,8 @@ use super::entry::{L1Entry, L2Entry};
 use super::extension::Extensions;
 use super::geometry::{ENTRY_SIZE, Geometry};
 use super::header::{
-    CLUSTER_BITS, Header, MAX_L1_SIZE, MAX_REFCOUNT_TABLE_SIZE, autoclear, compatible, incompatible,
+    CLUSTER_BITS, Header, MAX_L1_SIZE, MAX_OFFSET, MAX_REFCOUNT_TABLE_SIZE, autoclear, compatible,
+    incompatible,
 };
 use super::policy::is_same_file;
 use crate::new_file::{NewFile, Preallocation};
@@ -65,8 +66,6 @@ impl Default for CreateOptions {
 
 /// Bits of a refcount as a power of two.
 const REFCOUNT_ORDER: u32 = 4;
-/// End of the offsets that L1 and L2 entries can express.
-const MAX_OFFSET: u64 = 1 << 56;
 /// Tables are written in pieces of this many bytes.
 const PIECE: usize = 1 << 20;
 
@@ -110,6 +109,8 @@ pub fn create(path: &Path, options: &CreateOptions) -> Result<()> {
 #[derive(Debug)]
 struct Layout {
     geometry: Geometry,
+    /// Of the disk.
+    size: u64,
     external: bool,
     packed: bool,
     /// Whether all clusters of the disk are mapped.
@@ -137,9 +138,8 @@ impl Layout {
         let mapped = options.data_file_raw || options.preallocation != Preallocation::Off;
         let geometry = Geometry {
             cluster_bits: cluster_size.trailing_zeros(),
-            size,
         };
-        let l1_size = geometry.l1_entries();
+        let l1_size = geometry.l1_entries(size);
         if l1_size > MAX_L1_SIZE / ENTRY_SIZE || (external && size > MAX_OFFSET) {
             return Err(too_large());
         }
@@ -147,7 +147,7 @@ impl Layout {
         let l2_tables = if mapped { l1_size } else { 0 };
         let internal_data = mapped && !external;
         let data_clusters = if internal_data {
-            geometry.clusters()
+            geometry.clusters(size)
         } else {
             0
         };
@@ -163,6 +163,7 @@ impl Layout {
         let end = clusters * cluster_size;
         Ok(Self {
             geometry,
+            size,
             external,
             packed: options.data_file_layout == DataFileLayout::Packed,
             mapped,
@@ -188,7 +189,7 @@ impl Layout {
             version: options.version,
             backing_file: None,
             cluster_bits: self.geometry.cluster_bits,
-            size: self.geometry.size,
+            size: self.size,
             crypt_method: 0,
             l1_size: self.l1_size as u32,
             l1_table_offset: if self.l1_size > 0 { self.l1_offset } else { 0 },
@@ -218,9 +219,9 @@ impl Layout {
         if self.packed && !self.mapped {
             0
         } else if self.mapped {
-            g.size.next_multiple_of(g.cluster_size())
+            self.size.next_multiple_of(g.cluster_size())
         } else {
-            g.size
+            self.size
         }
     }
 
@@ -264,7 +265,7 @@ impl Layout {
         let g = self.geometry;
         let table = self.l2_table(i);
         let first = i * g.l2_entries();
-        let count = g.l2_entries().min(g.clusters() - first);
+        let count = g.l2_entries().min(g.clusters(self.size) - first);
         let data = if self.external {
             first * g.cluster_size()
         } else {

@@ -8,16 +8,14 @@ const ENTRY_BITS: u32 = 3;
 /// are: a small write to a 2 MiB table costs one slice.
 const MAX_SLICE_BITS: u32 = 12;
 
-/// Sizes that follow from the header. Guest offsets passed to its methods lie within the disk.
+/// Sizes that follow from the cluster size.
 ///
-/// All sizes but that of the disk are powers of two, and requests go through here: shifts, no
+/// All of them are powers of two, and requests go through here: shifts, no
 /// divisions.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Geometry {
     /// Binary logarithm of the cluster size, 9 to 21.
     pub cluster_bits: u32,
-    /// Virtual size of the disk in bytes.
-    pub size: u64,
 }
 
 impl Geometry {
@@ -36,9 +34,9 @@ impl Geometry {
         offset >> self.cluster_bits
     }
 
-    /// Clusters of the disk, the last one possibly in part.
-    pub fn clusters(self) -> u64 {
-        self.size.div_ceil(self.cluster_size())
+    /// Clusters of a disk of `size` bytes, the last one possibly in part.
+    pub fn clusters(self, size: u64) -> u64 {
+        size.div_ceil(self.cluster_size())
     }
 
     /// Entries in an L2 table.
@@ -107,8 +105,8 @@ impl Geometry {
         (slice & (self.slices_per_table() - 1)) << self.slice_size_bits()
     }
 
-    /// L1 entries that the disk needs.
-    pub fn l1_entries(self) -> u64 {
-        self.clusters().div_ceil(self.l2_entries())
+    /// L1 entries that a disk of `size` bytes needs.
+    pub fn l1_entries(self, size: u64) -> u64 {
+        self.clusters(size).div_ceil(self.l2_entries())
     }
 }

@@ -15,6 +15,8 @@ pub(crate) const CLUSTER_BITS: std::ops::RangeInclusive<u32> = 9..=21;
 pub(crate) const MAX_L1_SIZE: u64 = 32 << 20;
 /// Most bytes that a refcount table may have.
 pub(crate) const MAX_REFCOUNT_TABLE_SIZE: u64 = 8 << 20;
+/// End of the offsets that L1 and L2 entries can express (qcow2 specification, bits 9 to 55).
+pub(crate) const MAX_OFFSET: u64 = 1 << 56;
 /// The feature name table is left out of clusters too small to waste space on it.
 const MIN_CLUSTER_FOR_NAMES: usize = 4096;
 

@@ -1,5 +1,6 @@
 //! Reads and writes of a qcow2 disk.
 
+use crate::sync::atomic::Ordering;
 use std::time::Duration;
 
 use vm_memory::VolatileSlice;
@@ -17,7 +18,7 @@ const SPACE_POLL: Duration = Duration::from_millis(1);
 
 impl Disk for Qcow2 {
     fn size(&self) -> u64 {
-        self.geometry.size
+        self.size.load(Ordering::Acquire)
     }
 
     fn limits(&self) -> Limits {
@@ -29,7 +30,7 @@ impl Disk for Qcow2 {
 
     fn read_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> Result<()> {
         let len = total_len(bufs);
-        check_range(offset, len, self.geometry.size)?;
+        check_range(offset, len, self.size())?;
         if let Some(file) = self.passthrough(offset, len)? {
             return file.read_at(bufs, offset);
         }
@@ -52,7 +53,7 @@ impl Disk for Qcow2 {
     fn write_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> Result<()> {
         self.check_writable()?;
         let len = total_len(bufs);
-        check_range(offset, len, self.geometry.size)?;
+        check_range(offset, len, self.size())?;
         if let Some(file) = self.passthrough(offset, len)? {
             return file.write_at(bufs, offset);
         }
@@ -68,16 +69,21 @@ impl Disk for Qcow2 {
 
     fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> Result<()> {
         self.check_writable()?;
-        check_range(offset, len, self.geometry.size)?;
+        check_range(offset, len, self.size())?;
         self.zero(offset, len, unmap)?;
         self.limit_dirty()
     }
 
     fn discard(&self, offset: u64, len: u64) -> Result<()> {
         self.check_writable()?;
-        check_range(offset, len, self.geometry.size)?;
+        check_range(offset, len, self.size())?;
         self.unmap(offset, len)?;
         self.limit_dirty()
+    }
+
+    fn resize(&self, size: u64) -> Result<()> {
+        self.check_writable()?;
+        self.change_size(size)
     }
 
     fn flush(&self) -> Result<()> {
@@ -214,12 +220,13 @@ impl Qcow2 {
     fn tail(&self, end: u64) -> Result<u64> {
         let g = self.geometry;
         let cluster_end = end.next_multiple_of(g.cluster_size());
+        let size = self.size();
         let is_shared = matches!(self.placement, Placement::Internal | Placement::Packed(_));
-        if cluster_end <= g.size || is_shared {
+        if cluster_end <= size || is_shared {
             return Ok(cluster_end - end);
         }
         Ok(cluster_end
-            .min(self.data().size()?.max(g.size))
+            .min(self.data().size()?.max(size))
             .saturating_sub(end))
     }
 

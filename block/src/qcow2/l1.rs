@@ -6,15 +6,20 @@ use std::collections::BTreeMap;
 
 use super::entry::L1Entry;
 use super::geometry::{ENTRY_SIZE, Geometry};
+use super::header::MAX_L1_SIZE;
 use super::table;
+use super::words::Words;
 use crate::Result;
 use crate::file::ImageFile;
 use crate::sync::lock;
 
 /// The active L1 table.
 pub(crate) struct L1Table {
-    offset: u64,
-    entries: Box<[AtomicU64]>,
+    /// On disk, in bytes. Changes with write-back locked out.
+    offset: AtomicU64,
+    /// Entries of the table on disk.
+    size: AtomicU64,
+    entries: Words,
     /// Entries that name a new L2 table and are not known to be on disk.
     new: Mutex<BTreeMap<usize, OnDisk>>,
 }
@@ -37,7 +42,11 @@ impl L1Table {
     pub fn open(image: &ImageFile, geometry: Geometry, offset: u64, count: u32) -> Result<Self> {
         let file_size = image.size()?;
         let entries = table::read(image, "l1_table_offset", offset, count as usize)?;
+        let words = Words::new((MAX_L1_SIZE / ENTRY_SIZE) as usize);
         for (index, &raw) in entries.iter().enumerate() {
+            if raw != 0 {
+                words.make(index).store(raw, Ordering::Relaxed);
+            }
             let entry = L1Entry(raw);
             let problem = if entry.reserved() != 0 {
                 "has reserved bits set"
@@ -51,10 +60,10 @@ impl L1Table {
             let reason = format!("L2 table offset of L1 entry {index} {problem}");
             return Err(image.invalid("l1_table entry", raw, reason));
         }
-        let entries = entries.into_iter().map(AtomicU64::new).collect();
         Ok(Self {
-            offset,
-            entries,
+            offset: AtomicU64::new(offset),
+            size: AtomicU64::new(count.into()),
+            entries: words,
             new: Mutex::default(),
         })
     }
@@ -70,7 +79,8 @@ impl L1Table {
 
     /// Offsets of the L2 tables.
     pub fn tables(&self) -> impl Iterator<Item = u64> + '_ {
-        (0..self.entries.len())
+        self.entries
+            .indices()
             .map(|index| self.get(index).offset())
             .filter(|offset| *offset != 0)
     }
@@ -81,7 +91,7 @@ impl L1Table {
         if self.get(index).offset() == 0 {
             let entry = L1Entry::new(allocate()?);
             new.insert(index, OnDisk::No);
-            self.entries[index].store(entry.0, Ordering::Release);
+            self.entries.make(index).store(entry.0, Ordering::Release);
         }
         Ok(())
     }
@@ -101,11 +111,36 @@ impl L1Table {
             let mut new = lock(&self.new);
             new.extend(indices.clone().map(|index| (index, OnDisk::Maybe)));
         }
+        let offset = self.offset.load(Ordering::Relaxed);
         for index in indices {
-            let at = self.offset + index as u64 * ENTRY_SIZE;
+            let at = offset + index as u64 * ENTRY_SIZE;
             image.write_bytes_at(&self.get(index).0.to_be_bytes(), at)?;
         }
         Ok(())
+    }
+
+    /// Offset in bytes and number of entries of the table on disk.
+    pub fn place(&self) -> (u64, u64) {
+        let size = self.size.load(Ordering::Relaxed);
+        (self.offset.load(Ordering::Relaxed), size)
+    }
+
+    /// The first `count` entries as they may be on disk now: without those that lead to L2 tables
+    /// of which nothing may be there yet.
+    pub fn on_disk(&self, count: u64) -> Vec<u64> {
+        let new = lock(&self.new);
+        (0..count as usize)
+            .map(|index| match new.get(&index) {
+                Some(OnDisk::No) => 0,
+                _ => self.get(index).0,
+            })
+            .collect()
+    }
+
+    /// The table on disk has `size` entries at `offset` from now on. Write-back is locked out.
+    pub fn moved(&self, offset: u64, size: u64) {
+        self.offset.store(offset, Ordering::Relaxed);
+        self.size.store(size, Ordering::Relaxed);
     }
 
     /// `indices` are on disk.

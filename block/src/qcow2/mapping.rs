@@ -12,7 +12,7 @@ use super::refcount::Refcounts;
 use super::{DataFileLayout, Qcow2, table};
 use crate::file::ImageFile;
 use crate::sync::{MutexGuard, lock};
-use crate::{Error, Result};
+use crate::{Disk, Error, Result};
 
 /// A range of guest bytes that is mapped in one way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -439,7 +439,11 @@ impl Qcow2 {
     }
 
     /// Replaces the entries of `clusters`, all of them or, after an error, none.
-    fn change(&self, clusters: Range<u64>, entry: impl Fn(u64, L2Entry) -> L2Entry) -> Result<()> {
+    pub(super) fn change(
+        &self,
+        clusters: Range<u64>,
+        entry: impl Fn(u64, L2Entry) -> L2Entry,
+    ) -> Result<()> {
         let g = self.geometry;
         let slice = g.slice(clusters.start);
         self.retry_when_full(|| {
@@ -485,7 +489,7 @@ impl Qcow2 {
         tables.examine(table, || {
             let table_size = g.l2_entries() * g.cluster_size();
             let mut at = table as u64 * table_size;
-            let end = g.size.min(at + table_size);
+            let end = self.size().min(at + table_size);
             let mut missing = 0;
             while at < end {
                 at += match self.run(at, end - at) {

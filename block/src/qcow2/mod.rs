@@ -10,8 +10,9 @@
 //! | `mapping` | guest offset → place, and changing it |
 //! | `io` | reads and writes on top of that |
 //! | `zeroes` | writing zeroes, and discarding |
+//! | `resize` | growing and shrinking the disk |
 //! | `placement`, `packed` | where data lies: in the image, or in a data file of some kind |
-//! | `cache`, `l1`, `refcount` | L2 slices, the L1 table and refcounts, in memory |
+//! | `cache`, `l1`, `words`, `refcount` | L2 slices, the L1 table and refcounts, in memory |
 //! | `allocator`, `free_map`, `reserved` | free clusters, and those that can never be free |
 //! | `ranges` | who may change which mapping |
 //! | `requests`, `retired` | when clusters that lost their mapping may be used again |
@@ -23,11 +24,12 @@
 //! # Lock order
 //! A thread that holds one of these takes only ones further down:
 //!
-//! 1. a range of guest clusters (`ranges`), at most one;
-//! 2. the completeness of raw tables (`placement::Passthrough`);
-//! 3. the right to write back (`Qcow2::flushing`);
-//! 4. a set of the slice cache, or the list of new L1 entries;
-//! 5. the refcounts, the clusters of a packed data file, the known hole of a data file
+//! 1. the right to change the size (`Qcow2::resizing`);
+//! 2. a range of guest clusters (`ranges`), at most one;
+//! 3. the completeness of raw tables (`placement::Passthrough`);
+//! 4. the right to write back (`Qcow2::flushing`);
+//! 5. a set of the slice cache, or the list of new L1 entries;
+//! 6. the refcounts, the clusters of a packed data file, the known hole of a data file
 //!    (`placement::External`), or the retired clusters.
 //!
 //! Reads of mapped clusters, and writes to them, take none, but for the first request to each L2
@@ -57,8 +59,10 @@ mod ranges;
 mod refcount;
 mod requests;
 mod reserved;
+mod resize;
 mod retired;
 mod table;
+mod words;
 mod zeroes;
 
 use crate::sync::Mutex;
@@ -99,6 +103,8 @@ pub struct Qcow2 {
     image: ImageFile,
     placement: Placement,
     geometry: Geometry,
+    /// Of the disk, in bytes. A request that looks at it twice may see two sizes.
+    size: AtomicU64,
     version: u32,
     read_only: bool,
     l1: L1Table,
@@ -112,6 +118,8 @@ pub struct Qcow2 {
     ranges: RangeLocks,
     requests: Requests,
     retired: Retired,
+    /// Held by whoever changes the size.
+    resizing: Mutex<()>,
     /// Held by whoever writes metadata back.
     flushing: Mutex<()>,
 }

@@ -107,7 +107,6 @@ impl Qcow2 {
         header.check_supported(&image.path, read_only)?;
         let geometry = Geometry {
             cluster_bits: header.cluster_bits,
-            size: header.disk_size(),
         };
         let l1 = L1Table::open(&image, geometry, header.l1_table_offset, header.l1_size)?;
         let refcounts = if read_only {
@@ -125,8 +124,7 @@ impl Qcow2 {
                 })
             }
             Some(file) if header.data_file_is_raw() => {
-                let tables = Passthrough::new(geometry.l1_entries() as usize);
-                Placement::Raw(External::new(file), tables)
+                Placement::Raw(External::new(file), Passthrough::new())
             }
             Some(file) => Placement::External(External::new(file)),
         };
@@ -142,6 +140,7 @@ impl Qcow2 {
             image,
             placement,
             geometry,
+            size: AtomicU64::new(header.disk_size()),
             version: header.version,
             read_only,
             l1,
@@ -150,6 +149,7 @@ impl Qcow2 {
             ranges: RangeLocks::default(),
             requests: Requests::default(),
             retired: Retired::default(),
+            resizing: Mutex::default(),
             flushing: Mutex::default(),
         })
     }

@@ -1,12 +1,15 @@
 //! Where guest data lies: in the image file, in an external data file, or in a raw data file.
 
 use crate::sync::Mutex;
-use crate::sync::atomic::{AtomicU64, Ordering};
+use crate::sync::atomic::Ordering;
 use std::collections::HashMap;
 use std::ops::Range;
 
 use super::DataFileLayout;
+use super::geometry::ENTRY_SIZE;
+use super::header::MAX_L1_SIZE;
 use super::packed::Packed;
+use super::words::Words;
 use crate::Result;
 use crate::file::ImageFile;
 use crate::sync::lock;
@@ -70,13 +73,12 @@ impl External {
     }
 }
 
-/// A set of L2 tables that only grows. It carries no data: relaxed order is enough.
-struct TableSet(Box<[AtomicU64]>);
+/// A set of L2 tables. It carries no data: relaxed order is enough.
+struct TableSet(Words);
 
 impl TableSet {
-    fn new(tables: usize) -> Self {
-        let words = tables.div_ceil(64);
-        Self((0..words).map(|_| AtomicU64::new(0)).collect())
+    fn new() -> Self {
+        Self(Words::new((MAX_L1_SIZE / ENTRY_SIZE) as usize / 64))
     }
 
     fn contains(&self, table: usize) -> bool {
@@ -86,8 +88,13 @@ impl TableSet {
     }
 
     fn insert(&self, table: usize) {
+        let word = self.0.make(table / 64);
+        word.fetch_or(1 << (table % 64), Ordering::Relaxed);
+    }
+
+    fn remove(&self, table: usize) {
         if let Some(word) = self.0.get(table / 64) {
-            word.fetch_or(1 << (table % 64), Ordering::Relaxed);
+            word.fetch_and(!(1 << (table % 64)), Ordering::Relaxed);
         }
     }
 }
@@ -95,7 +102,7 @@ impl TableSet {
 /// Which parts of a raw disk need no look at the metadata.
 ///
 /// Once every cluster of an L2 table has been seen to be mapped at its own offset, nothing that
-/// Tandem does changes that, and requests in its range go to the data file as they are.
+/// Tandem does changes that but cutting off the disk's end, and requests in its range go to the data file as they are.
 pub(crate) struct Passthrough {
     /// Seen to be complete.
     complete: TableSet,
@@ -106,11 +113,11 @@ pub(crate) struct Passthrough {
 }
 
 impl Passthrough {
-    /// For a disk of `tables` L2 tables.
-    pub fn new(tables: usize) -> Self {
+    /// Nothing has been looked at.
+    pub fn new() -> Self {
         Self {
-            complete: TableSet::new(tables),
-            examined: TableSet::new(tables),
+            complete: TableSet::new(),
+            examined: TableSet::new(),
             incomplete: Mutex::default(),
         }
     }
@@ -135,6 +142,16 @@ impl Passthrough {
             self.examined.insert(table);
         }
         Ok(())
+    }
+
+    /// What has been seen of `tables` does not hold any more: the disk ends there now.
+    pub fn forget(&self, tables: Range<usize>) {
+        let mut incomplete = lock(&self.incomplete);
+        for table in tables {
+            self.complete.remove(table);
+            self.examined.remove(table);
+            incomplete.remove(&table);
+        }
     }
 
     /// Runs `publish`, which maps `clusters` more clusters of `table`.

@@ -9,6 +9,7 @@ use std::collections::HashMap;
 
 use super::free_map::FreeMap;
 use super::geometry::{ENTRY_SIZE, Geometry};
+use super::header::MAX_OFFSET;
 use super::reserved::Reserved;
 use super::table;
 use crate::Result;
@@ -16,9 +17,6 @@ use crate::file::ImageFile;
 
 /// Refcounts are 16 bits wide (`refcount_order` 4).
 const COUNT_SIZE: u64 = 2;
-
-/// Offsets in the image file end here (qcow2 specification, bits 9 to 55 of an entry).
-pub(super) const MAX_FILE_SIZE: u64 = 1 << 56;
 
 /// Refcount slices kept in memory, of up to 4 KiB each.
 const MAX_SLICES: usize = 64;
@@ -49,7 +47,7 @@ pub(crate) struct Refcounts {
     /// There are no clusters from this one on.
     pub(super) end: u64,
     /// Counts were written to the file since the last [`write_counts`](Self::write_counts).
-    written: bool,
+    pub(super) written: bool,
 }
 
 /// What must happen before a mapping that relies on the counts may be written.
@@ -100,7 +98,7 @@ impl Refcounts {
             with_free: FreeMap::default(),
             examined: 0,
             untouched: file_size.div_ceil(geometry.cluster_size()),
-            end: geometry.cluster(image.capacity()?.unwrap_or(MAX_FILE_SIZE)),
+            end: geometry.cluster(image.capacity()?.unwrap_or(MAX_OFFSET)),
             written: false,
         })
     }

@@ -7,11 +7,11 @@
 use super::Qcow2;
 use super::mapping::{Kind, Run};
 use super::placement::Placement;
-use crate::Result;
+use crate::{Disk, Result};
 
 /// What whole clusters that are zeroed become.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Zeroed {
+pub(super) enum Zeroed {
     /// Zero, with their space reserved.
     Reserved,
     /// Zero or unallocated, their space given back.
@@ -66,7 +66,7 @@ impl Qcow2 {
         let g = self.geometry;
         let mut at = offset.next_multiple_of(g.cluster_size());
         let end = match offset + len {
-            end if end == g.size => end,
+            end if end == self.size() => end,
             end => end - g.in_cluster(end),
         };
         if at >= end {
@@ -85,7 +85,11 @@ impl Qcow2 {
             let run = self.run_in_slice(at, end - at)?;
             at += match run.kind {
                 Kind::Data { .. } | Kind::Zero { reserved: Some(_) } => {
-                    self.change_whole(at, run.len, Zeroed::Unmapped)?
+                    match self.whole_clusters(at, run.len) {
+                        // The disk has grown, and this is not its end any more.
+                        0 => run.len,
+                        whole => self.change_whole(at, whole, Zeroed::Unmapped)?,
+                    }
                 }
                 Kind::Zero { .. } | Kind::Unallocated => run.len,
             };
@@ -125,10 +129,14 @@ impl Qcow2 {
 
     /// Changes the mapping of the `len` bytes at `offset`, which are whole clusters of one slice
     /// with data or reserved space. Returns `len`, or 0 if another request was faster.
-    fn change_whole(&self, offset: u64, len: u64, zeroed: Zeroed) -> Result<u64> {
+    pub(super) fn change_whole(&self, offset: u64, len: u64, zeroed: Zeroed) -> Result<u64> {
         let g = self.geometry;
         let clusters = g.cluster(offset)..g.cluster(offset + len - 1) + 1;
         let _held = self.ranges.lock(clusters.clone());
+        if self.whole_clusters(offset, len) != len {
+            // The disk ended in the last of them, and has grown.
+            return Ok(0);
+        }
         let data = match self.run_in_slice(offset, len)? {
             Run { len: now, .. } if now < len => return Ok(0),
             Run {
@@ -170,7 +178,7 @@ impl Qcow2 {
             return 0;
         }
         let end = (offset + len).min(g.slice_end(offset));
-        let whole_end = if end == g.size {
+        let whole_end = if end == self.size() {
             end
         } else {
             end - g.in_cluster(end)

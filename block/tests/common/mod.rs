@@ -155,6 +155,16 @@ impl Storage for Memory {
         Ok(self.len())
     }
 
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        match self.capacity {
+            Some(_) => Ok(()),
+            None => {
+                self.bytes.lock().unwrap().resize(len as usize, 0);
+                Ok(())
+            }
+        }
+    }
+
     fn capacity(&self) -> io::Result<Option<u64>> {
         Ok(self.capacity)
     }

@@ -8,7 +8,7 @@ use tandem_block::Disk;
 use tandem_block::qcow2::{FindingKind, OpenOptions, Qcow2, check_storage};
 use vm_memory::VolatileSlice;
 
-use crate::storage::{Event, Log, Memory, SECTOR, Which, Write, apply_write};
+use crate::storage::{Change, Event, Log, Memory, SECTOR, What, Which, apply_write};
 use crate::workload::{Kind, Op, Random, Setup, ops, perform, stamp_of};
 
 /// Requests of a workload.
@@ -48,8 +48,70 @@ impl Files {
     }
 }
 
-/// What each sector of the disk may read as: the stamps of the writes it may show.
-type Allowed = Vec<BTreeSet<u64>>;
+/// What the disk may be.
+struct Allowed {
+    /// How many sectors it may have.
+    sizes: BTreeSet<u64>,
+    /// What each of them may read as: the stamps of the writes it may show. Those that the disk
+    /// does not have now, it may have later, and then they are zero.
+    stamps: Vec<BTreeSet<u64>>,
+}
+
+impl Allowed {
+    /// A disk of `sectors` zeros, which may get up to `max`.
+    fn new(sectors: u64, max: usize) -> Self {
+        Self {
+            sizes: BTreeSet::from([sectors]),
+            stamps: vec![BTreeSet::from([0]); max],
+        }
+    }
+
+    /// `op` may take effect.
+    fn begin(&mut self, op: &Op) {
+        if let Op::Resize { sectors } = op {
+            self.sizes.insert(*sectors);
+        }
+        if let Some((sectors, stamp)) = written(op) {
+            for stamps in &mut self.stamps[sectors] {
+                stamps.insert(stamp);
+            }
+        }
+    }
+
+    /// `op` has changed the size for good.
+    fn resized(&mut self, op: &Op) {
+        if let Op::Resize { sectors } = op {
+            self.sizes = BTreeSet::from([*sectors]);
+            self.stamps[*sectors as usize..].fill(BTreeSet::from([0]));
+        }
+    }
+
+    /// `op` has taken effect for good.
+    fn settle(&mut self, op: &Op) {
+        self.resized(op);
+        if let Some((sectors, stamp)) = written(op) {
+            self.stamps[sectors].fill(BTreeSet::from([stamp]));
+        }
+    }
+
+    fn check(&self, stamps: &[u64]) -> Result<(), String> {
+        if !self.sizes.contains(&(stamps.len() as u64)) {
+            return Err(format!(
+                "{} sectors, not one of {:?}",
+                stamps.len(),
+                self.sizes
+            ));
+        }
+        for (sector, (stamp, allowed)) in stamps.iter().zip(&self.stamps).enumerate() {
+            if !allowed.contains(stamp) {
+                return Err(format!(
+                    "sector {sector} is {stamp:#x}, not one of {allowed:x?}"
+                ));
+            }
+        }
+        Ok(())
+    }
+}
 
 impl Explorer {
     pub fn new(setup: Setup, seed: u64) -> Self {
@@ -71,7 +133,8 @@ impl Explorer {
     pub fn run(&mut self, alter: impl Fn(Event) -> Option<Event>) -> Result<(), Found> {
         let (image, data) = self.setup.files();
         let start = Files { image, data };
-        let ops = ops(&self.setup, &mut self.random, OPS, 1);
+        let sectors = self.setup.size() / SECTOR as u64;
+        let ops = ops(&self.setup, sectors, &mut self.random, OPS, 1, true);
         let log: Vec<Event> = self
             .record(&start, &ops)
             .into_iter()
@@ -80,18 +143,22 @@ impl Explorer {
 
         // What is on disk for certain, and what was done since to each file.
         let mut synced = start;
-        let mut pending: Vec<Write> = Vec::new();
-        let mut allowed: Allowed = vec![BTreeSet::from([0]); self.sectors()];
+        let mut pending: Vec<Change> = Vec::new();
+        let mut allowed = Allowed::new(sectors, self.max_sectors());
         for (point, event) in log.iter().enumerate() {
             match event {
-                Event::Write(write) => pending.push(write.clone()),
+                Event::Change(change) => pending.push(change.clone()),
                 Event::Sync { file } => {
-                    for write in pending.extract_if(.., |write| write.file == *file) {
-                        apply(&mut synced, &write);
+                    for change in pending.extract_if(.., |change| change.file == *file) {
+                        change.what.apply(synced.get(change.file));
                     }
                 }
-                Event::Begun { op } => allow(&mut allowed, &ops[*op]),
-                Event::Flushed { op } => allowed = settled(&ops[..=*op], self.sectors()),
+                Event::Begun { op } => allowed.begin(&ops[*op]),
+                Event::Resized { op } => allowed.resized(&ops[*op]),
+                Event::Flushed { op } => {
+                    allowed = Allowed::new(sectors, self.max_sectors());
+                    ops[..=*op].iter().for_each(|op| allowed.settle(op));
+                }
             }
             for _ in 0..STATES_PER_POINT {
                 let state = self.crash(&synced, &pending);
@@ -103,8 +170,8 @@ impl Explorer {
         Ok(())
     }
 
-    fn sectors(&self) -> usize {
-        self.setup.size() as usize / SECTOR
+    fn max_sectors(&self) -> usize {
+        self.setup.max_size() as usize / SECTOR
     }
 
     fn record(&self, start: &Files, ops: &[Op]) -> Vec<Event> {
@@ -115,8 +182,10 @@ impl Explorer {
         for (op, request) in ops.iter().enumerate() {
             log.lock().unwrap().push(Event::Begun { op });
             perform(&disk, request);
-            if matches!(request, Op::Flush) {
-                log.lock().unwrap().push(Event::Flushed { op });
+            match request {
+                Op::Flush => log.lock().unwrap().push(Event::Flushed { op }),
+                Op::Resize { .. } => log.lock().unwrap().push(Event::Resized { op }),
+                _ => {}
             }
         }
         drop(disk);
@@ -129,20 +198,21 @@ impl Explorer {
     }
 
     /// What is synced, with a random part of what is not.
-    fn crash(&mut self, synced: &Files, pending: &[Write]) -> Files {
+    fn crash(&mut self, synced: &Files, pending: &[Change]) -> Files {
         let mut state = synced.clone();
         // None, all, each of them or not, or each sector of them or not.
         let mode = self.random.below(6);
-        for write in pending {
-            match mode {
-                0 => {}
-                1 => apply(&mut state, write),
-                2..=3 => {
+        for Change { file, what } in pending {
+            let content = state.get(*file);
+            match (mode, what) {
+                (0, _) => {}
+                (1, _) => what.apply(content),
+                (4.., What::Write { offset, bytes }) => self.tear(content, *offset, bytes),
+                _ => {
                     if self.random.below(2) == 0 {
-                        apply(&mut state, write);
+                        what.apply(content);
                     }
                 }
-                _ => self.tear(state.get(write.file), write.offset, &write.bytes),
             }
         }
         state
@@ -176,16 +246,13 @@ impl Explorer {
         let (i, d) = files();
         let disk = self.open(i, d).map_err(|e| format!("does not open: {e}"))?;
         let mut stamps = self.read_stamps(&disk)?;
-        for (sector, (stamp, allowed)) in stamps.iter().zip(allowed).enumerate() {
-            if !allowed.contains(stamp) {
-                return Err(format!(
-                    "sector {sector} is {stamp:#x}, not one of {allowed:x?}"
-                ));
-            }
-        }
+        allowed.check(&stamps)?;
         self.compare_raw(&data, &stamps)?;
 
-        let more = ops(&self.setup, &mut self.random, 4, 1 << 32);
+        let sectors = stamps.len() as u64;
+        // A raw disk that grows shows what the data file holds, and a shrink may have been cut off.
+        let resizes = !matches!(self.setup.kind, Kind::Raw | Kind::RawIncomplete);
+        let more = ops(&self.setup, sectors, &mut self.random, 4, 1 << 32, resizes);
         for op in &more {
             perform(&disk, op);
             note(&mut stamps, op);
@@ -204,7 +271,7 @@ impl Explorer {
     }
 
     fn read_stamps(&self, disk: &dyn Disk) -> Result<Vec<u64>, String> {
-        let mut bytes = vec![0; self.setup.size() as usize];
+        let mut bytes = vec![0; disk.size() as usize];
         disk.read_at(&[VolatileSlice::from(&mut bytes[..])], 0)
             .map_err(|e| e.to_string())?;
         let stamp = |(i, s)| stamp_of(s).map_err(|e| format!("sector {i} {e}"));
@@ -242,10 +309,6 @@ fn check(image: &Memory) -> Result<(), String> {
     }
 }
 
-fn apply(files: &mut Files, write: &Write) {
-    apply_write(files.get(write.file), write.offset, &write.bytes);
-}
-
 /// The sectors that `op` writes, and the stamp they get.
 fn written(op: &Op) -> Option<(std::ops::Range<usize>, u64)> {
     match *op {
@@ -255,33 +318,17 @@ fn written(op: &Op) -> Option<(std::ops::Range<usize>, u64)> {
             stamp,
         } => Some((sector, count, stamp)),
         Op::Zero { sector, count, .. } | Op::Discard { sector, count } => Some((sector, count, 0)),
-        Op::Flush => None,
+        Op::Resize { .. } | Op::Flush => None,
     }
     .map(|(sector, count, stamp)| (sector as usize..(sector + count) as usize, stamp))
 }
 
-/// `op` may take effect.
-fn allow(allowed: &mut Allowed, op: &Op) {
-    if let Some((sectors, stamp)) = written(op) {
-        for stamps in &mut allowed[sectors] {
-            stamps.insert(stamp);
-        }
-    }
-}
-
 /// `op` has taken effect.
-fn note(stamps: &mut [u64], op: &Op) {
+fn note(stamps: &mut Vec<u64>, op: &Op) {
+    if let Op::Resize { sectors } = op {
+        stamps.resize(*sectors as usize, 0);
+    }
     if let Some((sectors, stamp)) = written(op) {
         stamps[sectors].fill(stamp);
     }
-}
-
-/// What the sectors read as when all of `ops` are durable.
-fn settled(ops: &[Op], sectors: usize) -> Allowed {
-    let mut stamps = vec![0; sectors];
-    ops.iter().for_each(|op| note(&mut stamps, op));
-    stamps
-        .into_iter()
-        .map(|stamp| BTreeSet::from([stamp]))
-        .collect()
 }

@@ -19,12 +19,16 @@ pub enum Which {
 /// Something that happened to a file, or to the workload.
 #[derive(Clone, Debug)]
 pub enum Event {
-    Write(Write),
+    Change(Change),
     Sync {
         file: Which,
     },
     /// The guest's request number `op` was begun.
     Begun {
+        op: usize,
+    },
+    /// Request number `op`, which changed the size of the disk, has returned.
+    Resized {
         op: usize,
     },
     /// A flush has returned: request number `op` and all before it are durable.
@@ -33,12 +37,30 @@ pub enum Event {
     },
 }
 
-/// Bytes that were written to a file.
+/// A change of a file.
 #[derive(Clone, Debug)]
-pub struct Write {
+pub struct Change {
     pub file: Which,
-    pub offset: u64,
-    pub bytes: Vec<u8>,
+    pub what: What,
+}
+
+/// How a file was changed.
+#[derive(Clone, Debug)]
+pub enum What {
+    /// These bytes were written.
+    Write { offset: u64, bytes: Vec<u8> },
+    /// It was cut or extended.
+    SetLen(u64),
+}
+
+impl What {
+    /// Makes the change.
+    pub fn apply(&self, content: &mut Vec<u8>) {
+        match self {
+            Self::Write { offset, bytes } => apply_write(content, *offset, bytes),
+            Self::SetLen(len) => content.resize(*len as usize, 0),
+        }
+    }
 }
 
 /// What happened, in order.
@@ -69,6 +91,14 @@ impl Memory {
             bytes: bytes.clone(),
             log: None,
         }
+    }
+
+    fn change(&self, what: What) {
+        what.apply(&mut self.bytes.lock().unwrap());
+        self.record(Event::Change(Change {
+            file: self.which,
+            what,
+        }));
     }
 
     fn record(&self, event: Event) {
@@ -119,12 +149,10 @@ impl Storage for Memory {
     }
 
     fn write_bytes_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
-        apply_write(&mut self.bytes.lock().unwrap(), offset, bytes);
-        self.record(Event::Write(Write {
-            file: self.which,
+        self.change(What::Write {
             offset,
             bytes: bytes.to_vec(),
-        }));
+        });
         Ok(())
     }
 
@@ -150,6 +178,11 @@ impl Storage for Memory {
 
     fn sync(&self) -> io::Result<()> {
         self.record(Event::Sync { file: self.which });
+        Ok(())
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.change(What::SetLen(len));
         Ok(())
     }
 

@@ -33,11 +33,15 @@ impl Setup {
         (self.cluster_size * 24).max(160 * 512) + 512
     }
 
-    /// A request to discard what will read as zero afterwards: whole clusters of the range, if
-    /// there are any.
-    fn discard(&self, sector: u64, count: u64) -> Op {
+    /// The largest size that the disk ever gets.
+    pub fn max_size(&self) -> u64 {
+        self.size() * 2
+    }
+
+    /// A request to discard what will read as zero afterwards: whole clusters of the range on a
+    /// disk of `sectors`, if there are any.
+    fn discard(&self, sectors: u64, sector: u64, count: u64) -> Op {
         let per_cluster = self.cluster_size / SECTOR as u64;
-        let sectors = self.size() / SECTOR as u64;
         let first = sector - sector % per_cluster;
         let end = (sector + count).next_multiple_of(per_cluster).min(sectors);
         Op::Discard {
@@ -121,12 +125,23 @@ pub enum Op {
         sector: u64,
         count: u64,
     },
+    /// The disk gets this many sectors.
+    Resize {
+        sectors: u64,
+    },
     Flush,
 }
 
-/// `count` random requests for a disk of `setup`, whose stamps begin at `stamp`.
-pub fn ops(setup: &Setup, random: &mut Random, count: usize, stamp: u64) -> Vec<Op> {
-    let sectors = setup.size() / SECTOR as u64;
+/// `count` random requests for a disk of `setup` that has `sectors` at first; their stamps begin at
+/// `stamp`. Whether there are some that change the size is told by `resizes`.
+pub fn ops(
+    setup: &Setup,
+    mut sectors: u64,
+    random: &mut Random,
+    count: usize,
+    stamp: u64,
+    resizes: bool,
+) -> Vec<Op> {
     let per_cluster = (setup.cluster_size / SECTOR as u64).max(1);
     (0..count)
         .map(|i| {
@@ -143,7 +158,7 @@ pub fn ops(setup: &Setup, random: &mut Random, count: usize, stamp: u64) -> Vec<
                 sector -= sector % per_cluster;
                 count = count.next_multiple_of(per_cluster).min(sectors - sector);
             }
-            match random.below(10) {
+            match random.below(11) {
                 0..=5 => Op::Write {
                     sector,
                     count,
@@ -154,7 +169,11 @@ pub fn ops(setup: &Setup, random: &mut Random, count: usize, stamp: u64) -> Vec<
                     count,
                     unmap: random.below(2) == 0,
                 },
-                7 => setup.discard(sector, count),
+                7 => setup.discard(sectors, sector, count),
+                8 if resizes => {
+                    sectors = 1 + random.below(setup.max_size() / SECTOR as u64);
+                    Op::Resize { sectors }
+                }
                 _ => Op::Flush,
             }
         })
@@ -205,6 +224,7 @@ pub fn perform(disk: &dyn Disk, op: &Op) {
             disk.discard(sector * SECTOR as u64, count * SECTOR as u64)
                 .unwrap();
         }
+        Op::Resize { sectors } => disk.resize(sectors * SECTOR as u64).unwrap(),
         Op::Flush => disk.flush().unwrap(),
     }
 }

@@ -9,7 +9,7 @@ use tandem_block::{Disk, Error, Raw};
 use tempfile::TempDir;
 use vm_memory::VolatileSlice;
 
-use crate::qemu::{assert_same, read, read_all, write};
+use crate::qemu::{assert_same, qemu_img, read, read_all, write};
 
 const CLUSTER: u64 = 64 << 10;
 const SIZE: u64 = 4 << 20;
@@ -60,12 +60,6 @@ impl Drop for LoopDevice {
     fn drop(&mut self) {
         let _ = Command::new("losetup").arg("-d").arg(&self.path).status();
     }
-}
-
-fn qemu_img(args: &[&str]) -> String {
-    let output = Command::new("qemu-img").args(args).output().unwrap();
-    assert!(output.status.success(), "qemu-img {args:?}: {output:?}");
-    String::from_utf8(output.stdout).unwrap()
 }
 
 /// Requests of all kinds, and the same on a vector of bytes.

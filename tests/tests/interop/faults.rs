@@ -89,6 +89,11 @@ impl Storage for Faulty {
     fn size(&self) -> io::Result<u64> {
         self.file.size()
     }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        Fuse::burn(&self.fuse.writes, libc::ENOSPC)?;
+        self.file.set_len(len)
+    }
 }
 
 /// `image`, whose image file and data file burn `fuse`.

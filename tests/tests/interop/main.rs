@@ -7,5 +7,6 @@ mod packed;
 mod qemu;
 mod random;
 mod refusals;
+mod resize;
 mod shapes;
 mod threads;

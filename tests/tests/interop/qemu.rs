@@ -87,6 +87,12 @@ impl Image {
         Qcow2::open(&self.path(), &options).unwrap()
     }
 
+    /// Runs `qemu-img` with `before`, the image, and `after`.
+    pub fn qemu_img(&self, before: &[&str], after: &[&str]) {
+        let args = [before, &[self.path_str()], after].concat();
+        run("qemu-img", &args);
+    }
+
     /// Asserts that `qemu-img check` finds nothing, leaks included.
     pub fn check(&self) {
         let output = command("qemu-img", &["check", self.path_str()]);
@@ -204,6 +210,13 @@ fn command(program: &str, args: &[&str]) -> Output {
         .args(args)
         .output()
         .unwrap_or_else(|e| panic!("{program} (package qemu-utils) is needed: {e}"))
+}
+
+/// What `qemu-img` prints.
+pub fn qemu_img(args: &[&str]) -> String {
+    let output = command("qemu-img", args);
+    assert!(output.status.success(), "qemu-img {args:?}: {output:?}");
+    String::from_utf8(output.stdout).unwrap()
 }
 
 fn run(program: &str, args: &[&str]) {

@@ -1,0 +1,233 @@
+//! Growing and shrinking a disk.
+//!
+//! The size that the header tells decides, and changes last when the disk grows, first when it
+//! shrinks, in one sector: a crash leaves the old disk or the new one. What a shrink that was
+//! interrupted may have left behind the end is removed before a disk grows, so that what a disk gains
+//! reads as zero. Only a raw data file shows whatever is there: it is the disk.
+//!
+//! Requests go on meanwhile. One that was begun before a shrink, in the part that goes, may fail, or
+//! may still change the data file there; no later read shows it, except in a raw data file.
+//!
+//! L2 tables behind the end are kept for the day when the disk grows again.
+
+use crate::sync::atomic::Ordering;
+use std::ops::Range;
+
+use super::Qcow2;
+use super::entry::L2Entry;
+use super::geometry::ENTRY_SIZE;
+use super::header::{MAX_L1_SIZE, MAX_OFFSET};
+use super::mapping::Kind;
+use super::placement::Placement;
+use super::zeroes::Zeroed;
+use super::{DataFileLayout, table};
+use crate::sync::lock;
+use crate::{Disk, Error, Result};
+
+/// Offset of `size` in the header.
+const HEADER_SIZE: u64 = 24;
+/// Offset of `l1_size` in the header; `l1_table_offset` follows it.
+const HEADER_L1_FIELDS: u64 = 36;
+
+impl Qcow2 {
+    /// Changes the size to `new` bytes.
+    pub(super) fn change_size(&self, new: u64) -> Result<()> {
+        let _resizing = lock(&self.resizing);
+        let old = self.size();
+        self.check_size(new)?;
+        match new.cmp(&old) {
+            std::cmp::Ordering::Less => self.shrink(old, new),
+            std::cmp::Ordering::Equal => Ok(()),
+            std::cmp::Ordering::Greater => self.grow(old, new),
+        }
+    }
+
+    /// Refuses what cannot succeed.
+    fn check_size(&self, new: u64) -> Result<()> {
+        let wrong = |reason: &str| Err(Error::Option(reason.to_owned()));
+        if !new.is_multiple_of(512) {
+            return wrong("The new size must be a multiple of 512");
+        }
+        let standard = self.placement.data_file_layout() == Some(DataFileLayout::Standard);
+        if self.geometry.l1_entries(new) > MAX_L1_SIZE / ENTRY_SIZE || standard && new > MAX_OFFSET
+        {
+            return wrong("The new size is too large for the cluster size of the image");
+        }
+        if standard
+            && self
+                .data()
+                .capacity()?
+                .is_some_and(|capacity| new > capacity)
+        {
+            return wrong("Cannot grow device files");
+        }
+        Ok(())
+    }
+
+    fn grow(&self, old: u64, new: u64) -> Result<()> {
+        let g = self.geometry;
+        let gained = g.clusters(old)..g.clusters(new);
+        let raw = matches!(self.placement, Placement::Raw(..));
+        if !raw {
+            self.unmap_clusters(gained.clone())?;
+            self.write_back()?;
+        }
+        self.grow_l1_table(g.l1_entries(new))?;
+        match &self.placement {
+            Placement::External(external) => external.file.set_len(new)?,
+            Placement::Raw(external, _) => {
+                // The last cluster is complete where it is mapped, as in a new image.
+                let end = new.next_multiple_of(g.cluster_size());
+                let end = external.file.capacity()?.unwrap_or(end).min(end);
+                if external.file.size()? < end {
+                    external.file.set_len(end)?;
+                }
+                self.map_raw(gained)?;
+                self.write_back()?;
+            }
+            Placement::Internal | Placement::Packed(_) => {}
+        }
+        // A request that finds the disk's end in this cluster takes it for whole.
+        let last = g.cluster(old);
+        let _held = self.ranges.lock(last..last + 1);
+        if !raw {
+            self.clear_behind(old, new)?;
+        }
+        self.write_size(new)?;
+        self.size.store(new, Ordering::Release);
+        Ok(())
+    }
+
+    fn shrink(&self, old: u64, new: u64) -> Result<()> {
+        let g = self.geometry;
+        // From here on, no request begins behind the new end.
+        self.size.store(new, Ordering::Release);
+        if let Err(e) = self.write_size(new) {
+            self.size.store(old, Ordering::Release);
+            return Err(e);
+        }
+        // The disk has its new size, whatever becomes of the space behind its end.
+        let freed = self
+            .unmap_clusters(g.clusters(new)..g.clusters(old))
+            // Other programs that make it grow may not look.
+            .and_then(|()| self.clear_behind(new, old))
+            .and_then(|()| self.write_back());
+        if let Placement::Raw(_, tables) = &self.placement {
+            tables.forget(g.l1_index(g.cluster(new))..g.l1_entries(old) as usize);
+        }
+        if freed.is_ok()
+            && let Placement::External(external) | Placement::Raw(external, _) = &self.placement
+        {
+            // What a raw data file keeps would show in a disk that grows.
+            drop(
+                external
+                    .file
+                    .set_len(new)
+                    .and_then(|()| external.file.sync()),
+            );
+        }
+        Ok(())
+    }
+
+    /// Removes the mapping of `clusters`, which lie behind the end of the disk.
+    fn unmap_clusters(&self, clusters: Range<u64>) -> Result<()> {
+        let g = self.geometry;
+        let (mut at, end) = (
+            clusters.start << g.cluster_bits,
+            clusters.end << g.cluster_bits,
+        );
+        while at < end {
+            if self.wants_write_back() {
+                self.write_back()?;
+            }
+            let run = self.run_in_slice(at, end - at)?;
+            at += match run.kind {
+                Kind::Data { .. } | Kind::Zero { reserved: Some(_) } => {
+                    self.change_whole(at, run.len, Zeroed::Unmapped)?
+                }
+                Kind::Zero { .. } | Kind::Unallocated => run.len,
+            };
+        }
+        Ok(())
+    }
+
+    /// Maps `clusters` of a raw disk, behind its end, each at its own offset.
+    fn map_raw(&self, clusters: Range<u64>) -> Result<()> {
+        let g = self.geometry;
+        let mut first = clusters.start;
+        while first < clusters.end {
+            let slice_end = (g.slice(first) + 1) * g.slice_entries();
+            let end = slice_end.min(clusters.end);
+            self.add_table(g.l1_index(first))?;
+            self.change(first..end, |i, _| {
+                L2Entry::normal((first + i) << g.cluster_bits)
+            })?;
+            first = end;
+        }
+        Ok(())
+    }
+
+    /// Zeroes what is stored from `start` to the end of the cluster that it lies in, but not behind
+    /// `end`.
+    fn clear_behind(&self, start: u64, end: u64) -> Result<()> {
+        let cluster_end = start.next_multiple_of(self.geometry.cluster_size());
+        let len = end.min(cluster_end) - start;
+        if len == 0 {
+            return Ok(());
+        }
+        if let Kind::Data { offset, .. } = self.run_in_slice(start, len)?.kind {
+            self.data().write_zeroes(offset, len, false)?;
+            self.data().sync()?;
+        }
+        Ok(())
+    }
+
+    fn write_size(&self, size: u64) -> Result<()> {
+        self.image
+            .write_bytes_at(&size.to_be_bytes(), HEADER_SIZE)?;
+        self.image.sync()
+    }
+
+    /// Makes the L1 table on disk have room for `needed` entries.
+    ///
+    /// The header changes to a new table in one write, after that and its refcounts are on disk, and
+    /// the old one is given back only after that.
+    fn grow_l1_table(&self, needed: u64) -> Result<()> {
+        let _flushing = lock(&self.flushing);
+        let (old_offset, old_size) = self.l1.place();
+        if needed <= old_size {
+            return Ok(());
+        }
+        let g = self.geometry;
+        let clusters = |entries: u64| (entries * ENTRY_SIZE).div_ceil(g.cluster_size());
+        let count = clusters(needed);
+        let offset = self.refcounts()?.allocate_row(&self.image, count)?;
+        let switched = self.switch_l1_table(offset, needed);
+        let mut refcounts = self.refcounts()?;
+        // Either table serves, whether the other's clusters come back or are leaked.
+        drop(match &switched {
+            Ok(()) => refcounts.free(&self.image, old_offset, clusters(old_size)),
+            Err(_) => refcounts.free(&self.image, offset, count),
+        });
+        switched
+    }
+
+    fn switch_l1_table(&self, offset: u64, size: u64) -> Result<()> {
+        let mut entries = self.l1.on_disk(size);
+        let per_cluster = (self.geometry.cluster_size() / ENTRY_SIZE) as usize;
+        entries.resize(entries.len().next_multiple_of(per_cluster), 0);
+        self.image.write_bytes_at(&table::encode(entries), offset)?;
+        let counts = self.refcounts()?.write_counts(&self.image)?;
+        self.image.sync()?;
+        if !counts.blocks.is_empty() {
+            self.refcounts()?.link_blocks(&self.image, &counts.blocks)?;
+            self.image.sync()?;
+        }
+        let mut fields = (size as u32).to_be_bytes().to_vec();
+        fields.extend(offset.to_be_bytes());
+        self.image.write_bytes_at(&fields, HEADER_L1_FIELDS)?;
+        self.image.sync()?;
+        self.l1.moved(offset, size);
+        Ok(())
+    }
+}

@@ -219,7 +219,7 @@ fn places_that_cannot_be_are_refused() {
     for (entry, problem) in [
         (COPIED, "is that of another entry, too"),
         (COPIED | 1, "is that of another entry, too"),
-        (COPIED | 7 * CLUSTER, "lies past the end of the data file"),
+        (COPIED | (7 * CLUSTER), "lies past the end of the data file"),
         (COPIED | 1 << 50, "lies past the end of the data file"),
         (COPIED | 512, "is not aligned to a cluster"),
     ] {
@@ -234,8 +234,10 @@ fn places_that_cannot_be_are_refused() {
         let error = open(&image, Some(&data)).err().unwrap().to_string();
         assert!(error.contains(problem), "{entry:#x}: {error}");
         assert!(error.contains("l2_table entry"), "{error}");
-        let mut options = OpenOptions::default();
-        options.read_only = true;
+        let options = OpenOptions {
+            read_only: true,
+            ..OpenOptions::default()
+        };
         let disk = open_with(&image, Some(&data), &options).unwrap();
         assert_eq!(read(&disk, 0, CLUSTER), [1; CLUSTER as usize]);
         drop(disk);
@@ -244,7 +246,7 @@ fn places_that_cannot_be_are_refused() {
         let report =
             tandem_block::qcow2::check_storage("image".as_ref(), &image, &mut |_| found += 1);
         // The check of storage has not seen the data file.
-        let unseen = entry == COPIED | 7 * CLUSTER;
+        let unseen = entry == COPIED | (7 * CLUSTER);
         assert_eq!(
             report.unwrap().corruptions,
             u64::from(!unseen),

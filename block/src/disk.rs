@@ -24,7 +24,29 @@ impl Limits {
     }
 }
 
-/// A flat, fixed-size array of bytes: the guest's view of an image.
+/// How a range of a disk is stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// Length in bytes; zero only for an empty range.
+    pub len: u64,
+    /// What is stored.
+    pub kind: ExtentKind,
+    /// Where its place begins in the file that holds guest data, if it has one.
+    pub offset: Option<u64>,
+}
+
+/// What is stored for a range of a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ExtentKind {
+    /// Anything.
+    Data,
+    /// The image says that the range reads as zero.
+    Zero,
+    /// Nothing; the range reads as zero.
+    Unallocated,
+}
+
+/// A flat array of bytes: the guest's view of an image.
 ///
 /// # Contract
 /// * Offsets and lengths are in bytes and need no alignment. Devices that serve sectors check
@@ -69,6 +91,23 @@ pub trait Disk: Send + Sync {
     /// Each part of the range keeps its content or reads as zero from then on; a qcow2 disk
     /// releases whole clusters.
     fn discard(&self, offset: u64, len: u64) -> Result<()>;
+
+    /// How the bytes from `offset` on are stored: as many of `len` as are stored in one way, one
+    /// behind the other, but for what would take too long to look at in one call.
+    ///
+    /// A qcow2 disk tells what the image says of its clusters, and does not look for holes in the
+    /// file that they lie in. A disk that does not know calls everything data.
+    ///
+    /// # Errors
+    /// [`Error::OutOfRange`](crate::Error::OutOfRange), or what keeps the range from being read.
+    fn extent(&self, offset: u64, len: u64) -> Result<Extent> {
+        check_range(offset, len, self.size())?;
+        Ok(Extent {
+            len,
+            kind: ExtentKind::Data,
+            offset: None,
+        })
+    }
 
     /// Changes the size of the disk to `size` bytes. What it gains reads as zero, but for what a
     /// raw data file holds there already.

@@ -97,6 +97,13 @@ impl ImageFile {
         Ok(next.unwrap_or(u64::MAX))
     }
 
+    /// Offset of the first hole at or after `offset`, which is inside the file.
+    pub fn next_hole(&self, offset: u64) -> Result<u64> {
+        self.storage
+            .next_hole(offset)
+            .map_err(|e| Error::io_at(&self.path, "look for holes in", offset, e))
+    }
+
     pub fn size(&self) -> Result<u64> {
         self.storage
             .size()

@@ -9,7 +9,7 @@ use crate::file::ImageFile;
 use crate::new_file::{NewFile, Preallocation};
 use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::sync::{Mutex, lock};
-use crate::{Disk, Error, Limits, Result, Storage};
+use crate::{Disk, Error, Extent, ExtentKind, Limits, Result, Storage};
 
 /// A disk whose bytes are the bytes of a file or host block device.
 #[derive(Debug)]
@@ -96,6 +96,28 @@ impl Disk for Raw {
 
     fn discard(&self, offset: u64, len: u64) -> Result<()> {
         self.write_zeroes(offset, len, true)
+    }
+
+    fn extent(&self, offset: u64, len: u64) -> Result<Extent> {
+        check_range(offset, len, self.size())?;
+        let data = match len {
+            0 => offset,
+            _ => self.file.next_data(offset)?,
+        };
+        let (kind, end) = if data > offset {
+            (ExtentKind::Zero, data)
+        } else if len == 0 {
+            (ExtentKind::Data, offset)
+        } else {
+            // Another program may have cut the file meanwhile.
+            let end = self.file.next_hole(offset)?.max(offset + 1);
+            (ExtentKind::Data, end)
+        };
+        Ok(Extent {
+            len: len.min(end - offset),
+            kind,
+            offset: Some(offset),
+        })
     }
 
     fn resize(&self, size: u64) -> Result<()> {

@@ -39,6 +39,13 @@ pub trait Storage: Debug + Send + Sync {
     /// that follows, past the end of the file too, reads as zero. May err towards data.
     fn next_data(&self, offset: u64) -> io::Result<Option<u64>>;
 
+    /// Offset of the first byte at or after `offset`, which is inside the file, that may lie in a
+    /// hole; the end of the file counts as one. May err towards data.
+    fn next_hole(&self, offset: u64) -> io::Result<u64> {
+        let _ = offset;
+        self.size()
+    }
+
     /// Makes completed writes durable, with the metadata needed to read them back.
     fn sync(&self) -> io::Result<()>;
 
@@ -207,6 +214,17 @@ impl Storage for FileStorage {
             Ok(data) => Ok(Some(data)),
             Err(rustix::io::Errno::NXIO) => Ok(None),
             Err(rustix::io::Errno::INVAL | rustix::io::Errno::OPNOTSUPP) => Ok(Some(offset)),
+            Err(e) => Err(e.into()),
+        }
+    }
+
+    fn next_hole(&self, offset: u64) -> io::Result<u64> {
+        if self.is_block_device {
+            return self.size();
+        }
+        match rustix::fs::seek(&self.file, SeekFrom::Hole(offset)) {
+            Ok(hole) => Ok(hole),
+            Err(rustix::io::Errno::INVAL | rustix::io::Errno::OPNOTSUPP) => self.size(),
             Err(e) => Err(e.into()),
         }
     }

@@ -11,7 +11,7 @@ use super::mapping::Kind;
 use super::placement::Placement;
 use crate::buffers::{Buffers, fill_zero};
 use crate::disk::{check_range, total_len};
-use crate::{Disk, Error, Limits, Result};
+use crate::{Disk, Error, Extent, Limits, Result};
 
 /// How often a request on a full disk looks for clusters that have come back.
 const SPACE_POLL: Duration = Duration::from_millis(1);
@@ -79,6 +79,11 @@ impl Disk for Qcow2 {
         check_range(offset, len, self.size())?;
         self.unmap(offset, len)?;
         self.limit_dirty()
+    }
+
+    fn extent(&self, offset: u64, len: u64) -> Result<Extent> {
+        check_range(offset, len, self.size())?;
+        self.find_extent(offset, len)
     }
 
     fn resize(&self, size: u64) -> Result<()> {

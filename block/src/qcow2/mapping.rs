@@ -12,7 +12,10 @@ use super::refcount::Refcounts;
 use super::{DataFileLayout, Qcow2, table};
 use crate::file::ImageFile;
 use crate::sync::{MutexGuard, lock};
-use crate::{Disk, Error, Result};
+use crate::{Disk, Error, Extent, ExtentKind, Result};
+
+/// Most L2 slices that are looked at for one extent.
+const EXTENT_SLICES: usize = 4096;
 
 /// A range of guest bytes that is mapped in one way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,6 +67,14 @@ impl Kind {
             },
             Cluster::ZeroPlain => Self::Zero { reserved: None },
             Cluster::Unallocated | Cluster::Compressed => Self::Unallocated,
+        }
+    }
+
+    /// Whether it is stored as `expected`; whether it may be overwritten does not matter.
+    fn continues(self, expected: Self) -> bool {
+        match (self, expected) {
+            (Self::Data { offset, .. }, Self::Data { offset: next, .. }) => offset == next,
+            _ => self == expected,
         }
     }
 
@@ -139,6 +150,33 @@ impl Qcow2 {
             }
             self.load_slice(slice)?;
         }
+    }
+
+    /// How the bytes from `offset` on are stored.
+    pub(super) fn find_extent(&self, offset: u64, len: u64) -> Result<Extent> {
+        let mut end = 0;
+        let mut first = None;
+        for _ in 0..EXTENT_SLICES {
+            if end == len {
+                break;
+            }
+            let run = self.run_in_slice(offset + end, len - end)?;
+            let kind = *first.get_or_insert(run.kind);
+            if !run.kind.continues(kind.advanced(end)) {
+                break;
+            }
+            end += run.len;
+        }
+        let (kind, offset) = match first {
+            Some(Kind::Data { offset, .. }) => (ExtentKind::Data, Some(offset)),
+            Some(Kind::Zero { reserved }) => (ExtentKind::Zero, reserved),
+            Some(Kind::Unallocated) | None => (ExtentKind::Unallocated, None),
+        };
+        Ok(Extent {
+            len: end,
+            kind,
+            offset,
+        })
     }
 
     /// The run that starts at `offset` in the `entries` of its slice.

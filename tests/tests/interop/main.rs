@@ -2,6 +2,7 @@
 
 mod devices;
 mod discards;
+mod extents;
 mod faults;
 mod packed;
 mod qemu;

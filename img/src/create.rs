@@ -12,7 +12,7 @@ use crate::getopt::{self, Parsed, flag, value};
 use crate::image::{Format, local_path};
 use crate::options::{self, Definition, Kind, Options, Value};
 use crate::output;
-use crate::size::{self, Wrong};
+use crate::size;
 
 /// Definition of the subcommand.
 pub fn command() -> Command {
@@ -187,7 +187,10 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
         return Err(args.name.usage("Expecting image file name"));
     };
     let size = match rest.first() {
-        Some(text) => Some(parse_size(&text.to_string_lossy()).map_err(|e| args.name.error(&e))?),
+        Some(text) => Some(
+            size::parse_named("image size", &text.to_string_lossy())
+                .map_err(|e| args.name.error(&e))?,
+        ),
         None => None,
     };
     if let Some(extra) = rest.get(1) {
@@ -267,17 +270,6 @@ fn help(format: Format, with_file: bool) -> String {
         format.name(),
         options::describe(&own)
     )
-}
-
-fn parse_size(text: &str) -> Result<u64, String> {
-    match size::parse(text) {
-        Ok(size) if size <= i64::MAX as u64 => Ok(size),
-        Ok(_) | Err(Wrong::Range) => Err(format!(
-            "Invalid image size specified. Must be between 0 and {}.",
-            i64::MAX
-        )),
-        Err(Wrong::Syntax) => Err(format!("Invalid image size specified: '{text}'.")),
-    }
 }
 
 fn refuse_backing(args: &Parsed, format: Format) -> Result<(), String> {

@@ -29,10 +29,15 @@ impl Name {
         }
     }
 
+    /// `text` after the program's name.
+    pub fn text(&self, text: &str) -> String {
+        format!("{}: {text}", self.base)
+    }
+
     /// A failure with `text` after the program's name.
     pub fn error(&self, text: &str) -> Failure {
         Failure {
-            message: format!("{}: {text}\n", self.base),
+            message: self.text(text) + "\n",
             status: 1,
         }
     }
@@ -78,6 +83,8 @@ pub struct Parsed {
     pub name: Name,
     /// File names and the like, in order.
     pub operands: Vec<OsString>,
+    /// The last argument, where it was taken off before the others were read.
+    pub last: Option<OsString>,
     options: Vec<(String, OsString)>,
 }
 
@@ -122,6 +129,7 @@ pub fn parse(command: Command, name: &Name, args: &[OsString]) -> Result<Outcome
     let mut parsed = Parsed {
         name: reader.name.clone(),
         operands: Vec::new(),
+        last: None,
         options: Vec::new(),
     };
     while let Some(arg) = reader.args.next() {

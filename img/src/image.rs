@@ -6,7 +6,8 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 
-use tandem_block::{FileStorage, Storage};
+use tandem_block::qcow2::{Info, OpenOptions, Qcow2};
+use tandem_block::{Disk, FileStorage, Raw, Storage};
 
 use crate::failure::Failure;
 use crate::getopt::Parsed;
@@ -93,6 +94,38 @@ impl<'a> Image<'a> {
         };
         Self::look(name, args.value("format"))
             .map_err(|reason| args.name.error(&could_not_open(name, &reason)))
+    }
+
+    /// Opens it as a disk.
+    pub fn open(&self, read_only: bool) -> tandem_block::Result<Box<dyn Disk>> {
+        Ok(match self.format {
+            Format::Raw => Box::new(Raw::open(self.path, read_only)?),
+            Format::Qcow2 => {
+                let options = OpenOptions {
+                    read_only,
+                    ..OpenOptions::default()
+                };
+                Box::new(Qcow2::open(self.path, &options)?)
+            }
+        })
+    }
+
+    /// Name of the file that holds the guest's data of a qcow2 image.
+    pub fn data_name(&self) -> tandem_block::Result<String> {
+        let name = Info::read(self.path)?.data_file;
+        Ok(match name {
+            Some(name) => String::from_utf8_lossy(&name).into_owned(),
+            None => self.path.to_string_lossy().into_owned(),
+        })
+    }
+
+    /// Length of the raw data file of a qcow2 image, as far as its name can be followed.
+    pub fn raw_data_file_len(&self) -> Option<u64> {
+        let info = Info::read(self.path).ok()?;
+        let name = info.data_file.filter(|_| info.data_file_raw)?;
+        let directory = self.path.parent().unwrap_or(Path::new(""));
+        let metadata = directory.join(OsStr::from_bytes(&name)).metadata().ok()?;
+        Some(metadata.len())
     }
 
     fn look(name: &'a OsStr, format: Option<&OsStr>) -> Result<Self, String> {

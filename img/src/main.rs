@@ -11,8 +11,10 @@ mod getopt;
 mod image;
 mod info;
 mod json;
+mod map;
 mod options;
 mod output;
+mod resize;
 mod size;
 
 use std::ffi::OsString;
@@ -28,7 +30,7 @@ struct Subcommand {
     run: fn(&Parsed) -> Result<(), Failure>,
 }
 
-const SUBCOMMANDS: [Subcommand; 3] = [
+const SUBCOMMANDS: [Subcommand; 5] = [
     Subcommand {
         command: check::command,
         run: check::run,
@@ -41,12 +43,20 @@ const SUBCOMMANDS: [Subcommand; 3] = [
         command: info::command,
         run: info::run,
     },
+    Subcommand {
+        command: map::command,
+        run: map::run,
+    },
+    Subcommand {
+        command: resize::command,
+        run: resize::run,
+    },
 ];
 
 /// What `qemu-img` can do besides and this program cannot yet.
-const MISSING: [&str; 12] = [
-    "amend", "bench", "bitmap", "commit", "compare", "convert", "dd", "map", "measure", "rebase",
-    "resize", "snapshot",
+const MISSING: [&str; 10] = [
+    "amend", "bench", "bitmap", "commit", "compare", "convert", "dd", "measure", "rebase",
+    "snapshot",
 ];
 
 fn main() -> ExitCode {
@@ -63,7 +73,7 @@ fn main() -> ExitCode {
 
 fn command() -> Command {
     Command::new("tandem-img")
-        .about("Creates, inspects and checks disk images, in the language of qemu-img")
+        .about("Creates, inspects, checks and resizes disk images, in the language of qemu-img")
         .version(env!("CARGO_PKG_VERSION"))
         .disable_help_subcommand(true)
         .subcommands(SUBCOMMANDS.map(|subcommand| (subcommand.command)()))
@@ -73,7 +83,9 @@ fn command() -> Command {
              tandem-img create -f qcow2 disk.qcow2 20G\n  \
              tandem-img create -f qcow2 -o data_file=disk.raw,data_file_raw=on disk.qcow2 20G\n  \
              tandem-img info --output=json disk.qcow2\n  \
-             tandem-img check disk.qcow2",
+             tandem-img check disk.qcow2\n  \
+             tandem-img map disk.qcow2\n  \
+             tandem-img resize disk.qcow2 +10G",
         )
 }
 
@@ -105,12 +117,19 @@ fn run(name: &Name, args: Vec<OsString>) -> Result<(), Failure> {
     for subcommand in SUBCOMMANDS {
         let command = (subcommand.command)();
         if command.get_name() == first {
+            let (rest, last) = match &*first {
+                "resize" => resize::split_size(rest),
+                _ => (rest, None),
+            };
             return match getopt::parse(command, name, rest)? {
                 getopt::Outcome::Help(text) => {
                     output::print(&text);
                     Ok(())
                 }
-                getopt::Outcome::Run(parsed) => (subcommand.run)(&parsed),
+                getopt::Outcome::Run(mut parsed) => {
+                    parsed.last = last.map(Into::into);
+                    (subcommand.run)(&parsed)
+                }
             };
         }
     }

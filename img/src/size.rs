@@ -33,6 +33,18 @@ pub fn parse(text: &str) -> Result<u64, Wrong> {
     Ok(value)
 }
 
+/// [`parse`] of what is called `what` in QEMU's message about a mistake in it.
+pub fn parse_named(what: &str, text: &str) -> Result<u64, String> {
+    match parse(text) {
+        Ok(size) if size <= i64::MAX as u64 => Ok(size),
+        Ok(_) | Err(Wrong::Range) => Err(format!(
+            "Invalid {what} specified. Must be between 0 and {}.",
+            i64::MAX
+        )),
+        Err(Wrong::Syntax) => Err(format!("Invalid {what} specified: '{text}'.")),
+    }
+}
+
 fn parse_decimal(text: &str) -> Result<u64, Wrong> {
     let digits_end = |text: &str| {
         text.bytes()

@@ -12,4 +12,6 @@ mod check;
 mod create;
 mod damage;
 mod info;
+mod map;
+mod resize;
 mod run;

@@ -1,0 +1,194 @@
+//! `tandem-img map`
+
+use clap::Command;
+use tandem_block::ExtentKind;
+
+use crate::failure::Failure;
+use crate::getopt::{self, Parsed, flag, value};
+use crate::image::{Format, Image, could_not_open};
+use crate::output::{self, Output};
+use crate::size;
+
+/// Definition of the subcommand.
+pub fn command() -> Command {
+    Command::new("map")
+        .about("Shows where each part of a disk is stored")
+        .disable_help_flag(true)
+        .override_usage(
+            "tandem-img map [-f FMT] [--output human|json] [-s OFFSET] [-l LENGTH] [-U] FILENAME",
+        )
+        .args([
+            getopt::help(),
+            value(
+                "format",
+                Some('f'),
+                "FMT",
+                "Format of the image: qcow2 or raw (default: told by its first bytes)",
+            ),
+            value("output", None, "human|json", "How to print the result"),
+            value("start-offset", Some('s'), "OFFSET", "Where to begin"),
+            value("max-length", Some('l'), "LENGTH", "How much to show"),
+            flag(
+                "force-share",
+                Some('U'),
+                "Accepted for compatibility: no lock is taken",
+            ),
+            value("object", None, "DEFINITION", "Not supported yet").hide(true),
+            flag("image-opts", None, "Not supported yet").hide(true),
+        ])
+        .after_help(
+            "The text for people shows where there is data; JSON shows everything.\n\n\
+             Examples:\n  \
+             tandem-img map disk.qcow2\n  \
+             tandem-img map --output=json -s 1G -l 64M disk.qcow2",
+        )
+}
+
+/// A part of the disk that is stored in one way.
+#[derive(Clone, Copy, Debug)]
+struct Part {
+    start: u64,
+    length: u64,
+    kind: ExtentKind,
+    offset: Option<u64>,
+}
+
+impl Part {
+    /// Whether `next`, which follows this one, is stored behind it in the same way.
+    fn continues_with(&self, next: &Self) -> bool {
+        self.kind == next.kind && self.offset.map(|offset| offset + self.length) == next.offset
+    }
+
+    fn human(&self, file: &str) -> String {
+        let (start, length) = (self.start, self.length);
+        let offset = self.offset.unwrap_or_default();
+        let hex = |number: u64| match number {
+            0 => "0".to_owned(),
+            number => format!("{number:#x}"),
+        };
+        let columns = [start, length, offset].map(hex);
+        format!(
+            "{:<16}{:<16}{:<16}{file}\n",
+            columns[0], columns[1], columns[2]
+        )
+    }
+
+    fn json(&self) -> String {
+        let (start, length) = (self.start, self.length);
+        let present = self.kind != ExtentKind::Unallocated;
+        let data = self.kind == ExtentKind::Data;
+        let zero = !data;
+        let offset = match self.offset {
+            Some(offset) => format!(", \"offset\": {offset}"),
+            None => String::new(),
+        };
+        format!(
+            "{{ \"start\": {start}, \"length\": {length}, \"depth\": 0, \"present\": {present}, \
+             \"zero\": {zero}, \"data\": {data}, \"compressed\": false{offset}}}"
+        )
+    }
+}
+
+/// Runs the subcommand.
+pub fn run(args: &Parsed) -> Result<(), Failure> {
+    let output = Output::from_args(args)?;
+    let number = |id: &str, what: &str| match args.value(id) {
+        None => Ok(None),
+        Some(text) => size::parse_named(what, &text.to_string_lossy())
+            .map(Some)
+            .map_err(|text| args.name.error(&text)),
+    };
+    let start = number("start-offset", "start offset")?.unwrap_or(0);
+    let length = number("max-length", "max length")?;
+    args.refuse(&["object", "image-opts"])?;
+    let image = Image::from_args(args)?;
+    let fail = |e: tandem_block::Error| args.name.error(&could_not_open(image.name, &e.reason()));
+    let disk = image.open(true).map_err(fail)?;
+    let end = match length {
+        Some(length) => start.saturating_add(length).min(disk.size()),
+        None => disk.size(),
+    };
+    let file = match image.format {
+        Format::Raw => image.path.to_string_lossy().into_owned(),
+        Format::Qcow2 => image.data_name().map_err(fail)?,
+    };
+    let mut listing = Listing::new(output, file);
+    let mut at = start;
+    while at < end {
+        let extent = disk
+            .extent(at, end - at)
+            .map_err(|e| args.name.error(&e.reason()))?;
+        listing.add(Part {
+            start: at,
+            length: extent.len,
+            kind: extent.kind,
+            offset: extent.offset,
+        });
+        at += extent.len;
+    }
+    listing.end(start);
+    Ok(())
+}
+
+/// What is printed, as it becomes known.
+struct Listing {
+    output: Output,
+    file: String,
+    last: Option<Part>,
+    is_first: bool,
+}
+
+impl Listing {
+    fn new(output: Output, file: String) -> Self {
+        output::print(match output {
+            Output::Human => "Offset          Length          Mapped to       File\n",
+            Output::Json => "[",
+        });
+        Self {
+            output,
+            file,
+            last: None,
+            is_first: true,
+        }
+    }
+
+    fn add(&mut self, part: Part) {
+        match &mut self.last {
+            Some(last) if last.continues_with(&part) => last.length += part.length,
+            _ => {
+                self.print_last();
+                self.last = Some(part);
+            }
+        }
+    }
+
+    fn print_last(&mut self) {
+        let Some(part) = self.last.take() else {
+            return;
+        };
+        match self.output {
+            Output::Human if part.kind == ExtentKind::Data => {
+                output::print(&part.human(&self.file))
+            }
+            Output::Human => {}
+            Output::Json if self.is_first => output::print(&part.json()),
+            Output::Json => output::print(&format!(",\n{}", part.json())),
+        }
+        self.is_first = false;
+    }
+
+    /// Ends the listing of what begins at `start`; QEMU has an entry for nothing, too.
+    fn end(mut self, start: u64) {
+        self.print_last();
+        if self.output == Output::Human {
+            return;
+        }
+        if self.is_first {
+            output::print(&format!(
+                "{{ \"start\": {start}, \"length\": 0, \"depth\": 0, \"present\": false, \
+                 \"zero\": false, \"data\": false, \"compressed\": false}}"
+            ));
+        }
+        output::print("]\n");
+    }
+}

@@ -1,0 +1,160 @@
+//! `tandem-img resize`
+
+use std::ffi::{OsStr, OsString};
+
+use clap::Command;
+
+use crate::failure::Failure;
+use crate::getopt::{self, Parsed, flag, value};
+use crate::image::{Format, Image, could_not_open};
+use crate::output;
+use crate::size::{self, Wrong};
+
+/// Definition of the subcommand.
+pub fn command() -> Command {
+    Command::new("resize")
+        .about("Makes a disk larger or smaller")
+        .disable_help_flag(true)
+        .override_usage("tandem-img resize [-f FMT] [--shrink] [-q] FILENAME [+|-]SIZE")
+        .args([
+            getopt::help(),
+            value(
+                "format",
+                Some('f'),
+                "FMT",
+                "Format of the image: qcow2 or raw (default: told by its first bytes)",
+            ),
+            flag("shrink", None, "Allow the disk to become smaller"),
+            flag("quiet", Some('q'), "Print nothing but errors"),
+            value("preallocation", None, "MODE", "off; others are not supported yet"),
+            value("object", None, "DEFINITION", "Not supported yet").hide(true),
+            flag("image-opts", None, "Not supported yet").hide(true),
+        ])
+        .after_help(
+            "SIZE is in bytes, or with a suffix k, M, G, T, P or E (powers of 1024); with + or - it \
+             is added or taken away.\n\
+             What a disk gains reads as zero. With data_file_raw=on it is what the data file holds \
+             there, if that is longer than the disk.\n\n\
+             Examples:\n  \
+             tandem-img resize disk.qcow2 +10G\n  \
+             tandem-img resize --shrink disk.qcow2 20G",
+        )
+}
+
+/// How the size is told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Relative {
+    No,
+    More,
+    Less,
+}
+
+/// Takes the size, which may begin with a dash, off the end of the arguments.
+pub fn split_size(args: &[OsString]) -> (&[OsString], Option<&OsStr>) {
+    match args.split_last() {
+        Some((size, rest)) if !rest.is_empty() && size != "-h" && size != "--help" => {
+            (rest, Some(size))
+        }
+        _ => (args, None),
+    }
+}
+
+/// Runs the subcommand.
+pub fn run(args: &Parsed) -> Result<(), Failure> {
+    let text = match (&args.operands[..], args.last.as_deref()) {
+        ([_], Some(text)) => text,
+        ([], _) | (_, None) => {
+            return Err(args.name.usage("Expecting image file name and size"));
+        }
+        _ => return Err(args.name.usage("Extra argument(s) in command line")),
+    };
+    let text = text.to_string_lossy();
+    let (relative, number) = match (text.strip_prefix('+'), text.strip_prefix('-')) {
+        (Some(number), _) => (Relative::More, number),
+        (_, Some(number)) => (Relative::Less, number),
+        _ => (Relative::No, &*text),
+    };
+    let number = parse(number).map_err(|text| args.name.error(&text))?;
+    match args
+        .value("preallocation")
+        .map(OsStr::to_string_lossy)
+        .as_deref()
+    {
+        None | Some("off") => {}
+        Some("metadata" | "falloc" | "full") => args.refuse(&["preallocation"])?,
+        Some(other) => {
+            let text = format!("Invalid preallocation mode '{other}'");
+            return Err(args.name.error(&text));
+        }
+    }
+    args.refuse(&["object", "image-opts"])?;
+    let image = Image::from_args(args)?;
+    if image.format == Format::Raw && !args.has("format") {
+        eprint!(
+            "WARNING: Image format was not specified for '{}' and probing guessed raw.\n         \
+             Automatically detecting the format is dangerous for raw images, write operations on \
+             block 0 will be restricted.\n         \
+             Specify the 'raw' format explicitly to remove the restrictions.\n",
+            image.name.display()
+        );
+    }
+    resize(args, &image, relative, number)
+}
+
+fn resize(
+    args: &Parsed,
+    image: &Image<'_>,
+    relative: Relative,
+    number: u64,
+) -> Result<(), Failure> {
+    let disk = image
+        .open(false)
+        .map_err(|e| args.name.error(&could_not_open(image.name, &e.reason())))?;
+    let old = disk.size();
+    let new = match relative {
+        Relative::No => Some(number),
+        Relative::More => old.checked_add(number),
+        Relative::Less => old.checked_sub(number),
+    };
+    let new = match new {
+        Some(new) if new > 0 && new <= i64::MAX as u64 => new,
+        _ => return Err(args.name.error("New image size must be positive")),
+    };
+    if new < old && !args.has("shrink") {
+        let mut failure = args
+            .name
+            .error("Use the --shrink option to perform a shrink operation.");
+        failure.message += &args.name.text(
+            "warning: Shrinking an image will delete all data beyond the shrunken image's end. \
+             Before performing such an operation, make sure there is no important data there.\n",
+        );
+        return Err(failure);
+    }
+    if let Some(len) = image.raw_data_file_len()
+        && new > old
+        && len > old.next_multiple_of(1 << 21)
+    {
+        eprintln!(
+            "{}",
+            args.name.text(
+                "warning: the raw data file is longer than the disk; what it holds there becomes \
+                 part of the disk"
+            )
+        );
+    }
+    disk.resize(new).map_err(|e| args.name.error(&e.reason()))?;
+    if !args.has("quiet") {
+        output::print("Image resized.\n");
+    }
+    Ok(())
+}
+
+fn parse(text: &str) -> Result<u64, String> {
+    size::parse(text).map_err(|wrong| match wrong {
+        Wrong::Range => format!("Value '{text}' is out of range for parameter 'size'"),
+        Wrong::Syntax => "Parameter 'size' expects a non-negative number below 2^64\n\
+                          Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, \
+                          peta-\nand exabytes, respectively."
+            .to_owned(),
+    })
+}

@@ -2,6 +2,7 @@
 
 use std::ffi::OsStr;
 use std::io;
+use std::path::Path;
 
 use clap::Command;
 use tandem_block::qcow2::{self, CreateOptions, DataFileLayout};
@@ -165,19 +166,7 @@ const FILE_OPTIONS: [&str; 3] = ["preallocation", "nocow", "extent_size_hint"];
 
 /// Runs the subcommand.
 pub fn run(args: &Parsed) -> Result<(), Failure> {
-    let mut list = Vec::new();
-    for item in args.values("options") {
-        // Another spelling of the name would be another file.
-        let Some(item) = item.to_str() else {
-            let text = format!("Option list is not UTF-8: {}", item.display());
-            return Err(args.name.error(&text));
-        };
-        if !options::is_list(item) {
-            return Err(args.name.error(&format!("Invalid option list: {item}")));
-        }
-        list.push(item);
-    }
-    let list = list.join(",");
+    let list = option_list(args)?;
     let Some((file, rest)) = args.operands.split_first() else {
         if options::asks_for_help(&list) {
             let format = format(args).map_err(|reason| args.name.error(&reason))?;
@@ -200,6 +189,28 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
     args.refuse(&["object"])?;
     create(args, file, size, &list)
         .map_err(|reason| args.name.error(&format!("{}: {reason}", file.display())))
+}
+
+/// The lists of options of a command line, in one.
+pub fn option_list(args: &Parsed) -> Result<String, Failure> {
+    let mut list = Vec::new();
+    for item in args.values("options") {
+        // Another spelling of the name would be another file.
+        let Some(item) = item.to_str() else {
+            let text = format!("Option list is not UTF-8: {}", item.display());
+            return Err(args.name.error(&text));
+        };
+        if !options::is_list(item) {
+            return Err(args.name.error(&format!("Invalid option list: {item}")));
+        }
+        list.push(item);
+    }
+    Ok(list.join(","))
+}
+
+/// Whether qcow2 images can be created with an option called `name`.
+pub fn is_qcow2_option(name: &str) -> bool {
+    QCOW2.iter().any(|definition| definition.name == name)
 }
 
 /// Does the work, or tells the reason why not.
@@ -229,11 +240,27 @@ fn create(args: &Parsed, file: &OsStr, size: Option<u64>, list: &str) -> Result<
             options.shown()
         ));
     }
+    make(format, path, &options)
+}
+
+/// Creates an image for a copy of a disk of `size` bytes, with the options of `list`.
+pub fn create_copy(format: Format, path: &Path, size: u64, list: &str) -> Result<(), String> {
+    let mut options = Options::new(definitions(format));
+    if !list.is_empty() {
+        options.parse(list)?;
+    }
+    if options.number("size").is_none() {
+        options.set("size", Value::Number(size));
+    }
+    make(format, path, &options)
+}
+
+fn make(format: Format, path: &Path, options: &Options) -> Result<(), String> {
     let size = options.number("size").unwrap_or_default();
-    let preallocation = preallocation(&options)?;
+    let preallocation = preallocation(options)?;
     let created = match format {
         Format::Raw => Raw::create(path, size, preallocation),
-        Format::Qcow2 => qcow2::create(path, &qcow2_options(size, preallocation, &options)?),
+        Format::Qcow2 => qcow2::create(path, &qcow2_options(size, preallocation, options)?),
     };
     created.map_err(|error| reason(&error, format))
 }

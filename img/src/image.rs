@@ -119,16 +119,32 @@ impl<'a> Image<'a> {
         })
     }
 
+    /// Whether a new image shows what was there before: on a block device that is the disk.
+    pub fn may_hold_other_data(&self) -> bool {
+        let is_device = |metadata: &Metadata| metadata.file_type().is_block_device();
+        match self.format {
+            Format::Raw => is_device(&self.metadata),
+            Format::Qcow2 => self.raw_data_file().is_some_and(|m| is_device(&m)),
+        }
+    }
+
     /// Length of the raw data file of a qcow2 image, as far as its name can be followed.
     pub fn raw_data_file_len(&self) -> Option<u64> {
+        Some(self.raw_data_file()?.len())
+    }
+
+    fn raw_data_file(&self) -> Option<Metadata> {
         let info = Info::read(self.path).ok()?;
         let name = info.data_file.filter(|_| info.data_file_raw)?;
         let directory = self.path.parent().unwrap_or(Path::new(""));
-        let metadata = directory.join(OsStr::from_bytes(&name)).metadata().ok()?;
-        Some(metadata.len())
+        directory.join(OsStr::from_bytes(&name)).metadata().ok()
     }
 
-    fn look(name: &'a OsStr, format: Option<&OsStr>) -> Result<Self, String> {
+    /// Looks at the file `name`, of which `format` may say what it is.
+    ///
+    /// # Errors
+    /// The reason why it cannot be opened.
+    pub fn look(name: &'a OsStr, format: Option<&OsStr>) -> Result<Self, String> {
         let given = format.map(OsStr::to_string_lossy);
         let given = match given.as_deref() {
             None => None,

@@ -4,7 +4,9 @@
 //! the name that the program was called by, so that a link called `qemu-img` behaves like one.
 #![deny(missing_docs)]
 
+mod amend;
 mod check;
+mod convert;
 mod create;
 mod failure;
 mod getopt;
@@ -30,10 +32,18 @@ struct Subcommand {
     run: fn(&Parsed) -> Result<(), Failure>,
 }
 
-const SUBCOMMANDS: [Subcommand; 5] = [
+const SUBCOMMANDS: [Subcommand; 7] = [
+    Subcommand {
+        command: amend::command,
+        run: amend::run,
+    },
     Subcommand {
         command: check::command,
         run: check::run,
+    },
+    Subcommand {
+        command: convert::command,
+        run: convert::run,
     },
     Subcommand {
         command: create::command,
@@ -54,9 +64,8 @@ const SUBCOMMANDS: [Subcommand; 5] = [
 ];
 
 /// What `qemu-img` can do besides and this program cannot yet.
-const MISSING: [&str; 10] = [
-    "amend", "bench", "bitmap", "commit", "compare", "convert", "dd", "measure", "rebase",
-    "snapshot",
+const MISSING: [&str; 8] = [
+    "bench", "bitmap", "commit", "compare", "dd", "measure", "rebase", "snapshot",
 ];
 
 fn main() -> ExitCode {

@@ -17,7 +17,7 @@
 //! | `ranges` | who may change which mapping |
 //! | `requests`, `retired` | when clusters that lost their mapping may be used again |
 //! | `flush` | the order in which all of that reaches the disk |
-//! | `create` | making new images |
+//! | `create`, `amend` | making new images, and changing options of others |
 //! | `info` | what a user wants to know of an image |
 //! | `check`, `counters` | checking an image that is not open |
 //!
@@ -36,6 +36,7 @@
 //! table of a raw disk.
 
 mod allocator;
+mod amend;
 mod cache;
 mod check;
 mod counters;
@@ -79,6 +80,7 @@ use retired::Retired;
 
 use crate::file::ImageFile;
 
+pub use amend::{AmendOptions, amend};
 pub use check::{CheckReport, Finding, FindingKind, check, check_storage};
 pub use create::{CreateOptions, create};
 pub use info::Info;

@@ -335,8 +335,8 @@ fn describes_options() {
 fn names_what_is_not_supported_yet() {
     let refused = |line: &str| Place::tandem().run(&words(line)).stderr;
     assert_eq!(
-        refused("convert a b"),
-        "qemu-img: Command not supported yet: convert\n"
+        refused("rebase a"),
+        "qemu-img: Command not supported yet: rebase\n"
     );
     assert_eq!(
         refused("create -f qcow2 -b base -F raw t 1M"),

@@ -8,7 +8,9 @@
     reason = "a test that cannot go on has failed"
 )]
 
+mod amend;
 mod check;
+mod convert;
 mod create;
 mod damage;
 mod info;

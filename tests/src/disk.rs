@@ -15,6 +15,8 @@ pub enum Kind {
     External,
     /// In a data file, `data_file_raw=on`.
     ExternalRaw,
+    /// In a data file, `data_file_layout=packed`, which is Tandem's own.
+    Packed,
 }
 
 /// Who makes an image.
@@ -29,6 +31,7 @@ pub enum Maker {
 /// A qcow2 image of a case.
 pub struct Image<'a> {
     bench: &'a Bench,
+    kind: Kind,
     /// The image file.
     pub path: PathBuf,
     /// The data file beside it, unless the kind is [`Kind::Internal`].
@@ -47,14 +50,11 @@ impl<'a> Image<'a> {
         size: &str,
     ) -> Result<Self> {
         let data_file = (kind != Kind::Internal).then(|| bench.scratch(&format!("{name}.data")));
-        let raw = if kind == Kind::ExternalRaw {
-            "on"
-        } else {
-            "off"
-        };
         let placement = match kind {
             Kind::Internal => "compat=1.1".into(),
-            _ => format!("data_file={name}.data,data_file_raw={raw}"),
+            Kind::External => format!("data_file={name}.data,data_file_raw=off"),
+            Kind::ExternalRaw => format!("data_file={name}.data,data_file_raw=on"),
+            Kind::Packed => format!("data_file={name}.data,data_file_layout=packed"),
         };
         let path = bench.scratch(name);
         let program = match maker {
@@ -76,16 +76,25 @@ impl<'a> Image<'a> {
         )?;
         Ok(Image {
             bench,
+            kind,
             path,
             data_file,
         })
+    }
+
+    /// Whoever of the two programs knows this kind of image.
+    fn judge(&self) -> PathBuf {
+        match self.kind {
+            Kind::Packed => self.bench.tandem_img(),
+            _ => PathBuf::from("qemu-img"),
+        }
     }
 
     /// `qemu-img check` finds neither errors nor leaks.
     pub fn check(&self) -> Result<()> {
         self.bench.run(
             self.bench
-                .tool("qemu-img")
+                .tool(self.judge())
                 .args(["check", "-f", "qcow2"])
                 .arg(&self.path),
         )
@@ -114,7 +123,7 @@ impl<'a> Image<'a> {
         let raw = self.path.with_extension("converted");
         run(self
             .bench
-            .tool("qemu-img")
+            .tool(self.judge())
             .args(["convert", "-f", "qcow2", "-O", "raw"])
             .args([&self.path, &raw]))?;
         Ok(raw)

@@ -54,6 +54,7 @@ impl Round {
             Kind::Internal => "internal",
             Kind::External => "external",
             Kind::ExternalRaw => "external_raw",
+            Kind::Packed => "packed",
         };
         let maker = match self.maker {
             Maker::QemuImg => "qemu_img",
@@ -91,7 +92,7 @@ impl Round {
 
 pub fn cases() -> Vec<Case> {
     use Kernel::{BzImage, Vmlinux};
-    use Kind::{External, ExternalRaw, Internal};
+    use Kind::{External, ExternalRaw, Internal, Packed};
     use Maker::{QemuImg, TandemImg};
     let rounds = [
         (Internal, QemuImg, "", BzImage, 4),
@@ -103,6 +104,7 @@ pub fn cases() -> Vec<Case> {
         (Internal, QemuImg, "cluster_size=512,", BzImage, 1),
         (External, TandemImg, "cluster_size=4k,", BzImage, 4),
         (ExternalRaw, QemuImg, "cluster_size=2M,", Vmlinux, 1),
+        (Packed, TandemImg, "", BzImage, 4),
     ];
     rounds
         .into_iter()

@@ -1,21 +1,29 @@
-//! Cost of the engine, next to the same system calls made directly.
+//! Cost of the engine, next to the same system calls made directly, and to the crate `imago`.
 //!
-//! `cargo bench -p tandem-tests --bench engine [FILTER]` prints, for each kind of work and image,
-//! processor time per request of the bare system call and of the engine in the same run, in turns
-//! of some thousand requests, and the median of the differences. The files lie in `TANDEM_BENCH_DIR`
-//! (default `/dev/shm`), in the page cache.
+//! `cargo bench -p tandem-tests --bench engine [FILTER]` prints, for each kind of work and image, the
+//! processor time of a request of the bare system call on a plain file; and for each engine how many
+//! nanoseconds a request takes above that, and what part of its time the bare call would take. All
+//! three do the same in the same run, in turns of up to 20,000 requests; figures are medians of the
+//! turns. The last column is Tandem's engine on storage that does nothing with data: what it takes
+//! itself, without the noise of the system calls. imago drops the promise of raw data files (`data_file_raw`) when it opens them.
+//!
+//! The files lie in `TANDEM_BENCH_DIR` (default `/dev/shm`), in the page cache.
 
 use std::fs::File;
+use std::io;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use tandem_block::Disk;
+use imago::{FormatAccess, FormatDriverBuilder};
 use tandem_block::qcow2::{CreateOptions, OpenOptions, Qcow2, create};
+use tandem_block::{Disk, FileStorage, Storage};
 use vm_memory::VolatileSlice;
 
 const SIZE: u64 = 1 << 30;
 const TURNS: usize = 15;
+
+type Imago = FormatAccess<imago::file::File>;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
@@ -38,16 +46,27 @@ fn main() {
         .unwrap_or_default();
     let dir = std::env::var("TANDEM_BENCH_DIR").unwrap_or_else(|_| "/dev/shm".into());
     println!(
-        "{:<32} {:>10} {:>10} {:>10} {:>7}",
-        "", "bare ns", "tandem ns", "above ns", "ratio"
+        "{:<34} {:>9} | {:>11} {:>6} | {:>11} {:>6} | {:>8}",
+        "processor time per request",
+        "bare ns",
+        "tandem +ns",
+        "ratio",
+        "imago +ns",
+        "ratio",
+        "alone ns"
     );
     for (work, random, len) in [
         (Work::Read, true, 4096),
+        (Work::Read, false, 4096),
         (Work::Overwrite, true, 4096),
+        (Work::Overwrite, false, 4096),
+        (Work::Read, true, 1 << 20),
         (Work::Read, false, 1 << 20),
+        (Work::Overwrite, true, 1 << 20),
         (Work::Overwrite, false, 1 << 20),
         (Work::Allocate, true, 4096),
         (Work::Allocate, false, 65536),
+        (Work::Allocate, false, 1 << 20),
     ] {
         for kind in [Kind::Raw, Kind::External, Kind::Internal] {
             let order = if random { "random" } else { "sequential" };
@@ -60,6 +79,107 @@ fn main() {
     }
 }
 
+/// Something that requests are sent to.
+trait Target {
+    fn read(&self, buffer: &mut [u8], at: u64);
+    fn write(&self, buffer: &mut [u8], at: u64);
+    fn flush(&self);
+}
+
+impl Target for File {
+    fn read(&self, buffer: &mut [u8], at: u64) {
+        self.read_exact_at(buffer, at).unwrap();
+    }
+    fn write(&self, buffer: &mut [u8], at: u64) {
+        self.write_all_at(buffer, at).unwrap();
+    }
+    fn flush(&self) {
+        self.sync_data().unwrap();
+    }
+}
+
+impl Target for Qcow2 {
+    fn read(&self, buffer: &mut [u8], at: u64) {
+        self.read_at(&[VolatileSlice::from(buffer)], at).unwrap();
+    }
+    fn write(&self, buffer: &mut [u8], at: u64) {
+        self.write_at(&[VolatileSlice::from(buffer)], at).unwrap();
+    }
+    fn flush(&self) {
+        Disk::flush(self).unwrap();
+    }
+}
+
+impl Target for Imago {
+    fn read(&self, buffer: &mut [u8], at: u64) {
+        FormatAccess::read(self, buffer, at).unwrap();
+    }
+    fn write(&self, buffer: &mut [u8], at: u64) {
+        FormatAccess::write(self, &*buffer, at).unwrap();
+    }
+    fn flush(&self) {
+        FormatAccess::flush(self).unwrap();
+        self.sync().unwrap();
+    }
+}
+
+/// A new image in `dir`.
+fn image(dir: &Path, kind: Kind) -> PathBuf {
+    std::fs::create_dir(dir).unwrap();
+    let path = dir.join("image");
+    let options = CreateOptions {
+        size: SIZE,
+        data_file: (kind != Kind::Internal).then(|| dir.join("data")),
+        data_file_raw: kind == Kind::Raw,
+        ..CreateOptions::default()
+    };
+    create(&path, &options).unwrap();
+    path
+}
+
+/// Storage that does nothing with data.
+#[derive(Debug)]
+struct NoData(FileStorage);
+
+impl Storage for NoData {
+    fn read_at(&self, _: &[VolatileSlice<'_>], _: u64) -> io::Result<()> {
+        Ok(())
+    }
+    fn write_at(&self, _: &[VolatileSlice<'_>], _: u64) -> io::Result<()> {
+        Ok(())
+    }
+    fn read_bytes_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        self.0.read_bytes_at(buf, offset)
+    }
+    fn write_bytes_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        self.0.write_bytes_at(buf, offset)
+    }
+    fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
+        self.0.write_zeroes(offset, len, unmap)
+    }
+    fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.0.discard(offset, len)
+    }
+    fn next_data(&self, offset: u64) -> io::Result<Option<u64>> {
+        self.0.next_data(offset)
+    }
+    fn sync(&self) -> io::Result<()> {
+        self.0.sync()
+    }
+    fn size(&self) -> io::Result<u64> {
+        // Data that was not written lies in the file all the same.
+        Ok(self.0.size()?.max(2 * SIZE))
+    }
+}
+
+fn open_without_data(image: &Path, kind: Kind) -> Qcow2 {
+    let storage = |path: &Path| -> Box<dyn Storage> {
+        Box::new(NoData(FileStorage::open(path, false).unwrap()))
+    };
+    let data = (kind != Kind::Internal).then(|| storage(&image.with_file_name("data")));
+    Qcow2::with_storage(image, storage(image), data, &OpenOptions::default()).unwrap()
+}
+
 fn measure(name: &str, dir: &Path, kind: Kind, work: Work, random: bool, len: usize) {
     let bare = File::options()
         .read(true)
@@ -69,67 +189,68 @@ fn measure(name: &str, dir: &Path, kind: Kind, work: Work, random: bool, len: us
         .open(dir.join("bare"))
         .unwrap();
     bare.set_len(SIZE).unwrap();
-    let image = dir.join("image");
-    let options = CreateOptions {
-        size: SIZE,
-        data_file: (kind != Kind::Internal).then(|| dir.join("data")),
-        data_file_raw: kind == Kind::Raw,
-        ..CreateOptions::default()
-    };
-    create(&image, &options).unwrap();
-    let disk = Qcow2::open(&image, &OpenOptions::default()).unwrap();
+    let tandem = Qcow2::open(&image(&dir.join("tandem"), kind), &OpenOptions::default()).unwrap();
+    let imago =
+        imago::qcow2::Qcow2::<imago::file::File>::builder_path(image(&dir.join("imago"), kind))
+            .write(true)
+            .open(imago::PermissiveImplicitOpenGate::default())
+            .unwrap();
+    let imago = FormatAccess::new(imago);
+    let alone = open_without_data(&image(&dir.join("alone"), kind), kind);
+    let targets: [&dyn Target; 4] = [&bare, &tandem, &imago, &alone];
     let mut buffer = vec![0x5a; len.max(1 << 20)];
     if work != Work::Allocate {
-        for at in (0..SIZE).step_by(1 << 20) {
-            bare.write_all_at(&buffer[..1 << 20], at).unwrap();
-            let slice = VolatileSlice::from(&mut buffer[..1 << 20]);
-            disk.write_at(&[slice], at).unwrap();
+        for target in targets {
+            for at in (0..SIZE).step_by(1 << 20) {
+                target.write(&mut buffer[..1 << 20], at);
+            }
+            target.flush();
         }
-        disk.flush().unwrap();
     }
 
     let offsets = offsets(work, random, len);
     let per_turn = (offsets.len() / TURNS).min(20_000);
-    let (mut bare_ns, mut tandem_ns) = (Vec::new(), Vec::new());
-    for turn in offsets.chunks_exact(per_turn).take(TURNS) {
-        bare_ns.push(time(turn, |at| {
-            let buffer = &mut buffer[..len];
-            match work {
-                Work::Read => bare.read_exact_at(buffer, at).unwrap(),
-                _ => bare.write_all_at(buffer, at).unwrap(),
-            }
-        }));
-        tandem_ns.push(time(turn, |at| {
-            let slice = [VolatileSlice::from(&mut buffer[..len])];
-            match work {
-                Work::Read => disk.read_at(&slice, at).unwrap(),
-                _ => disk.write_at(&slice, at).unwrap(),
-            }
-        }));
+    let mut times = [const { Vec::new() }; 4];
+    for (number, turn) in offsets.chunks_exact(per_turn).take(TURNS).enumerate() {
+        for i in 0..targets.len() {
+            // Who comes first finds the buffer elsewhere.
+            let i = (i + number) % targets.len();
+            let target = targets[i];
+            times[i].push(time(turn, |at| {
+                let buffer = &mut buffer[..len];
+                match work {
+                    Work::Read => target.read(buffer, at),
+                    _ => target.write(buffer, at),
+                }
+            }));
+        }
     }
     if work == Work::Allocate {
-        // What the engine puts off until the flush belongs to its writes.
-        let requests = (per_turn * bare_ns.len()) as f64;
-        let flush = time(&[0], |_| disk.flush().unwrap()) / requests;
-        let sync = time(&[0], |_| bare.sync_data().unwrap()) / requests;
-        tandem_ns.iter_mut().for_each(|ns| *ns += flush);
-        bare_ns.iter_mut().for_each(|ns| *ns += sync);
+        // What an engine puts off until the flush belongs to its writes.
+        for (target, times) in targets.iter().zip(&mut times) {
+            let requests = (per_turn * times.len()) as f64;
+            let flush = time(&[0], |_| target.flush()) / requests;
+            times.iter_mut().for_each(|ns| *ns += flush);
+        }
     }
-    let above = bare_ns.iter().zip(&tandem_ns).map(|(b, t)| t - b).collect();
-    let ratio = bare_ns.iter().zip(&tandem_ns).map(|(b, t)| b / t).collect();
+    let [bare, tandem, imago, alone] = times;
+    let above = |times: &[f64]| median(times.iter().zip(&bare).map(|(t, b)| t - b).collect());
+    let ratio = |times: &[f64]| median(times.iter().zip(&bare).map(|(t, b)| b / t).collect());
     println!(
-        "{name:<32} {:>10.0} {:>10.0} {:>10.0} {:>7.2}",
-        median(bare_ns),
-        median(tandem_ns),
-        median(above),
-        median(ratio)
+        "{name:<34} {:>9.0} | {:>11.0} {:>6.2} | {:>11.0} {:>6.2} | {:>8.0}",
+        median(bare.clone()),
+        above(&tandem),
+        ratio(&tandem),
+        above(&imago),
+        ratio(&imago),
+        median(alone)
     );
 }
 
 /// Where the requests go. Allocating ones touch each cluster of 64 KiB once.
 fn offsets(work: Work, random: bool, len: usize) -> Vec<u64> {
     let step = if work == Work::Allocate {
-        65536
+        65536.max(len as u64)
     } else {
         len as u64
     };

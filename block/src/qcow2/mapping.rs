@@ -304,9 +304,10 @@ impl Qcow2 {
         let offset = first << self.geometry.cluster_bits;
         match &self.placement {
             Placement::Internal => {
-                let place = self
-                    .refcounts()?
-                    .allocate(&self.image, self.goal(first), clusters)?;
+                // Before the lock: it may take others.
+                let goal = self.goal(first);
+                let mut refcounts = self.refcounts()?;
+                let place = refcounts.allocate(&self.image, goal, clusters)?;
                 let end = place.offset + (place.clusters << self.geometry.cluster_bits);
                 self.data_end.fetch_max(end, Ordering::Relaxed);
                 Ok(place)

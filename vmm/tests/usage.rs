@@ -30,11 +30,11 @@ fn wrong_arguments_end_with_status_2() {
         (&["--cpus=33"], "1..=32"),
         (
             &["--disk=a,cache=none"],
-            "known are readonly, format, data-file and serial",
+            "known are readonly, format, data-file, serial and l2-cache-size",
         ),
         (
             &["--disk=a,format=raw,data-file=b"],
-            "a raw disk has no data file",
+            "a raw disk has no such thing",
         ),
         (&["--disk=a,serial=123456789012345678901"], "1 to 20"),
         (&["--serial=tty"], "stdio, none or file=PATH"),

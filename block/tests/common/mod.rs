@@ -25,6 +25,9 @@ struct Calls {
     writes: AtomicUsize,
     /// Of metadata.
     metadata_reads: AtomicUsize,
+    metadata_writes: AtomicUsize,
+    /// Of any kind.
+    all: AtomicUsize,
 }
 
 impl Memory {
@@ -77,6 +80,21 @@ impl Memory {
         self.calls.metadata_reads.load(Ordering::Relaxed)
     }
 
+    /// How many writes of metadata there have been.
+    pub fn metadata_writes(&self) -> usize {
+        self.calls.metadata_writes.load(Ordering::Relaxed)
+    }
+
+    /// How many calls there have been that look at or change what is in the file, or sync it.
+    pub fn calls(&self) -> usize {
+        self.calls.all.load(Ordering::Relaxed)
+    }
+
+    fn count(&self, kind: &AtomicUsize) {
+        kind.fetch_add(1, Ordering::Relaxed);
+        self.calls.all.fetch_add(1, Ordering::Relaxed);
+    }
+
     fn get(&self, buf: &mut [u8], offset: u64) {
         let bytes = self.bytes.lock().unwrap();
         let stored = bytes.get(offset as usize..).unwrap_or_default();
@@ -101,7 +119,7 @@ impl Memory {
 
 impl Storage for Memory {
     fn read_at(&self, bufs: &[VolatileSlice<'_>], mut offset: u64) -> io::Result<()> {
-        self.calls.reads.fetch_add(1, Ordering::Relaxed);
+        self.count(&self.calls.reads);
         for buf in bufs {
             let mut bytes = vec![0; buf.len()];
             self.get(&mut bytes, offset);
@@ -112,7 +130,7 @@ impl Storage for Memory {
     }
 
     fn write_at(&self, bufs: &[VolatileSlice<'_>], mut offset: u64) -> io::Result<()> {
-        self.calls.writes.fetch_add(1, Ordering::Relaxed);
+        self.count(&self.calls.writes);
         for buf in bufs {
             let mut bytes = vec![0; buf.len()];
             buf.copy_to(&mut bytes);
@@ -123,22 +141,25 @@ impl Storage for Memory {
     }
 
     fn read_bytes_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
-        self.calls.metadata_reads.fetch_add(1, Ordering::Relaxed);
+        self.count(&self.calls.metadata_reads);
         self.get(buf, offset);
         Ok(())
     }
 
     fn write_bytes_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        self.count(&self.calls.metadata_writes);
         self.put(buf, offset)
     }
 
     fn write_zeroes(&self, offset: u64, len: u64, _: bool) -> io::Result<()> {
+        self.calls.all.fetch_add(1, Ordering::Relaxed);
         let len = len.min(self.len().saturating_sub(offset));
         self.put(&vec![0; len as usize], offset)
     }
 
     /// Leaves something that nobody may take for data.
     fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.calls.all.fetch_add(1, Ordering::Relaxed);
         let len = len.min(self.len().saturating_sub(offset));
         self.put(&vec![0xdd; len as usize], offset)
     }
@@ -148,6 +169,7 @@ impl Storage for Memory {
     }
 
     fn sync(&self) -> io::Result<()> {
+        self.calls.all.fetch_add(1, Ordering::Relaxed);
         Ok(())
     }
 

@@ -1,11 +1,25 @@
-//! Locks that do not spread a panic, and the atomics of what the model checker examines.
+//! Locks that do not spread a panic, and the atomics of what the model checkers examine.
 
-/// The standard library's; those of the model checker `loom` in its tests (`cfg(loom)`).
-#[cfg(not(loom))]
-pub(crate) use std::sync::{Condvar, Mutex, MutexGuard, atomic};
+/// The standard library's; those of the model checkers in their tests: `loom` examines the small
+/// parts (`cfg(loom)`, `loom_tests` beside the code), `shuttle` the engine as a whole
+/// (`cfg(shuttle)`, `tests/model.rs`).
+#[cfg(not(any(loom, shuttle)))]
+pub(crate) use std::{
+    sync::{Condvar, Mutex, MutexGuard, atomic},
+    thread::sleep,
+};
 
 #[cfg(loom)]
-pub(crate) use loom::sync::{Condvar, Mutex, MutexGuard, atomic};
+pub(crate) use {
+    loom::sync::{Condvar, Mutex, MutexGuard, atomic},
+    std::thread::sleep,
+};
+
+#[cfg(shuttle)]
+pub(crate) use shuttle::{
+    sync::{Condvar, Mutex, MutexGuard, atomic},
+    thread::sleep,
+};
 
 use std::sync::PoisonError;
 

@@ -1,6 +1,7 @@
 //! Reads and writes of a qcow2 disk.
 
 use crate::sync::atomic::Ordering;
+use crate::sync::sleep;
 use std::time::Duration;
 
 use vm_memory::VolatileSlice;
@@ -247,7 +248,7 @@ impl Qcow2 {
             }
             self.write_back()?;
             if self.retired.returned() == returned {
-                std::thread::sleep(SPACE_POLL);
+                sleep(SPACE_POLL);
             }
         }
         Ok(true)

@@ -141,15 +141,15 @@ impl Qcow2 {
                 len,
             });
         }
-        loop {
-            if let Some(found) = self
-                .l2
-                .read(slice, |entries| self.scan(entries, offset, len))
-            {
-                return found.map_err(|bad| self.bad_entry(bad));
+        let scan = |entries: &[AtomicU64]| self.scan(entries, offset, len);
+        let found = match self.l2.read(slice, scan) {
+            Some(found) => found,
+            None => {
+                let fill = |words: &[AtomicU64]| self.fill_slice(slice, words);
+                self.retry_when_full(|| self.l2.load(slice, fill, scan))?
             }
-            self.load_slice(slice)?;
-        }
+        };
+        found.map_err(|bad| self.bad_entry(bad))
     }
 
     /// How the bytes from `offset` on are stored.
@@ -267,11 +267,7 @@ impl Qcow2 {
         self.image.invalid("l2_table entry", bad.entry, reason)
     }
 
-    /// Brings a slice of an existing L2 table into the cache.
-    fn load_slice(&self, slice: u64) -> Result<()> {
-        self.retry_when_full(|| self.l2.load(slice, |words| self.fill_slice(slice, words)))
-    }
-
+    /// Reads a slice of an existing L2 table.
     fn fill_slice(&self, slice: u64, words: &[AtomicU64]) -> Result<()> {
         let table = self.l1.get(self.geometry.slice_l1_index(slice)).offset();
         let mut bytes = [0; 4096];
@@ -285,13 +281,13 @@ impl Qcow2 {
     }
 
     /// Calls `attempt` until the cache has room for what it loads.
-    fn retry_when_full(
+    fn retry_when_full<R>(
         &self,
-        mut attempt: impl FnMut() -> std::result::Result<(), LoadError<Error>>,
-    ) -> Result<()> {
+        mut attempt: impl FnMut() -> std::result::Result<R, LoadError<Error>>,
+    ) -> Result<R> {
         loop {
             match attempt() {
-                Ok(()) => return Ok(()),
+                Ok(found) => return Ok(found),
                 Err(LoadError::Full) => self.write_back()?,
                 Err(LoadError::Read(e)) => return Err(e),
             }

@@ -5,96 +5,21 @@
     reason = "a test fails by panicking, in its helpers as well"
 )]
 
+#[allow(dead_code, reason = "each test uses a part of it")]
+mod common;
+
 use std::fs::{self, File};
-use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Condvar, Mutex};
-use std::thread;
+use std::sync::Arc;
 
+use common::gated::{Gate, Gated, during};
 use tandem_block::qcow2::{CreateOptions, OpenOptions, Qcow2, check, create};
 use tandem_block::{Disk, FileStorage, Storage};
 use tempfile::TempDir;
 use vm_memory::VolatileSlice;
 
 const CLUSTER: u64 = 64 << 10;
-
-/// A gate for the next transfer of guest data.
-#[derive(Debug, Default)]
-struct Gate {
-    state: Mutex<State>,
-    changed: Condvar,
-}
-
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-enum State {
-    #[default]
-    Open,
-    /// The next transfer will be held.
-    Armed,
-    /// A transfer is being held.
-    Holding,
-}
-
-impl Gate {
-    fn set(&self, state: State) {
-        *self.state.lock().unwrap() = state;
-        self.changed.notify_all();
-    }
-
-    fn wait_for(&self, wanted: State) {
-        let state = self.state.lock().unwrap();
-        drop(self.changed.wait_while(state, |s| *s != wanted).unwrap());
-    }
-
-    fn pass(&self) {
-        let mut state = self.state.lock().unwrap();
-        if *state == State::Armed {
-            *state = State::Holding;
-            self.changed.notify_all();
-            drop(self.changed.wait_while(state, |s| *s != State::Open));
-        }
-    }
-}
-
-/// A file with a gate before transfers of guest data.
-#[derive(Debug)]
-struct Gated {
-    file: FileStorage,
-    gate: Arc<Gate>,
-}
-
-impl Storage for Gated {
-    fn read_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> io::Result<()> {
-        self.gate.pass();
-        self.file.read_at(bufs, offset)
-    }
-    fn write_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> io::Result<()> {
-        self.gate.pass();
-        self.file.write_at(bufs, offset)
-    }
-    fn read_bytes_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
-        self.file.read_bytes_at(buf, offset)
-    }
-    fn write_bytes_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
-        self.file.write_bytes_at(buf, offset)
-    }
-    fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
-        self.file.write_zeroes(offset, len, unmap)
-    }
-    fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
-        self.file.discard(offset, len)
-    }
-    fn next_data(&self, offset: u64) -> io::Result<Option<u64>> {
-        self.file.next_data(offset)
-    }
-    fn sync(&self) -> io::Result<()> {
-        self.file.sync()
-    }
-    fn size(&self) -> io::Result<u64> {
-        self.file.size()
-    }
-}
 
 /// An image of 64 MiB, with its data in it or in the file `data` beside it.
 fn image(external: bool) -> (TempDir, PathBuf) {
@@ -112,10 +37,8 @@ fn image(external: bool) -> (TempDir, PathBuf) {
 fn open_gated(path: &Path) -> (Qcow2, Arc<Gate>) {
     let gate = Arc::new(Gate::default());
     let storage = |path: &Path| -> Box<dyn Storage> {
-        Box::new(Gated {
-            file: FileStorage::open(path, false).unwrap(),
-            gate: gate.clone(),
-        })
+        let file = FileStorage::open(path, false).unwrap();
+        Box::new(Gated::new(file, &gate))
     };
     let data = path.with_file_name("data");
     let data = data.exists().then(|| storage(&data));
@@ -139,19 +62,6 @@ fn read(disk: &dyn Disk, offset: u64, len: u64) -> Vec<u8> {
 fn assert_clean(path: &Path) {
     let report = check(path, &mut |finding| panic!("{}", finding.text)).unwrap();
     assert_eq!((report.leaks, report.corruptions), (0, 0));
-}
-
-/// Runs `request` on a thread of its own, and `meanwhile` while it waits between finding its
-/// cluster and the transfer; returns what the request did.
-fn during<R: Send>(gate: &Gate, request: impl FnOnce() -> R + Send, meanwhile: impl FnOnce()) -> R {
-    thread::scope(|scope| {
-        gate.set(State::Armed);
-        let request = scope.spawn(request);
-        gate.wait_for(State::Holding);
-        meanwhile();
-        gate.set(State::Open);
-        request.join().unwrap()
-    })
 }
 
 /// Discards the first cluster, and writes others that could take its place.

@@ -1,5 +1,7 @@
 //! Files in memory for tests of the engine.
 
+pub mod gated;
+
 use std::io;
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};

@@ -151,3 +151,27 @@ impl L1Table {
         });
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::FileStorage;
+    use std::path::Path;
+
+    /// A table that moves while another thread adds L2 tables must not lead to them: what maps
+    /// there is written before its data is synced, since nothing leads there.
+    #[test]
+    fn a_table_that_moves_leaves_out_new_entries() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(4096).unwrap();
+        let storage = FileStorage::new(file).unwrap();
+        let image = ImageFile::new(Box::new(storage), Path::new("image"));
+        let l1 = L1Table::open(&image, Geometry { cluster_bits: 9 }, 512, 8).unwrap();
+        l1.add_table(3, || Ok(1024)).unwrap();
+        assert_eq!(l1.on_disk(8), [0; 8]);
+        assert_eq!(l1.new_entries(), [(3, OnDisk::No)].into());
+        l1.write(&image, [3].into_iter()).unwrap();
+        let entry = L1Entry::new(1024).0;
+        assert_eq!(l1.on_disk(8), [0, 0, 0, entry, 0, 0, 0, 0]);
+    }
+}

@@ -3,11 +3,12 @@
 //! A request changes the data in the files, and the metadata in memory. Writing metadata back
 //! takes these steps, with a sync between one and the next; power may fail at any point:
 //!
-//! 1. **Guest data**, and with it counts of new clusters, new refcount blocks and new L2 tables:
-//!    nothing on disk leads to any of them yet. At worst clusters are leaked.
+//! 1. **Guest data**, and with it counts of new clusters, new refcount blocks and new L2 tables,
+//!    which are empty: nothing on disk leads to any of them yet. At worst clusters are leaked.
 //! 2. **Links of new refcount blocks**, whose content is on disk now.
-//! 3. **The mapping**: entries of L2 tables that the L1 table on disk leads to, and L1 entries of
-//!    new tables. The data behind each entry and the count of each cluster are on disk.
+//! 3. **The mapping**: entries of L2 tables, and L1 entries of new ones, in any order, since a new
+//!    table maps nothing before. The data behind each entry and the count of each cluster are on
+//!    disk.
 //!
 //! What step 3 writes is copied before step 1 syncs the data. An entry that another thread adds
 //! later waits for the next time, since its data may have missed the sync.
@@ -17,7 +18,6 @@
 
 use super::Qcow2;
 use super::cache::DirtySlice;
-use super::l1::OnDisk;
 use super::placement::Placement;
 use super::retired::Batch;
 use super::table;
@@ -62,19 +62,12 @@ impl Qcow2 {
 
     fn write_in_order(&self, slices: &[DirtySlice]) -> Result<()> {
         let tables = self.l1.new_entries();
-        let unreachable = |slice: &&DirtySlice| {
-            tables.get(&self.geometry.slice_l1_index(slice.slice)) == Some(&OnDisk::No)
-        };
         let internal = matches!(self.placement, Placement::Internal);
         if !internal {
             self.data().sync()?;
         }
         // After the copy of the mapping: every cluster in it is counted.
         let counts = self.refcounts()?.write_counts(&self.image)?;
-        slices
-            .iter()
-            .filter(unreachable)
-            .try_for_each(|slice| self.write_slice(slice))?;
         if internal || counts.sync || !tables.is_empty() {
             self.image.sync()?;
         }
@@ -86,11 +79,12 @@ impl Qcow2 {
         if slices.is_empty() && tables.is_empty() {
             return Ok(());
         }
-        let mut reachable = slices.iter().filter(|slice| !unreachable(slice));
-        reachable.try_for_each(|slice| self.write_slice(slice))?;
-        self.l1.write(&self.image, tables.keys().copied())?;
+        slices
+            .iter()
+            .try_for_each(|slice| self.write_slice(slice))?;
+        self.l1.write(&self.image, &tables)?;
         self.image.sync()?;
-        self.l1.written(tables.keys().copied());
+        self.l1.written(&tables);
         Ok(())
     }
 

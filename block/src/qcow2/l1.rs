@@ -2,7 +2,7 @@
 
 use crate::sync::Mutex;
 use crate::sync::atomic::{AtomicU64, Ordering};
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 
 use super::entry::L1Entry;
 use super::geometry::{ENTRY_SIZE, Geometry};
@@ -21,16 +21,7 @@ pub(crate) struct L1Table {
     size: AtomicU64,
     entries: Words,
     /// Entries that name a new L2 table and are not known to be on disk.
-    new: Mutex<BTreeMap<usize, OnDisk>>,
-}
-
-/// Whether an entry that is being added may be in the L1 table on disk.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum OnDisk {
-    /// It has never been written: nothing on disk leads to its L2 table.
-    No,
-    /// Writing it was begun and not confirmed.
-    Maybe,
+    new: Mutex<BTreeSet<usize>>,
 }
 
 impl L1Table {
@@ -90,31 +81,23 @@ impl L1Table {
         let mut new = lock(&self.new);
         if self.get(index).offset() == 0 {
             let entry = L1Entry::new(allocate()?);
-            new.insert(index, OnDisk::No);
+            new.insert(index);
             self.entries.make(index).store(entry.0, Ordering::Release);
         }
         Ok(())
     }
 
     /// The entries that are not known to be on disk.
-    pub fn new_entries(&self) -> BTreeMap<usize, OnDisk> {
+    pub fn new_entries(&self) -> BTreeSet<usize> {
         lock(&self.new).clone()
     }
 
-    /// Writes `indices`, without waiting for the disk.
-    pub fn write(
-        &self,
-        image: &ImageFile,
-        indices: impl Iterator<Item = usize> + Clone,
-    ) -> Result<()> {
-        {
-            let mut new = lock(&self.new);
-            new.extend(indices.clone().map(|index| (index, OnDisk::Maybe)));
-        }
+    /// Writes the entries at `indices`, without waiting for the disk.
+    pub fn write(&self, image: &ImageFile, indices: &BTreeSet<usize>) -> Result<()> {
         let offset = self.offset.load(Ordering::Relaxed);
         for index in indices {
-            let at = offset + index as u64 * ENTRY_SIZE;
-            image.write_bytes_at(&self.get(index).0.to_be_bytes(), at)?;
+            let at = offset + *index as u64 * ENTRY_SIZE;
+            image.write_bytes_at(&self.get(*index).0.to_be_bytes(), at)?;
         }
         Ok(())
     }
@@ -125,16 +108,9 @@ impl L1Table {
         (self.offset.load(Ordering::Relaxed), size)
     }
 
-    /// The first `count` entries as they may be on disk now: without those that lead to L2 tables
-    /// of which nothing may be there yet.
-    pub fn on_disk(&self, count: u64) -> Vec<u64> {
-        let new = lock(&self.new);
-        (0..count as usize)
-            .map(|index| match new.get(&index) {
-                Some(OnDisk::No) => 0,
-                _ => self.get(index).0,
-            })
-            .collect()
+    /// The first `count` entries.
+    pub fn entries(&self, count: u64) -> impl Iterator<Item = u64> + '_ {
+        (0..count as usize).map(|index| self.get(index).0)
     }
 
     /// The table on disk has `size` entries at `offset` from now on. Write-back is locked out.
@@ -143,35 +119,8 @@ impl L1Table {
         self.size.store(size, Ordering::Relaxed);
     }
 
-    /// `indices` are on disk.
-    pub fn written(&self, indices: impl Iterator<Item = usize>) {
-        let mut new = lock(&self.new);
-        indices.for_each(|index| {
-            new.remove(&index);
-        });
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::FileStorage;
-    use std::path::Path;
-
-    /// A table that moves while another thread adds L2 tables must not lead to them: what maps
-    /// there is written before its data is synced, since nothing leads there.
-    #[test]
-    fn a_table_that_moves_leaves_out_new_entries() {
-        let file = tempfile::tempfile().unwrap();
-        file.set_len(4096).unwrap();
-        let storage = FileStorage::new(file).unwrap();
-        let image = ImageFile::new(Box::new(storage), Path::new("image"));
-        let l1 = L1Table::open(&image, Geometry { cluster_bits: 9 }, 512, 8).unwrap();
-        l1.add_table(3, || Ok(1024)).unwrap();
-        assert_eq!(l1.on_disk(8), [0; 8]);
-        assert_eq!(l1.new_entries(), [(3, OnDisk::No)].into());
-        l1.write(&image, [3].into_iter()).unwrap();
-        let entry = L1Entry::new(1024).0;
-        assert_eq!(l1.on_disk(8), [0, 0, 0, entry, 0, 0, 0, 0]);
+    /// The entries at `indices` are on disk.
+    pub fn written(&self, indices: &BTreeSet<usize>) {
+        lock(&self.new).retain(|index| !indices.contains(index));
     }
 }

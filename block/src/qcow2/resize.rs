@@ -213,7 +213,7 @@ impl Qcow2 {
     }
 
     fn switch_l1_table(&self, offset: u64, size: u64) -> Result<()> {
-        let mut entries = self.l1.on_disk(size);
+        let mut entries: Vec<u64> = self.l1.entries(size).collect();
         let per_cluster = (self.geometry.cluster_size() / ENTRY_SIZE) as usize;
         entries.resize(entries.len().next_multiple_of(per_cluster), 0);
         self.image.write_bytes_at(&table::encode(entries), offset)?;

@@ -11,8 +11,15 @@ use crate::sync::{Condvar, Mutex, lock};
 /// until after the change, data I/O included. Requests to other clusters do not wait.
 #[derive(Default)]
 pub(crate) struct RangeLocks {
-    held: Mutex<Vec<Range<u64>>>,
+    state: Mutex<State>,
     released: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    held: Vec<Range<u64>>,
+    /// Threads that wait: to wake none is a system call, too.
+    waiting: usize,
 }
 
 /// A range held by the current thread until dropped.
@@ -25,29 +32,35 @@ impl RangeLocks {
     /// Waits until nobody holds a cluster of `range`, and takes it. A thread holds one range at a
     /// time.
     pub fn lock(&self, range: Range<u64>) -> RangeGuard<'_> {
-        let mut held = lock(&self.held);
-        while held
+        let mut state = lock(&self.state);
+        while state
+            .held
             .iter()
             .any(|r| r.start < range.end && range.start < r.end)
         {
-            held = self
+            state.waiting += 1;
+            state = self
                 .released
-                .wait(held)
+                .wait(state)
                 .unwrap_or_else(PoisonError::into_inner);
+            state.waiting -= 1;
         }
-        held.push(range.clone());
+        state.held.push(range.clone());
         RangeGuard { locks: self, range }
     }
 }
 
 impl Drop for RangeGuard<'_> {
     fn drop(&mut self) {
-        let mut held = lock(&self.locks.held);
-        if let Some(i) = held.iter().position(|r| *r == self.range) {
-            held.swap_remove(i);
+        let mut state = lock(&self.locks.state);
+        if let Some(i) = state.held.iter().position(|r| *r == self.range) {
+            state.held.swap_remove(i);
         }
-        drop(held);
-        self.locks.released.notify_all();
+        let is_awaited = state.waiting > 0;
+        drop(state);
+        if is_awaited {
+            self.locks.released.notify_all();
+        }
     }
 }
 
@@ -73,7 +86,7 @@ mod tests {
             drop(first);
         });
         assert!(second.load(Ordering::SeqCst));
-        assert_eq!(lock(&locks.held).len(), 1);
+        assert_eq!(lock(&locks.state).held.len(), 1);
     }
 }
 

@@ -352,6 +352,10 @@ fn qcow2_options(
         },
         preallocation,
         lazy_refcounts: options.is_on("lazy_refcounts"),
+        refcount_bits: options
+            .number("refcount_bits")
+            .and_then(|bits| bits.try_into().ok())
+            .unwrap_or(u32::MAX),
     })
 }
 
@@ -391,9 +395,6 @@ fn refuse_features(options: &Options, version: u32, cluster_size: u64) -> Result
     }
     if extended_l2 {
         return later("extended L2 entries");
-    }
-    if refcount_bits != 16 {
-        return later("refcounts of a width other than 16 bits");
     }
     Ok(())
 }

@@ -115,8 +115,10 @@ impl Refcounts {
     fn write_blocks(&self, image: &ImageFile, first: u64, count: u64, used: u64) -> Result<()> {
         let per_block = self.counts_per_block();
         for block in 0..count {
-            let counts = (0..per_block).map(|i| u16::from(block * per_block + i < used));
-            let bytes: Vec<u8> = counts.flat_map(u16::to_be_bytes).collect();
+            let mut bytes = vec![0; self.geometry.cluster_size() as usize];
+            for index in 0..used.saturating_sub(block * per_block).min(per_block) {
+                self.width.set(&mut bytes, index as usize, 1);
+            }
             image.write_bytes_at(&bytes, (first + block) << self.geometry.cluster_bits)?;
         }
         Ok(())

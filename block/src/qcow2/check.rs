@@ -11,6 +11,7 @@ use super::counters::Counters;
 use super::entry::{Cluster, L1Entry, L2Entry};
 use super::geometry::ENTRY_SIZE;
 use super::header::Header;
+use super::refcount_width::RefcountWidth;
 use super::{DataFileLayout, packed, policy, table};
 use crate::{Error, FileStorage, Result, Storage};
 
@@ -62,7 +63,7 @@ const MAX_CLUSTERS: u64 = i32::MAX as u64;
 
 /// An L2 table that is referred to more often is not looked at any more: a sound image refers to
 /// each once, and a small bad one must not be able to ask for endless work.
-const MAX_REPEATS: u16 = 1024;
+const MAX_REPEATS: u64 = 1024;
 
 /// Checks the image at `path`, and passes on each thing that is wrong as it is found.
 ///
@@ -156,9 +157,9 @@ impl<'a> Check<'a> {
             l1_table: Vec::new(),
             refcount_table: Vec::new(),
             clusters,
-            references: Counters::default(),
-            data_references: Counters::default(),
-            refcounts: Counters::default(),
+            references: Counters::new(header.refcount_width()),
+            data_references: Counters::new(RefcountWidth { order: 0 }),
+            refcounts: Counters::new(header.refcount_width()),
         };
         check.report.total_clusters = header.disk_size().div_ceil(header.cluster_size());
         check.l1_table = check.read_table(header.l1_table_offset, header.l1_size.into())?;
@@ -181,6 +182,13 @@ impl<'a> Check<'a> {
         let mut bytes = vec![0; (stored * ENTRY_SIZE) as usize];
         self.read(&mut bytes, offset)?;
         Ok(table::decode(&bytes).collect())
+    }
+
+    /// Reads the refcount block at `offset`.
+    fn read_block(&self, offset: u64) -> Result<Vec<u8>> {
+        let mut block = vec![0; self.header.cluster_size() as usize];
+        self.read(&mut block, offset)?;
+        Ok(block)
     }
 
     fn read(&self, buf: &mut [u8], offset: u64) -> Result<()> {
@@ -407,6 +415,7 @@ impl<'a> Check<'a> {
     }
 
     fn compare_refcounts(&mut self) -> Result<()> {
+        let width = self.header.refcount_width();
         let per_block = self.refcounts_per_block();
         let mut last_used = 0;
         let mut block = Vec::new();
@@ -419,10 +428,13 @@ impl<'a> Check<'a> {
             if cluster % per_block == 0 {
                 block = match offset {
                     0 => Vec::new(),
-                    offset => self.read_table(offset, self.header.cluster_size() / 8)?,
+                    offset => self.read_block(offset)?,
                 };
             }
-            let refcount = refcount_in(&block, cluster % per_block);
+            let refcount = match block.is_empty() {
+                true => 0,
+                false => width.get(&block, (cluster % per_block) as usize),
+            };
             let references = self.references.get(cluster);
             self.refcounts.set(cluster, refcount);
             if refcount > 0 || references > 0 {
@@ -434,7 +446,7 @@ impl<'a> Check<'a> {
         Ok(())
     }
 
-    fn compare(&mut self, cluster: u64, refcount: u16, references: u16) {
+    fn compare(&mut self, cluster: u64, refcount: u64, references: u64) {
         let (kind, word) = match refcount.cmp(&references) {
             std::cmp::Ordering::Equal => return,
             std::cmp::Ordering::Less => (FindingKind::Corruption, "ERROR"),
@@ -455,20 +467,20 @@ impl<'a> Check<'a> {
     }
 
     fn refcounts_per_block(&self) -> u64 {
-        self.header.cluster_size() / 2
+        let width = self.header.refcount_width();
+        width.count_in(self.header.cluster_size())
     }
 
     /// The refcount of the cluster at `offset` according to the image; `None` if it is unreadable.
-    fn refcount_at(&self, offset: u64) -> Option<u16> {
+    fn refcount_at(&self, offset: u64) -> Option<u64> {
         let cluster = self.cluster_of(offset);
         let block = self.refcount_block_of(cluster)?;
         if block == 0 || cluster < self.clusters {
             return Some(self.refcounts.get(cluster));
         }
-        let mut refcount = [0; 2];
-        let at = block.checked_add(cluster % self.refcounts_per_block() * 2)?;
-        self.read(&mut refcount, at).ok()?;
-        Some(u16::from_be_bytes(refcount))
+        let index = (cluster % self.refcounts_per_block()) as usize;
+        let block = self.read_block(block).ok()?;
+        Some(self.header.refcount_width().get(&block, index))
     }
 
     fn check_copied_flags(&mut self) -> Result<()> {
@@ -509,12 +521,6 @@ impl<'a> Check<'a> {
             }
         }
     }
-}
-
-/// Refcount `i` of a block that was read as big-endian words; 0 past its end.
-fn refcount_in(block: &[u64], i: u64) -> u16 {
-    let word = block.get((i / 4) as usize).copied().unwrap_or_default();
-    (word >> (48 - 16 * (i % 4))) as u16
 }
 
 #[cfg(test)]

@@ -23,6 +23,8 @@ use super::header::{
     incompatible,
 };
 use super::policy::is_same_file;
+use super::refcount_width::RefcountWidth;
+use super::table::TableWriter;
 use crate::new_file::{NewFile, Preallocation};
 use crate::{Error, Result};
 
@@ -47,6 +49,8 @@ pub struct CreateOptions {
     pub preallocation: Preallocation,
     /// Allows a writer to postpone refcount updates.
     pub lazy_refcounts: bool,
+    /// Width of a refcount in bits: a power of two from 1 to 64, 16 in version 2.
+    pub refcount_bits: u32,
 }
 
 impl Default for CreateOptions {
@@ -60,14 +64,10 @@ impl Default for CreateOptions {
             data_file_layout: DataFileLayout::Standard,
             preallocation: Preallocation::Off,
             lazy_refcounts: false,
+            refcount_bits: 16,
         }
     }
 }
-
-/// Bits of a refcount as a power of two.
-const REFCOUNT_ORDER: u32 = 4;
-/// Tables are written in pieces of this many bytes.
-const PIECE: usize = 1 << 20;
 
 /// Creates the image `path`, and its data file if there is to be one.
 ///
@@ -109,6 +109,7 @@ pub fn create(path: &Path, options: &CreateOptions) -> Result<()> {
 #[derive(Debug)]
 struct Layout {
     geometry: Geometry,
+    width: RefcountWidth,
     /// Of the disk.
     size: u64,
     external: bool,
@@ -139,6 +140,9 @@ impl Layout {
         let geometry = Geometry {
             cluster_bits: cluster_size.trailing_zeros(),
         };
+        let width = RefcountWidth {
+            order: options.refcount_bits.trailing_zeros(),
+        };
         let l1_size = geometry.l1_entries(size);
         if l1_size > MAX_L1_SIZE / ENTRY_SIZE || (external && size > MAX_OFFSET) {
             return Err(too_large());
@@ -152,7 +156,8 @@ impl Layout {
             0
         };
         let other = 1 + l1_clusters + l2_tables + data_clusters;
-        let (refcount_table_clusters, refcount_blocks) = refcount_clusters(other, cluster_size);
+        let (refcount_table_clusters, refcount_blocks) =
+            refcount_clusters(other, cluster_size, width);
         let clusters = other + refcount_table_clusters + refcount_blocks;
         if refcount_table_clusters * cluster_size > MAX_REFCOUNT_TABLE_SIZE
             || clusters > MAX_OFFSET / cluster_size
@@ -163,6 +168,7 @@ impl Layout {
         let end = clusters * cluster_size;
         Ok(Self {
             geometry,
+            width,
             size,
             external,
             packed: options.data_file_layout == DataFileLayout::Packed,
@@ -201,7 +207,7 @@ impl Layout {
                 | flag(self.packed, incompatible::PACKED),
             compatible_features: flag(options.lazy_refcounts, compatible::LAZY_REFCOUNTS),
             autoclear_features: flag(options.data_file_raw, autoclear::DATA_FILE_RAW),
-            refcount_order: REFCOUNT_ORDER,
+            refcount_order: self.width.order,
             header_length: 0,
             compression_type: 0,
             unknown_fields: Vec::new(),
@@ -234,18 +240,25 @@ impl Layout {
         let blocks_offset = (1 + self.refcount_table_clusters) * cluster_size;
         let mut table = TableWriter::new(file, cluster_size);
         for i in 0..self.refcount_blocks {
-            table.push((blocks_offset + i * cluster_size).to_be_bytes())?;
+            table.push(&(blocks_offset + i * cluster_size).to_be_bytes())?;
         }
         table.end_at(blocks_offset)?;
-        for _ in 0..self.clusters {
-            table.push(1u16.to_be_bytes())?;
+        // Eight refcounts are whole bytes in any width.
+        let mut counts = [0; 64];
+        (0..8).for_each(|index| self.width.set(&mut counts, index, 1));
+        let eight = &counts[..self.width.bytes_for(8) as usize];
+        for _ in 0..self.clusters / 8 {
+            table.push(eight)?;
         }
+        let rest = self.clusters % 8;
+        (rest..8).for_each(|index| self.width.set(&mut counts, index as usize, 0));
+        table.push(&counts[..self.width.bytes_for(rest) as usize])?;
         table.end_at(self.l1_offset)?;
         if !self.mapped {
             return Ok(());
         }
         for i in 0..self.l1_size {
-            table.push(L1Entry::new(self.l2_table(i)).0.to_be_bytes())?;
+            table.push(&L1Entry::new(self.l2_table(i)).0.to_be_bytes())?;
         }
         table.end()?;
         for i in 0..self.l1_size {
@@ -273,7 +286,7 @@ impl Layout {
         };
         let mut writer = TableWriter::new(file, table);
         for k in 0..count {
-            writer.push(L2Entry::normal(data + k * g.cluster_size()).0.to_be_bytes())?;
+            writer.push(&L2Entry::normal(data + k * g.cluster_size()).0.to_be_bytes())?;
         }
         writer.end_at(table + g.cluster_size())
     }
@@ -291,6 +304,15 @@ fn check_options(options: &CreateOptions) -> Result<()> {
         3 => false,
         _ => return wrong("The version must be 2 or 3"),
     };
+    if options.refcount_bits > 64 || !options.refcount_bits.is_power_of_two() {
+        return wrong("Refcount width must be a power of two and may not exceed 64 bits");
+    }
+    if options.refcount_bits != 16 && is_v2 {
+        return wrong(
+            "Different refcount widths than 16 bits require compatibility level 1.1 or above \
+             (use version=v3 or greater)",
+        );
+    }
     if options.lazy_refcounts && is_v2 {
         return wrong(
             "Lazy refcounts only supported with compatibility level 1.1 and above \
@@ -347,8 +369,8 @@ fn too_large() -> Error {
 }
 
 /// Clusters of the refcount table, and refcount blocks, that count `other` clusters and themselves.
-fn refcount_clusters(other: u64, cluster_size: u64) -> (u64, u64) {
-    let per_block = (cluster_size * 8) >> REFCOUNT_ORDER;
+fn refcount_clusters(other: u64, cluster_size: u64, width: RefcountWidth) -> (u64, u64) {
+    let per_block = width.count_in(cluster_size);
     let (mut table, mut blocks) = (1, 1);
     loop {
         let needed_blocks = (other + table + blocks).div_ceil(per_block);
@@ -357,46 +379,6 @@ fn refcount_clusters(other: u64, cluster_size: u64) -> (u64, u64) {
             return (table, blocks);
         }
         (table, blocks) = (needed_table, needed_blocks);
-    }
-}
-
-/// Writes the entries of tables one after another, in large pieces.
-struct TableWriter<'a> {
-    file: &'a File,
-    /// Where `piece` goes.
-    offset: u64,
-    piece: Vec<u8>,
-}
-
-impl<'a> TableWriter<'a> {
-    fn new(file: &'a File, offset: u64) -> Self {
-        Self {
-            file,
-            offset,
-            piece: Vec::new(),
-        }
-    }
-
-    fn push<const N: usize>(&mut self, entry: [u8; N]) -> io::Result<()> {
-        self.piece.extend_from_slice(&entry);
-        if self.piece.len() >= PIECE {
-            self.end()
-        } else {
-            Ok(())
-        }
-    }
-
-    fn end(&mut self) -> io::Result<()> {
-        self.file.write_all_at(&self.piece, self.offset)?;
-        self.offset += self.piece.len() as u64;
-        self.piece.clear();
-        Ok(())
-    }
-
-    /// Fills up with zeros to `offset`, which ends a cluster.
-    fn end_at(&mut self, offset: u64) -> io::Result<()> {
-        self.piece.resize((offset - self.offset) as usize, 0);
-        self.end()
     }
 }
 
@@ -592,10 +574,12 @@ mod tests {
         fn refcount_structures_count_themselves(
             other in prop_oneof![1u64..3000, 1u64..1 << 40],
             bits in 9u32..=21,
+            order in 0u32..=6,
         ) {
             let cluster_size = 1 << bits;
-            let per_block = cluster_size / 2;
-            let (table, blocks) = refcount_clusters(other, cluster_size);
+            let width = RefcountWidth { order };
+            let per_block = width.count_in(cluster_size);
+            let (table, blocks) = refcount_clusters(other, cluster_size, width);
             prop_assert!(blocks * per_block >= other + table + blocks);
             prop_assert!(table * cluster_size / 8 >= blocks);
             prop_assert!((blocks - 1) * per_block < other + table + blocks);
@@ -607,8 +591,10 @@ mod tests {
             bits in 9u32..=21,
             external: bool,
             mapped: bool,
+            order in 0u32..=6,
         ) {
             let options = CreateOptions {
+                refcount_bits: 1 << order,
                 cluster_size: 1 << bits,
                 data_file: external.then(|| "data".into()),
                 preallocation: if mapped { Preallocation::Metadata } else { Preallocation::Off },

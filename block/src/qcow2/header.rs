@@ -7,6 +7,7 @@ use zerocopy::IntoBytes;
 use super::DataFileLayout;
 use super::extension::{Extensions, FeatureNames};
 use super::parse::{LENGTH_V2, LENGTH_V3, Layout, MAGIC, Purpose};
+use super::refcount_width::RefcountWidth;
 use crate::{Error, Result, Storage};
 
 /// The smallest and the largest cluster that an image may have, as powers of two.
@@ -190,6 +191,13 @@ impl Header {
         self.size & !511
     }
 
+    /// Width of a refcount.
+    pub fn refcount_width(&self) -> RefcountWidth {
+        RefcountWidth {
+            order: self.refcount_order,
+        }
+    }
+
     /// Bytes in an L2 entry.
     pub fn l2_entry_size(&self) -> u64 {
         if self.has_extended_l2() { 16 } else { 8 }
@@ -257,10 +265,6 @@ impl Header {
             (has(incompatible::COMPRESSION), "compression type"),
             (has(incompatible::EXTENDED_L2), "extended L2 entries"),
             (self.crypt_method != 0, "encryption"),
-            (
-                self.refcount_order != 4,
-                "refcounts of a width other than 16 bits",
-            ),
             (
                 self.nb_snapshots != 0 && !read_only,
                 "writing with internal snapshots",

@@ -4,7 +4,7 @@
 //!
 //! | module | what it knows |
 //! | --- | --- |
-//! | `header`, `parse`, `extension`, `entry`, `table` | the format on disk |
+//! | `header`, `parse`, `extension`, `entry`, `table`, `refcount_width` | the format on disk |
 //! | `policy` | which data file an image may name |
 //! | `open` | from files to a [`Qcow2`] |
 //! | `mapping` | guest offset → place, and changing it |
@@ -58,6 +58,7 @@ mod placement;
 mod policy;
 mod ranges;
 mod refcount;
+mod refcount_width;
 mod requests;
 mod reserved;
 mod resize;

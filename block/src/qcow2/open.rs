@@ -166,7 +166,7 @@ fn open_refcounts(
         header.refcount_table_offset,
         u64::from(header.refcount_table_clusters),
     );
-    let mut refcounts = Refcounts::open(image, geometry, table, clusters)?;
+    let mut refcounts = Refcounts::open(image, geometry, header.refcount_width(), table, clusters)?;
     let l1_size = u64::from(header.l1_size) * ENTRY_SIZE;
     let l1_clusters = l1_size.div_ceil(geometry.cluster_size());
     let mut reserved = Reserved::new(geometry.cluster_bits);

@@ -10,13 +10,11 @@ use std::collections::HashMap;
 use super::free_map::FreeMap;
 use super::geometry::{ENTRY_SIZE, Geometry};
 use super::header::MAX_OFFSET;
+use super::refcount_width::RefcountWidth;
 use super::reserved::Reserved;
 use super::table;
 use crate::Result;
 use crate::file::ImageFile;
-
-/// Refcounts are 16 bits wide (`refcount_order` 4).
-const COUNT_SIZE: u64 = 2;
 
 /// Refcount slices kept in memory, of up to 4 KiB each.
 const MAX_SLICES: usize = 64;
@@ -28,6 +26,7 @@ const MAX_SLICES: usize = 64;
 /// cluster that a slice in memory counts.
 pub(crate) struct Refcounts {
     pub(super) geometry: Geometry,
+    pub(super) width: RefcountWidth,
     pub(super) table_offset: u64,
     pub(super) table_clusters: u64,
     /// Offsets of the refcount blocks; 0 where there is none and all counts are zero.
@@ -59,7 +58,8 @@ pub(crate) struct Barrier {
 }
 
 pub(super) struct Slice {
-    counts: Box<[u16]>,
+    /// As on disk.
+    counts: Box<[u8]>,
     /// Indices of those that are zero and whose clusters the file can have.
     pub(super) free: FreeMap,
     dirty: bool,
@@ -74,6 +74,7 @@ impl Refcounts {
     pub fn open(
         image: &ImageFile,
         geometry: Geometry,
+        width: RefcountWidth,
         table_offset: u64,
         table_clusters: u64,
     ) -> Result<Self> {
@@ -88,6 +89,7 @@ impl Refcounts {
         }
         Ok(Self {
             geometry,
+            width,
             table_offset,
             table_clusters,
             table,
@@ -202,8 +204,7 @@ impl Refcounts {
     fn write_slice(&mut self, image: &ImageFile, number: u64) -> Result<()> {
         let at = self.slice_position(number);
         if let Some(slice) = self.slices.get_mut(&number) {
-            let bytes: Vec<u8> = slice.counts.iter().flat_map(|c| c.to_be_bytes()).collect();
-            image.write_bytes_at(&bytes, at)?;
+            image.write_bytes_at(&slice.counts, at)?;
             slice.dirty = false;
             self.written = true;
         }
@@ -211,22 +212,24 @@ impl Refcounts {
     }
 
     /// How often `cluster`, which can be anything, is used.
-    pub(super) fn count(&mut self, image: &ImageFile, cluster: u64) -> Result<u16> {
+    pub(super) fn count(&mut self, image: &ImageFile, cluster: u64) -> Result<u64> {
         let block = (cluster / self.counts_per_block()) as usize;
         if self.table.get(block).is_none_or(|offset| *offset == 0) {
             return Ok(0);
         }
         let index = (cluster % self.counts_per_slice()) as usize;
-        Ok(self.slice(image, cluster)?.counts[index])
+        let width = self.width;
+        Ok(width.get(&self.slice(image, cluster)?.counts, index))
     }
 
-    /// Sets the refcount of `cluster`, whose block exists.
-    pub(super) fn set_count(&mut self, image: &ImageFile, cluster: u64, count: u16) -> Result<()> {
+    /// Sets the refcount of `cluster`, whose block exists, to one that it can have.
+    pub(super) fn set_count(&mut self, image: &ImageFile, cluster: u64, count: u64) -> Result<()> {
         let number = cluster / self.counts_per_slice();
         let index = (cluster % self.counts_per_slice()) as usize;
+        let width = self.width;
         let slice = self.slice(image, cluster)?;
         slice.dirty = true;
-        slice.counts[index] = count;
+        width.set(&mut slice.counts, index, count);
         if count != 0 {
             slice.free.remove(index);
         } else {
@@ -256,23 +259,17 @@ impl Refcounts {
     }
 
     fn read_slice(&self, image: &ImageFile, number: u64) -> Result<Slice> {
-        let mut bytes = vec![0; self.geometry.slice_size() as usize];
-        image.read_bytes_at(&mut bytes, self.slice_position(number))?;
-        let counts: Box<[u16]> = bytes
-            .as_chunks()
-            .0
-            .iter()
-            .map(|c| u16::from_be_bytes(*c))
-            .collect();
+        let mut counts = vec![0; self.geometry.slice_size() as usize].into_boxed_slice();
+        image.read_bytes_at(&mut counts, self.slice_position(number))?;
         let first = number * self.counts_per_slice();
         self.reserved
             .check(image, first..first + self.counts_per_slice(), |cluster| {
-                counts[(cluster - first) as usize] != 0
+                self.width.get(&counts, (cluster - first) as usize) != 0
             })?;
         let mut free = FreeMap::default();
-        let room = self.end.saturating_sub(first) as usize;
-        for (index, count) in counts.iter().enumerate().take(room) {
-            if *count == 0 {
+        let room = self.end.saturating_sub(first).min(self.counts_per_slice());
+        for index in 0..room as usize {
+            if self.width.get(&counts, index) == 0 {
                 free.insert(index);
             }
         }
@@ -306,10 +303,10 @@ impl Refcounts {
     }
 
     pub(super) fn counts_per_slice(&self) -> u64 {
-        self.geometry.slice_size() / COUNT_SIZE
+        self.width.count_in(self.geometry.slice_size())
     }
 
     pub(super) fn counts_per_block(&self) -> u64 {
-        self.geometry.cluster_size() / COUNT_SIZE
+        self.width.count_in(self.geometry.cluster_size())
     }
 }

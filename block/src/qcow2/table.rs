@@ -1,5 +1,9 @@
 //! Tables of big-endian 64-bit entries on disk.
 
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+
 use super::geometry::ENTRY_SIZE;
 use crate::Result;
 use crate::file::ImageFile;
@@ -48,4 +52,50 @@ pub(crate) fn decode(bytes: &[u8]) -> impl Iterator<Item = u64> + '_ {
 /// The bytes of `entries` on disk.
 pub(crate) fn encode(entries: impl IntoIterator<Item = u64>) -> Vec<u8> {
     entries.into_iter().flat_map(u64::to_be_bytes).collect()
+}
+
+/// Pieces in which [`TableWriter`] writes.
+const PIECE: usize = 1 << 20;
+
+/// Writes the entries of tables one after another, in large pieces.
+pub(crate) struct TableWriter<'a> {
+    file: &'a File,
+    /// Where `piece` goes.
+    offset: u64,
+    piece: Vec<u8>,
+}
+
+impl<'a> TableWriter<'a> {
+    /// The first entry goes to `offset` of `file`.
+    pub fn new(file: &'a File, offset: u64) -> Self {
+        Self {
+            file,
+            offset,
+            piece: Vec::new(),
+        }
+    }
+
+    /// Adds `entry`.
+    pub fn push(&mut self, entry: &[u8]) -> io::Result<()> {
+        self.piece.extend_from_slice(entry);
+        if self.piece.len() >= PIECE {
+            self.end()
+        } else {
+            Ok(())
+        }
+    }
+
+    /// Writes what has been added.
+    pub fn end(&mut self) -> io::Result<()> {
+        self.file.write_all_at(&self.piece, self.offset)?;
+        self.offset += self.piece.len() as u64;
+        self.piece.clear();
+        Ok(())
+    }
+
+    /// Fills up with zeros to `offset`, which ends a cluster.
+    pub fn end_at(&mut self, offset: u64) -> io::Result<()> {
+        self.piece.resize((offset - self.offset) as usize, 0);
+        self.end()
+    }
 }

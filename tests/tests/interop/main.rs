@@ -11,3 +11,4 @@ mod refusals;
 mod resize;
 mod shapes;
 mod threads;
+mod widths;

@@ -28,9 +28,14 @@ pub struct Image {
 impl Image {
     /// An image made by `qemu-img create`.
     pub fn create(kind: Kind, cluster_size: u64, size: u64) -> Self {
+        Self::with_options(kind, cluster_size, size, "")
+    }
+
+    /// As [`create`](Self::create), with more options, each behind a comma.
+    pub fn with_options(kind: Kind, cluster_size: u64, size: u64, more: &str) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let data = dir.path().join("disk.raw");
-        let mut options = format!("cluster_size={cluster_size}");
+        let mut options = format!("cluster_size={cluster_size}{more}");
         match kind {
             Kind::Internal => {}
             Kind::InternalV2 => options += ",compat=0.10",

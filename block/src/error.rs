@@ -89,6 +89,16 @@ pub enum Error {
         file: PathBuf,
     },
 
+    /// The image has turned out to be damaged, and is written to no more.
+    #[error(
+        "'{}' is marked as corrupt; close it and repair it: qemu-img check -r all",
+        file.display()
+    )]
+    Corrupt {
+        /// The image.
+        file: PathBuf,
+    },
+
     /// An option that was given when creating an image is not acceptable.
     #[error("{0}")]
     Option(String),

@@ -7,6 +7,7 @@
 use super::geometry::ENTRY_SIZE;
 use super::header::MAX_REFCOUNT_TABLE_SIZE;
 use super::refcount::Refcounts;
+use super::reserved::Field;
 use super::table;
 use crate::Result;
 use crate::file::ImageFile;
@@ -62,13 +63,26 @@ impl Refcounts {
         })
     }
 
-    /// Takes `count` free clusters in a row, and returns the offset of the first.
-    pub fn allocate_row(&mut self, image: &ImageFile, count: u64) -> Result<u64> {
+    /// Takes `count` free clusters in a row for what `field` will lead to, and returns the offset
+    /// of the first.
+    pub fn allocate_metadata(
+        &mut self,
+        image: &ImageFile,
+        field: Field,
+        count: u64,
+    ) -> Result<Allocation> {
+        let place = self.allocate_row(image, count)?;
+        let first = self.geometry.cluster(place.offset);
+        self.reserved.insert(field, first, count);
+        Ok(place)
+    }
+
+    fn allocate_row(&mut self, image: &ImageFile, count: u64) -> Result<Allocation> {
         let mut short: Vec<Allocation> = Vec::new();
         let mut found = None;
         while found.is_none() && short.len() < ROW_ATTEMPTS {
             match self.allocate(image, None, count) {
-                Ok(place) if place.clusters == count => found = Some(Ok(place.offset)),
+                Ok(place) if place.clusters == count => found = Some(Ok(place)),
                 Ok(place) => short.push(place),
                 Err(e) => found = Some(Err(e)),
             }
@@ -80,8 +94,8 @@ impl Refcounts {
     }
 
     /// Takes `count` clusters behind everything that refcount blocks cover, with new blocks for
-    /// them, and returns the offset of the first.
-    fn append(&mut self, image: &ImageFile, count: u64) -> Result<u64> {
+    /// them.
+    fn append(&mut self, image: &ImageFile, count: u64) -> Result<Allocation> {
         let per_block = self.counts_per_block();
         let new_blocks = count.div_ceil(per_block - 1);
         let used = new_blocks + count;
@@ -106,8 +120,15 @@ impl Refcounts {
             self.table[index] = (first + block) << self.geometry.cluster_bits;
             self.unlinked.push(index);
         }
+        self.reserved
+            .insert(Field::RefcountBlock, first, new_blocks);
+        let zeroed = first >= self.untouched;
         self.untouched = self.untouched.max(first + used);
-        Ok((first + new_blocks) << self.geometry.cluster_bits)
+        Ok(Allocation {
+            offset: (first + new_blocks) << self.geometry.cluster_bits,
+            clusters: count,
+            zeroed,
+        })
     }
 
     /// Writes `count` refcount blocks to the clusters from `first` on, the first that they cover,
@@ -198,6 +219,7 @@ impl Refcounts {
             return Err(e);
         }
         self.unlinked.push(index);
+        self.reserved.insert(Field::RefcountBlock, cluster, 1);
         self.untouched = self.untouched.max(cluster + 1);
         Ok(())
     }
@@ -241,6 +263,10 @@ impl Refcounts {
         self.table_offset = table_offset;
         self.table_clusters = table_clusters;
         self.unlinked.clear();
+        self.reserved.insert(Field::RefcountBlock, first, blocks);
+        let table = first + blocks;
+        self.reserved
+            .insert(Field::RefcountTable, table, table_clusters);
         self.untouched = self.untouched.max(first + used);
         // The new table serves, whether the old one's clusters come back or are leaked.
         drop(self.free(image, old_offset, old_clusters));

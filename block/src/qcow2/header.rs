@@ -35,6 +35,8 @@ pub(crate) mod incompatible {
     pub(crate) const EXTENDED_L2: u64 = 1 << 4;
     /// The data file is in the packed layout: an extension of ours, see `packed`.
     pub(crate) const PACKED: u64 = 1 << 62;
+    /// Offset of `incompatible_features` in the header in bytes.
+    pub(crate) const OFFSET: u64 = 72;
     /// All bits that the published specification defines, and ours.
     pub(crate) const KNOWN: u64 = 0x1f | PACKED;
 }

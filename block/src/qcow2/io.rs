@@ -105,6 +105,9 @@ impl Qcow2 {
     fn check_writable(&self) -> Result<()> {
         if self.read_only {
             Err(Error::ReadOnly)
+        } else if self.corrupt.load(Ordering::Relaxed) {
+            let file = self.image.path.clone();
+            Err(Error::Corrupt { file })
         } else {
             Ok(())
         }
@@ -122,12 +125,14 @@ impl Qcow2 {
                     offset,
                     in_place: true,
                 } if run.len == len => {
+                    self.check_overlap(offset, len)?;
                     return self.data().write_at(bufs, offset);
                 }
                 Kind::Data {
                     offset,
                     in_place: true,
                 } => {
+                    self.check_overlap(offset, run.len)?;
                     let data = self.data();
                     buffers.take(run.len, |piece, at| data.write_at(piece, offset + at))?;
                     run.len
@@ -174,11 +179,14 @@ impl Qcow2 {
         let clusters = g.cluster(offset + run.len - 1) - first + 1;
         let place = match reserved {
             // What the reserved clusters hold is anything.
-            Some(data) => Allocation {
-                offset: data - g.in_cluster(offset),
-                clusters,
-                zeroed: false,
-            },
+            Some(data) => {
+                self.check_overlap(data, run.len)?;
+                Allocation {
+                    offset: data - g.in_cluster(offset),
+                    clusters,
+                    zeroed: false,
+                }
+            }
             None => self.allocate(first, clusters)?,
         };
         let allocated = (place.clusters << g.cluster_bits) - g.in_cluster(offset);

@@ -9,6 +9,7 @@ use super::entry::{Cluster, L2Entry};
 use super::geometry::ENTRY_SIZE;
 use super::placement::{Passthrough, Placement};
 use super::refcount::Refcounts;
+use super::reserved::Field;
 use super::{DataFileLayout, Qcow2, table};
 use crate::file::ImageFile;
 use crate::sync::{MutexGuard, lock};
@@ -264,7 +265,7 @@ impl Qcow2 {
                 format!("Zero cluster entry found in pre-v3 image (guest offset: {guest:#x})")
             }
         };
-        self.image.invalid("l2_table entry", bad.entry, reason)
+        self.damaged(self.image.invalid("l2_table entry", bad.entry, reason))
     }
 
     /// Reads a slice of an existing L2 table.
@@ -372,7 +373,9 @@ impl Qcow2 {
             return Ok(());
         }
         self.l1.add_table(index, || {
-            let table = self.refcounts()?.allocate(&self.image, None, 1)?;
+            let table = self
+                .refcounts()?
+                .allocate_metadata(&self.image, Field::L2Table, 1)?;
             if let Err(e) = self.clear_table(&table) {
                 self.refcounts()?.free(&self.image, table.offset, 1)?;
                 return Err(e);

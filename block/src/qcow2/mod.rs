@@ -14,6 +14,7 @@
 //! | `placement`, `packed` | where data lies: in the image, or in a data file of some kind |
 //! | `cache`, `l1`, `words`, `refcount` | L2 slices, the L1 table and refcounts, in memory |
 //! | `allocator`, `free_map`, `reserved` | free clusters, and those that can never be free |
+//! | `overlap` | keeping guest data off metadata, and marking damaged images |
 //! | `ranges` | who may change which mapping |
 //! | `requests`, `retired` | when clusters that lost their mapping may be used again |
 //! | `flush` | the order in which all of that reaches the disk |
@@ -52,6 +53,7 @@ mod io;
 mod l1;
 mod mapping;
 mod open;
+mod overlap;
 mod packed;
 mod parse;
 mod placement;
@@ -68,11 +70,13 @@ mod words;
 mod zeroes;
 
 use crate::sync::Mutex;
-use crate::sync::atomic::AtomicU64;
+use crate::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::Arc;
 
 use cache::SliceCache;
 use geometry::Geometry;
 use l1::L1Table;
+use overlap::Filter;
 use placement::Placement;
 use ranges::RangeLocks;
 use refcount::Refcounts;
@@ -112,6 +116,12 @@ pub struct Qcow2 {
     read_only: bool,
     l1: L1Table,
     l2: SliceCache,
+    /// Where metadata lies that guest data must not land on: in the image file, if it holds guest
+    /// data and may be written.
+    metadata: Option<Arc<Filter>>,
+    incompatible_features: u64,
+    /// The image has turned out to be damaged.
+    corrupt: AtomicBool,
     /// `None` in an image that is open read-only.
     refcounts: Option<Mutex<Refcounts>>,
     /// Data in the image file, or the packed data file, lies below this offset: the end of the file

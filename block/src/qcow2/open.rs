@@ -1,7 +1,7 @@
 //! From files to a [`Qcow2`].
 
-use crate::sync::Mutex;
-use crate::sync::atomic::AtomicU64;
+use crate::sync::atomic::{AtomicBool, AtomicU64};
+use crate::sync::{Mutex, lock};
 use std::path::{Path, PathBuf};
 
 use super::cache::SliceCache;
@@ -135,6 +135,10 @@ impl Qcow2 {
             Placement::Packed(packed) => packed.file.size()?,
             _ => image.size()?,
         };
+        let metadata = match (&placement, &refcounts) {
+            (Placement::Internal, Some(refcounts)) => Some(lock(refcounts).metadata()),
+            _ => None,
+        };
         Ok(Self {
             data_end: AtomicU64::new(data_end),
             image,
@@ -145,6 +149,9 @@ impl Qcow2 {
             read_only,
             l1,
             l2: SliceCache::new(geometry.slice_entries() as usize, options.l2_cache_size),
+            metadata,
+            incompatible_features: header.incompatible_features,
+            corrupt: AtomicBool::new(false),
             refcounts,
             ranges: RangeLocks::default(),
             requests: Requests::default(),

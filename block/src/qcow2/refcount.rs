@@ -6,10 +6,12 @@
 //! cluster full of anything.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use super::free_map::FreeMap;
 use super::geometry::{ENTRY_SIZE, Geometry};
 use super::header::MAX_OFFSET;
+use super::overlap::Filter;
 use super::refcount_width::RefcountWidth;
 use super::reserved::Reserved;
 use super::table;
@@ -135,6 +137,16 @@ impl Refcounts {
             }
         }
         Ok(())
+    }
+
+    /// The structure of metadata that `cluster` is a part of.
+    pub fn metadata_at(&self, cluster: u64) -> Option<&'static str> {
+        self.reserved.structure_at(cluster)
+    }
+
+    /// Contains the clusters of all metadata.
+    pub fn metadata(&self) -> Arc<Filter> {
+        self.reserved.filter()
     }
 
     /// Checks that there is no metadata among the clusters that block `index`, which does not

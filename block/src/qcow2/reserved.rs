@@ -1,7 +1,10 @@
-//! Where the metadata of an image lies that the allocator must never hand out.
+//! Where the metadata of an image lies that the allocator must never hand out, and that guest data
+//! must not land on.
 
 use std::ops::Range;
+use std::sync::Arc;
 
+use super::overlap::Filter;
 use crate::Result;
 use crate::file::ImageFile;
 
@@ -10,6 +13,8 @@ use crate::file::ImageFile;
 pub(crate) struct Reserved {
     pieces: Vec<Piece>,
     cluster_bits: u32,
+    /// Of all pieces there have been, for those who must not wait.
+    filter: Arc<Filter>,
 }
 
 /// Clusters in a row that one field leads to.
@@ -40,6 +45,17 @@ impl Field {
             Self::L2Table => "l1_table entry",
         }
     }
+
+    /// What it leads to, in QEMU's words.
+    fn structure(self) -> &'static str {
+        match self {
+            Self::Header => "qcow2_header",
+            Self::RefcountTable => "refcount table",
+            Self::RefcountBlock => "refcount block",
+            Self::L1Table => "active L1 table",
+            Self::L2Table => "active L2 table",
+        }
+    }
 }
 
 impl Piece {
@@ -62,6 +78,7 @@ impl Reserved {
         Self {
             pieces: Vec::new(),
             cluster_bits,
+            filter: Arc::new(Filter::new(0)),
         }
     }
 
@@ -77,7 +94,7 @@ impl Reserved {
         }
     }
 
-    /// Puts the pieces in order.
+    /// Puts the pieces in order, once all have been added.
     ///
     /// # Errors
     /// [`Error::Invalid`](crate::Error::Invalid) if two of them overlap: what two tables share
@@ -95,7 +112,35 @@ impl Reserved {
                 return Err(image.invalid(pair[1].field.name(), offset, reason));
             }
         }
+        let clusters = |piece: &Piece| piece.first..piece.end();
+        self.filter = Arc::new(Filter::new(self.pieces.iter().flat_map(clusters).count()));
+        for cluster in self.pieces.iter().flat_map(clusters) {
+            self.filter.insert(cluster);
+        }
         Ok(())
+    }
+
+    /// Adds `clusters` clusters from `first` on, which were free before.
+    pub fn insert(&mut self, field: Field, first: u64, clusters: u64) {
+        let index = self.index_of(first);
+        let piece = Piece {
+            first,
+            clusters: clusters as u32,
+            field,
+        };
+        self.pieces.insert(index, piece);
+        (first..piece.end()).for_each(|cluster| self.filter.insert(cluster));
+    }
+
+    /// The structure that `cluster` is a part of.
+    pub fn structure_at(&self, cluster: u64) -> Option<&'static str> {
+        let piece = self.pieces.get(self.index_of(cluster))?;
+        (piece.first <= cluster).then(|| piece.field.structure())
+    }
+
+    /// Contains all clusters of metadata, now and later.
+    pub fn filter(&self) -> Arc<Filter> {
+        self.filter.clone()
     }
 
     /// Checks that each cluster of metadata in `range` is counted as used: the allocator would hand

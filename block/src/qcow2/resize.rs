@@ -19,6 +19,7 @@ use super::geometry::ENTRY_SIZE;
 use super::header::{MAX_L1_SIZE, MAX_OFFSET};
 use super::mapping::Kind;
 use super::placement::Placement;
+use super::reserved::Field;
 use super::zeroes::Zeroed;
 use super::{DataFileLayout, table};
 use crate::sync::lock;
@@ -176,6 +177,7 @@ impl Qcow2 {
             return Ok(());
         }
         if let Kind::Data { offset, .. } = self.run_in_slice(start, len)?.kind {
+            self.check_overlap(offset, len)?;
             self.data().write_zeroes(offset, len, false)?;
             self.data().sync()?;
         }
@@ -201,7 +203,10 @@ impl Qcow2 {
         let g = self.geometry;
         let clusters = |entries: u64| (entries * ENTRY_SIZE).div_ceil(g.cluster_size());
         let count = clusters(needed);
-        let offset = self.refcounts()?.allocate_row(&self.image, count)?;
+        let place = self
+            .refcounts()?
+            .allocate_metadata(&self.image, Field::L1Table, count)?;
+        let offset = place.offset;
         let switched = self.switch_l1_table(offset, needed);
         let mut refcounts = self.refcounts()?;
         // Either table serves, whether the other's clusters come back or are leaked.

@@ -121,6 +121,7 @@ impl Qcow2 {
             }
             _ => {
                 let len = len.min(self.to_cluster_end(offset));
+                self.check_overlap(data, len)?;
                 self.data().write_zeroes(data, len, false)?;
                 Ok(len)
             }
@@ -159,6 +160,7 @@ impl Qcow2 {
             } => data,
             _ => return Ok(0),
         };
+        self.check_overlap(data, len)?;
         match zeroed {
             Zeroed::Reserved => self.map_zero(clusters)?,
             Zeroed::Unmapped => {

@@ -56,6 +56,11 @@ impl Memory {
         self.bytes.lock().unwrap().clone()
     }
 
+    /// Makes it `len` bytes long.
+    pub fn extend(&self, len: u64) {
+        self.bytes.lock().unwrap().resize(len as usize, 0);
+    }
+
     /// Overwrites the big-endian word at `offset`.
     pub fn put_word(&self, offset: u64, value: u64) {
         self.bytes.lock().unwrap()[offset as usize..][..8].copy_from_slice(&value.to_be_bytes());

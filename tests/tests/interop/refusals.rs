@@ -3,8 +3,8 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 
-use tandem_block::Disk;
 use tandem_block::qcow2::{CreateOptions, OpenOptions, Qcow2, create};
+use tandem_block::{Disk, Result};
 use vm_memory::VolatileSlice;
 
 use crate::qemu::{Image, Kind, write};
@@ -324,7 +324,8 @@ fn an_image_that_cannot_be_replaced() {
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2);
 }
 
-/// Bad L2 entries are found by the request that meets them; others go on.
+/// Bad L2 entries are found by the request that meets them, and the image is marked; reads elsewhere
+/// go on.
 #[test]
 fn bad_l2_entries_fail_their_own_request() {
     for (kind, entry, word) in [
@@ -353,24 +354,33 @@ fn bad_l2_entries_fail_their_own_request() {
         fs::write(image.path(), &bytes).unwrap();
         let data = fs::read(image.data_file()).ok();
 
-        let disk = image.open().unwrap();
-        let mut sector = [0; 512];
-        let bufs = [VolatileSlice::from(&mut sector[..])];
-        for result in [
-            disk.read_at(&bufs, 65536 + 512),
-            disk.write_at(&bufs, 65536 + 512),
-            disk.write_zeroes(65536, 65536, true),
-        ] {
-            let message = result.unwrap_err().to_string();
+        type Request = fn(&Qcow2, &[VolatileSlice<'_>]) -> Result<()>;
+        let requests: [Request; 3] = [
+            |disk, bufs| disk.read_at(bufs, 65536 + 512),
+            |disk, bufs| disk.write_at(bufs, 65536 + 512),
+            |disk, _| disk.write_zeroes(65536, 65536, true),
+        ];
+        for request in requests {
+            fs::write(image.path(), &bytes).unwrap();
+            let disk = image.open().unwrap();
+            let mut sector = [0; 512];
+            let bufs = [VolatileSlice::from(&mut sector[..])];
+            let message = request(&disk, &bufs).unwrap_err().to_string();
             assert!(
                 message.contains(word) && message.contains("disk.qcow2"),
                 "{message}"
             );
+            disk.read_at(&bufs, 512).unwrap();
+            drop(disk);
+            let mut left = fs::read(image.path()).unwrap();
+            if kind != Kind::InternalV2 && word != "compressed" {
+                assert_eq!(left[79] & 2, 2, "marked as corrupt");
+                left[79] &= !2;
+                let refusal = image.open().err().unwrap().to_string();
+                assert!(refusal.contains("Image is corrupt"), "{refusal}");
+            }
+            assert!(left == bytes);
+            assert!(fs::read(image.data_file()).ok() == data);
         }
-        disk.read_at(&bufs, 512).unwrap();
-        disk.write_zeroes(2 * 65536, 0, false).unwrap();
-        drop(disk);
-        assert_eq!(fs::read(image.path()).unwrap(), bytes);
-        assert!(fs::read(image.data_file()).ok() == data);
     }
 }

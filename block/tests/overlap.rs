@@ -42,8 +42,10 @@ fn unmarked(image: &Memory) -> Vec<u8> {
     content
 }
 
+type Request = fn(&Qcow2) -> Result<()>;
+
 /// Each thing that a guest can do to change the second cluster.
-const REQUESTS: [(&str, fn(&Qcow2) -> Result<()>); 5] = [
+const REQUESTS: [(&str, Request); 5] = [
     ("write", |disk| write(disk, CLUSTER, CLUSTER, 9)),
     ("write in part", |disk| write(disk, CLUSTER + 512, 512, 9)),
     ("write among others", |disk| write(disk, 0, 3 * CLUSTER, 9)),

@@ -42,7 +42,7 @@ pub enum ExtentKind {
     Data,
     /// The image says that the range reads as zero.
     Zero,
-    /// Nothing; the range reads as zero.
+    /// Nothing: the disk below shows ([`Disk::backing`]), or the range reads as zero.
     Unallocated,
 }
 
@@ -109,6 +109,12 @@ pub trait Disk: Send + Sync {
         })
     }
 
+    /// The disk below, which shows where this one has nothing; what lies behind its end reads as
+    /// zero.
+    fn backing(&self) -> Option<&dyn Disk> {
+        None
+    }
+
     /// Changes the size of the disk to `size` bytes. What it gains reads as zero, but for what a
     /// raw data file holds there already.
     ///
@@ -129,6 +135,31 @@ pub trait Disk: Send + Sync {
     /// # Errors
     /// After an error nothing may be assumed about which earlier writes are durable.
     fn flush(&self) -> Result<()>;
+}
+
+/// How the bytes from `offset` on of what `disk` shows are stored, in it or in the disks below: as
+/// many of `len` as [`Disk::extent`] tells, and how many disks above the one that has them.
+///
+/// [`ExtentKind::Unallocated`] means that they read as zero because none has anything, or because
+/// the next one ends before them.
+///
+/// # Errors
+/// Those of [`Disk::extent`].
+pub fn extent_in_chain(disk: &dyn Disk, offset: u64, len: u64) -> Result<(usize, Extent)> {
+    let (mut disk, mut len, mut depth) = (disk, len, 0);
+    loop {
+        let extent = disk.extent(offset, len)?;
+        match disk.backing() {
+            Some(below)
+                if extent.kind == ExtentKind::Unallocated && offset < below.size() && len > 0 =>
+            {
+                len = extent.len.min(below.size() - offset);
+                disk = below;
+                depth += 1;
+            }
+            _ => return Ok((depth, extent)),
+        }
+    }
 }
 
 /// Sum of the lengths of `bufs` in bytes.

@@ -79,6 +79,15 @@ pub enum Error {
         reason: String,
     },
 
+    /// The backing file named in an image may not or cannot be used.
+    #[error("'{}': Could not open backing file: {reason}", file.display())]
+    BackingFile {
+        /// The image that names the backing file.
+        file: PathBuf,
+        /// What is wrong, in the words that `qemu-img` uses where it has any.
+        reason: String,
+    },
+
     /// An earlier sync failed, so nobody can tell what of the writes before it is durable.
     #[error(
         "'{}': an earlier sync failed and may have lost writes; close the disk and check it",
@@ -141,6 +150,7 @@ impl Error {
             Self::Unsupported { feature, .. } => {
                 format!("Unsupported qcow2 feature(s): {feature}")
             }
+            Self::BackingFile { reason, .. } => format!("Could not open backing file: {reason}"),
             Self::HeaderFull { .. } => {
                 "Could not update qcow2 header: No space left on device".to_owned()
             }

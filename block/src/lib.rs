@@ -26,7 +26,7 @@ mod raw;
 mod storage;
 mod sync;
 
-pub use disk::{Disk, Extent, ExtentKind, Limits};
+pub use disk::{Disk, Extent, ExtentKind, Limits, extent_in_chain};
 pub use error::{Error, Result};
 pub use new_file::Preallocation;
 pub use raw::Raw;

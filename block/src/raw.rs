@@ -23,8 +23,8 @@ pub struct Raw {
 impl Raw {
     /// Opens the file or block device at `path`.
     ///
-    /// A length that is not a multiple of 512 is rounded down: the guest cannot address a part of
-    /// a sector.
+    /// A length that is not a multiple of 512 is rounded up, as in QEMU: what the last sector lacks
+    /// reads as zero, and a write to it makes the file longer.
     pub fn open(path: &Path, read_only: bool) -> Result<Self> {
         Self::from_file(ImageFile::open(path, read_only)?, read_only)
     }
@@ -57,7 +57,7 @@ impl Raw {
 
     fn from_file(file: ImageFile, read_only: bool) -> Result<Self> {
         Ok(Self {
-            size: AtomicU64::new(file.size()? & !511),
+            size: AtomicU64::new(file.size()?.next_multiple_of(512)),
             resizing: Mutex::default(),
             file,
             read_only,
@@ -167,8 +167,11 @@ mod tests {
         let path = dir.path().join("raw");
         std::fs::write(&path, vec![5; 1300]).unwrap();
         let disk = Raw::open(&path, false).unwrap();
-        assert_eq!(disk.size(), 1024);
+        assert_eq!(disk.size(), 1536);
         let mut buf = [1; 512];
+        let bufs = [VolatileSlice::from(&mut buf[..])];
+        disk.read_at(&bufs, 1024).unwrap();
+        assert_eq!((buf[275], buf[276]), (5, 0));
         let bufs = [VolatileSlice::from(&mut buf[..])];
         disk.write_at(&bufs, 512).unwrap();
         assert!(matches!(

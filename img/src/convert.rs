@@ -3,13 +3,14 @@
 use std::ffi::OsStr;
 
 use clap::Command;
-use tandem_block::{Disk, ExtentKind};
+use tandem_block::qcow2::Follow;
+use tandem_block::{Disk, ExtentKind, extent_in_chain};
 use vm_memory::VolatileSlice;
 
 use crate::create;
 use crate::failure::Failure;
 use crate::getopt::{self, Parsed, flag, value};
-use crate::image::{Format, Image, could_not_open, local_path};
+use crate::image::{Format, Image, could_not_open, follow, follow_option, local_path};
 
 /// Bytes that are copied at once.
 const PIECE: usize = 2 << 20;
@@ -43,6 +44,7 @@ pub fn command() -> Command {
                 "OPTIONS",
                 "Options of the new image, as for `create`",
             ),
+            follow_option(),
         ])
         .after_help(
             "What reads as zero takes no space in the new image.\n\n\
@@ -67,13 +69,18 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
         .ok_or_else(|| args.name.error(&format!("Unknown file format '{format}'")))?;
     let opened = |name: &OsStr, reason: &str| args.name.error(&could_not_open(name, reason));
     let image = Image::look(source, args.value("format")).map_err(|e| opened(source, &e))?;
-    let from = image.open(true).map_err(|e| opened(source, &e.reason()))?;
+    let follow = follow(args)?;
+    let from = image
+        .open(true, follow)
+        .map_err(|e| opened(source, &e.reason()))?;
     let path = local_path(target).map_err(|e| opened(target, &e))?;
     let created = create::create_copy(format, path, from.size(), &list);
     created.map_err(|e| args.name.error(&format!("{}: {e}", target.display())))?;
     let name = OsStr::new(format.name());
     let new = Image::look(target, Some(name)).map_err(|e| opened(target, &e))?;
-    let to = new.open(false).map_err(|e| opened(target, &e.reason()))?;
+    let to = new
+        .open(false, Follow::Anywhere)
+        .map_err(|e| opened(target, &e.reason()))?;
     let is_zero = !new.may_hold_other_data();
     copy(&*from, &*to, is_zero).map_err(|e| args.name.error(&e.to_string()))
 }
@@ -87,7 +94,7 @@ fn copy(from: &dyn Disk, to: &dyn Disk, is_zero: bool) -> tandem_block::Result<(
     let mut buffer = vec![0; PIECE];
     let mut at = 0;
     while at < size {
-        let extent = from.extent(at, size - at)?;
+        let (_, extent) = extent_in_chain(from, at, size - at)?;
         let end = at + extent.len;
         if extent.kind == ExtentKind::Data {
             while at < end {

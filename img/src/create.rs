@@ -5,12 +5,12 @@ use std::io;
 use std::path::Path;
 
 use clap::Command;
-use tandem_block::qcow2::{self, CreateOptions, DataFileLayout};
+use tandem_block::qcow2::{self, BackingFormat, CreateOptions, DataFileLayout, Follow};
 use tandem_block::{Error, Preallocation, Raw};
 
 use crate::failure::Failure;
 use crate::getopt::{self, Parsed, flag, value};
-use crate::image::{Format, local_path};
+use crate::image::{Format, Image, could_not_open, local_path};
 use crate::options::{self, Definition, Kind, Options, Value};
 use crate::output;
 use crate::size;
@@ -20,7 +20,7 @@ pub fn command() -> Command {
     Command::new("create")
         .about("Creates a disk image, and its data file if it is to have one")
         .disable_help_flag(true)
-        .override_usage("tandem-img create [-f FMT] [-o OPTIONS] [-q] FILENAME [SIZE]")
+        .override_usage("tandem-img create [-f FMT] [-b BACKING -F FMT] [-u] [-o OPTIONS] [-q] FILENAME [SIZE]")
         .args([
             getopt::help(),
             flag("quiet", Some('q'), "Print nothing but errors"),
@@ -40,10 +40,15 @@ pub fn command() -> Command {
             flag(
                 "backing-unsafe",
                 Some('u'),
-                "Accepted for compatibility: no backing file is opened",
+                "Do not open the backing file: it need not exist",
             ),
-            value("backing", Some('b'), "FILENAME", "Not supported yet").hide(true),
-            value("backing-format", Some('F'), "FMT", "Not supported yet").hide(true),
+            value(
+                "backing",
+                Some('b'),
+                "FILENAME",
+                "Backing file, which shows where the image has nothing",
+            ),
+            value("backing-format", Some('F'), "FMT", "Format of the backing file"),
         ])
         .after_help(
             "SIZE is in bytes, or with a suffix k, M, G, T, P or E (powers of 1024).\n\
@@ -51,6 +56,7 @@ pub fn command() -> Command {
              Examples:\n  \
              tandem-img create -f qcow2 disk.qcow2 20G\n  \
              tandem-img create -f qcow2 -o data_file=disk.raw,data_file_raw=on disk.qcow2 20G\n  \
+             tandem-img create -f qcow2 -b base.qcow2 -F qcow2 overlay.qcow2\n  \
              tandem-img create -f qcow2 -o cluster_size=2M,preallocation=falloc disk.qcow2 20G\n  \
              tandem-img create -f raw disk.raw 20G",
         )
@@ -112,8 +118,18 @@ const QCOW2: &[Definition] = &[
         None,
         "Compatibility level (v2 [0.10] or v3 [1.1])",
     ),
-    option("backing_file", Kind::Text, None, ""),
-    option("backing_fmt", Kind::Text, None, ""),
+    option(
+        "backing_file",
+        Kind::Text,
+        None,
+        "File name of a base image",
+    ),
+    option(
+        "backing_fmt",
+        Kind::Text,
+        None,
+        "Image format of the base image",
+    ),
     option(
         "data_file",
         Kind::Text,
@@ -225,12 +241,15 @@ fn create(args: &Parsed, file: &OsStr, size: Option<u64>, list: &str) -> Result<
     if !list.is_empty() {
         options.parse(list)?;
     }
-    refuse_backing(args, format)?;
     match (size, options.number("size")) {
         (Some(_), Some(_)) => return Err("The image size must be specified only once".to_owned()),
         (Some(size), None) => options.set("size", Value::Number(size)),
-        (None, Some(_)) => {}
-        (None, None) => return Err("Image creation needs a size parameter".to_owned()),
+        (None, _) => {}
+    }
+    set_backing(args, format, &mut options)?;
+    check_backing(file, &mut options, args.has("backing-unsafe"))?;
+    if options.number("size").is_none() {
+        return Err("Image creation needs a size parameter".to_owned());
     }
     if !args.has("quiet") {
         output::print(&format!(
@@ -248,6 +267,9 @@ pub fn create_copy(format: Format, path: &Path, size: u64, list: &str) -> Result
     let mut options = Options::new(definitions(format));
     if !list.is_empty() {
         options.parse(list)?;
+    }
+    if options.text("backing_file").is_some() {
+        return Err("Option 'backing_file' is not supported yet".to_owned());
     }
     if options.number("size").is_none() {
         options.set("size", Value::Number(size));
@@ -299,19 +321,67 @@ fn help(format: Format, with_file: bool) -> String {
     )
 }
 
-fn refuse_backing(args: &Parsed, format: Format) -> Result<(), String> {
-    for (id, what) in [
-        ("backing", "Backing file"),
-        ("backing-format", "Backing file format"),
+/// Puts what `-b` and `-F` say into `options`.
+fn set_backing(args: &Parsed, format: Format, options: &mut Options) -> Result<(), String> {
+    for (id, name, what) in [
+        ("backing", "backing_file", "Backing file"),
+        ("backing-format", "backing_fmt", "Backing file format"),
     ] {
-        if args.has(id) {
-            return Err(match format {
-                Format::Raw => format!("{what} not supported for file format 'raw'"),
-                Format::Qcow2 => format!("Option '--{id}' is not supported yet"),
-            });
+        let Some(value) = args.value(id) else {
+            continue;
+        };
+        if format == Format::Raw {
+            return Err(format!("{what} not supported for file format 'raw'"));
         }
+        let text = value.to_str().ok_or("A name is not UTF-8")?;
+        options.set(name, Value::Text(text.to_owned()));
     }
     Ok(())
+}
+
+/// Looks at the backing file that the new image `file` is to have, unless `is_unsafe`; its size is
+/// the default.
+fn check_backing(file: &OsStr, options: &mut Options, is_unsafe: bool) -> Result<(), String> {
+    let Some(name) = options.text("backing_file") else {
+        return Ok(());
+    };
+    if name.is_empty() {
+        return Err("Expected backing file name, got empty string".to_owned());
+    }
+    if OsStr::new(name) == file {
+        return Err(
+            "Error: Trying to create an image with the same filename as the backing file"
+                .to_owned(),
+        );
+    }
+    const NO_FORMAT: &str = "Backing file specified without backing format";
+    let format = options.text("backing_fmt");
+    if is_unsafe {
+        return format.map(drop).ok_or_else(|| NO_FORMAT.to_owned());
+    }
+    let path = qcow2::backing_path(local_path(file)?, name.as_bytes())?;
+    let opened = |reason: String| format!("{reason}\nCould not open backing image.");
+    let backing = Image::look(path.as_os_str(), format.map(OsStr::new))
+        .map_err(|reason| opened(could_not_open_file(path.as_os_str(), reason)))?;
+    if format.is_none() {
+        let found = backing.format.name();
+        return Err(format!("{NO_FORMAT}\nDetected format of {found}."));
+    }
+    let disk = backing.open(true, Follow::default());
+    let disk = disk.map_err(|e| opened(e.reason()))?;
+    if options.number("size").is_none() {
+        options.set("size", Value::Number(disk.size()));
+    }
+    Ok(())
+}
+
+/// The text for `reason`, which names the file already if it is the system's.
+fn could_not_open_file(name: &OsStr, reason: String) -> String {
+    if reason.starts_with("Could not open") || reason.starts_with("Unknown driver") {
+        reason
+    } else {
+        could_not_open(name, &reason)
+    }
 }
 
 fn preallocation(options: &Options) -> Result<Preallocation, String> {
@@ -340,6 +410,14 @@ fn qcow2_options(
         size,
         version,
         cluster_size,
+        backing_file: options.text("backing_file").map(Into::into),
+        backing_format: match options.text("backing_fmt") {
+            Some(name) => Some(
+                BackingFormat::from_name(name.as_bytes())
+                    .ok_or_else(|| format!("Unknown backing file format '{name}'"))?,
+            ),
+            None => None,
+        },
         data_file: match options.text("data_file") {
             Some(name) => Some(local_path(OsStr::new(name))?.to_owned()),
             None => None,

@@ -6,11 +6,12 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 
-use tandem_block::qcow2::{Info, OpenOptions, Qcow2};
+use clap::Arg;
+use tandem_block::qcow2::{Follow, Info, OpenOptions, Qcow2, backing_path};
 use tandem_block::{Disk, FileStorage, Raw, Storage};
 
 use crate::failure::Failure;
-use crate::getopt::Parsed;
+use crate::getopt::{Parsed, value};
 
 /// The formats that there are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -96,13 +97,14 @@ impl<'a> Image<'a> {
             .map_err(|reason| args.name.error(&could_not_open(name, &reason)))
     }
 
-    /// Opens it as a disk.
-    pub fn open(&self, read_only: bool) -> tandem_block::Result<Box<dyn Disk>> {
+    /// Opens it as a disk; names in it may lead where `follow` says.
+    pub fn open(&self, read_only: bool, follow: Follow) -> tandem_block::Result<Box<dyn Disk>> {
         Ok(match self.format {
             Format::Raw => Box::new(Raw::open(self.path, read_only)?),
             Format::Qcow2 => {
                 let options = OpenOptions {
                     read_only,
+                    follow,
                     ..OpenOptions::default()
                 };
                 Box::new(Qcow2::open(self.path, &options)?)
@@ -110,13 +112,30 @@ impl<'a> Image<'a> {
         })
     }
 
-    /// Name of the file that holds the guest's data of a qcow2 image.
-    pub fn data_name(&self) -> tandem_block::Result<String> {
-        let name = Info::read(self.path)?.data_file;
-        Ok(match name {
-            Some(name) => String::from_utf8_lossy(&name).into_owned(),
-            None => self.path.to_string_lossy().into_owned(),
-        })
+    /// Names of the files that hold the guest's data: of the image, and of those below it.
+    ///
+    /// # Errors
+    /// What keeps one of them from being opened.
+    pub fn data_names(&self) -> tandem_block::Result<Vec<String>> {
+        let mut names = Vec::new();
+        let mut next = (self.format == Format::Qcow2).then(|| self.path.to_owned());
+        let mut last = self.path.to_owned();
+        while let Some(path) = next.take() {
+            let info = Info::read(&path)?;
+            names.push(match info.data_file {
+                Some(name) => String::from_utf8_lossy(&name).into_owned(),
+                None => path.to_string_lossy().into_owned(),
+            });
+            let Some(name) = info.backing_file else {
+                return Ok(names);
+            };
+            last = backing_path(&path, &name).unwrap_or_default();
+            if info.backing_format.as_deref() == Some(b"qcow2") {
+                next = Some(last.clone());
+            }
+        }
+        names.push(last.to_string_lossy().into_owned());
+        Ok(names)
     }
 
     /// Whether a new image shows what was there before: on a block device that is the disk.
@@ -187,6 +206,29 @@ impl<'a> Image<'a> {
             metadata,
             len,
         })
+    }
+}
+
+/// Definition of the option that says where names in an image may lead.
+pub fn follow_option() -> Arg {
+    value(
+        "follow",
+        None,
+        "WHERE",
+        "Where names of other files in the image may lead: image-directory (default), anywhere, nothing",
+    )
+}
+
+/// What that option says.
+pub fn follow(args: &Parsed) -> Result<Follow, Failure> {
+    let given = args.value("follow").map(OsStr::to_string_lossy);
+    match given.as_deref() {
+        None | Some("image-directory") => Ok(Follow::ImageDirectory),
+        Some("anywhere") => Ok(Follow::Anywhere),
+        Some("nothing") => Ok(Follow::Nothing),
+        Some(other) => Err(args.name.usage(&format!(
+            "--follow expects 'image-directory', 'anywhere' or 'nothing' not '{other}'"
+        ))),
     }
 }
 

@@ -1,11 +1,11 @@
 //! `tandem-img map`
 
 use clap::Command;
-use tandem_block::ExtentKind;
+use tandem_block::{ExtentKind, extent_in_chain};
 
 use crate::failure::Failure;
 use crate::getopt::{self, Parsed, flag, value};
-use crate::image::{Format, Image, could_not_open};
+use crate::image::{Image, could_not_open, follow, follow_option};
 use crate::output::{self, Output};
 use crate::size;
 
@@ -33,6 +33,7 @@ pub fn command() -> Command {
                 Some('U'),
                 "Accepted for compatibility: no lock is taken",
             ),
+            follow_option(),
             value("object", None, "DEFINITION", "Not supported yet").hide(true),
             flag("image-opts", None, "Not supported yet").hide(true),
         ])
@@ -49,6 +50,8 @@ pub fn command() -> Command {
 struct Part {
     start: u64,
     length: u64,
+    /// Images above the one that has it.
+    depth: usize,
     kind: ExtentKind,
     offset: Option<u64>,
 }
@@ -56,7 +59,8 @@ struct Part {
 impl Part {
     /// Whether `next`, which follows this one, is stored behind it in the same way.
     fn continues_with(&self, next: &Self) -> bool {
-        self.kind == next.kind && self.offset.map(|offset| offset + self.length) == next.offset
+        (self.kind, self.depth) == (next.kind, next.depth)
+            && self.offset.map(|offset| offset + self.length) == next.offset
     }
 
     fn human(&self, file: &str) -> String {
@@ -74,7 +78,7 @@ impl Part {
     }
 
     fn json(&self) -> String {
-        let (start, length) = (self.start, self.length);
+        let (start, length, depth) = (self.start, self.length, self.depth);
         let present = self.kind != ExtentKind::Unallocated;
         let data = self.kind == ExtentKind::Data;
         let zero = !data;
@@ -83,7 +87,7 @@ impl Part {
             None => String::new(),
         };
         format!(
-            "{{ \"start\": {start}, \"length\": {length}, \"depth\": 0, \"present\": {present}, \
+            "{{ \"start\": {start}, \"length\": {length}, \"depth\": {depth}, \"present\": {present}, \
              \"zero\": {zero}, \"data\": {data}, \"compressed\": false{offset}}}"
         )
     }
@@ -103,22 +107,20 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
     args.refuse(&["object", "image-opts"])?;
     let image = Image::from_args(args)?;
     let fail = |e: tandem_block::Error| args.name.error(&could_not_open(image.name, &e.reason()));
-    let disk = image.open(true).map_err(fail)?;
+    let follow = follow(args)?;
+    let disk = image.open(true, follow).map_err(fail)?;
     let end = match length {
         Some(length) => start.saturating_add(length).min(disk.size()),
         None => disk.size(),
     };
-    let file = match image.format {
-        Format::Raw => image.path.to_string_lossy().into_owned(),
-        Format::Qcow2 => image.data_name().map_err(fail)?,
-    };
-    let mut listing = Listing::new(output, file);
+    let files = image.data_names().map_err(fail)?;
+    let mut listing = Listing::new(output, files);
     let mut at = start;
     while at < end {
-        let extent = disk
-            .extent(at, end - at)
-            .map_err(|e| args.name.error(&e.reason()))?;
+        let (depth, extent) =
+            extent_in_chain(&*disk, at, end - at).map_err(|e| args.name.error(&e.reason()))?;
         listing.add(Part {
+            depth,
             start: at,
             length: extent.len,
             kind: extent.kind,
@@ -133,20 +135,21 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
 /// What is printed, as it becomes known.
 struct Listing {
     output: Output,
-    file: String,
+    /// Where each image of the chain has its data.
+    files: Vec<String>,
     last: Option<Part>,
     is_first: bool,
 }
 
 impl Listing {
-    fn new(output: Output, file: String) -> Self {
+    fn new(output: Output, files: Vec<String>) -> Self {
         output::print(match output {
             Output::Human => "Offset          Length          Mapped to       File\n",
             Output::Json => "[",
         });
         Self {
             output,
-            file,
+            files,
             last: None,
             is_first: true,
         }
@@ -168,7 +171,7 @@ impl Listing {
         };
         match self.output {
             Output::Human if part.kind == ExtentKind::Data => {
-                output::print(&part.human(&self.file))
+                output::print(&part.human(&self.files[part.depth]))
             }
             Output::Human => {}
             Output::Json if self.is_first => output::print(&part.json()),

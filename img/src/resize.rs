@@ -6,7 +6,7 @@ use clap::Command;
 
 use crate::failure::Failure;
 use crate::getopt::{self, Parsed, flag, value};
-use crate::image::{Format, Image, could_not_open};
+use crate::image::{Format, Image, could_not_open, follow, follow_option};
 use crate::output;
 use crate::size::{self, Wrong};
 
@@ -27,6 +27,7 @@ pub fn command() -> Command {
             flag("shrink", None, "Allow the disk to become smaller"),
             flag("quiet", Some('q'), "Print nothing but errors"),
             value("preallocation", None, "MODE", "off; others are not supported yet"),
+            follow_option(),
             value("object", None, "DEFINITION", "Not supported yet").hide(true),
             flag("image-opts", None, "Not supported yet").hide(true),
         ])
@@ -107,8 +108,9 @@ fn resize(
     relative: Relative,
     number: u64,
 ) -> Result<(), Failure> {
+    let follow = follow(args)?;
     let disk = image
-        .open(false)
+        .open(false, follow)
         .map_err(|e| args.name.error(&could_not_open(image.name, &e.reason())))?;
     let old = disk.size();
     let new = match relative {

@@ -5,6 +5,7 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use tandem_block::qcow2::{BackingFormat, Follow};
 use tandem_devices::virtio::block::{InvalidSerial, Serial};
 
 use crate::layout;
@@ -104,6 +105,10 @@ pub struct DiskConfig {
     pub read_only: bool,
     /// External data file to use instead of the one that a qcow2 header names.
     pub data_file: Option<PathBuf>,
+    /// Where the names of files in a qcow2 image may lead; `None` is the engine's default.
+    pub follow: Option<Follow>,
+    /// Format of the backing file, where a qcow2 image does not tell it.
+    pub backing_format: Option<BackingFormat>,
     /// What the guest reads as the disk's serial number.
     pub serial: Option<Serial>,
     /// Bytes of memory for the L2 tables of a qcow2 image; `None` is the engine's default.
@@ -168,7 +173,8 @@ pub enum Error {
     DiskOption(String),
     /// A key that disks do not have.
     #[error(
-        "unknown disk key '{0}'; known are readonly, format, data-file, serial and l2-cache-size"
+        "unknown disk key '{0}'; known are readonly, format, data-file, follow, backing-format, \
+         serial and l2-cache-size"
     )]
     DiskKey(String),
     /// A key that is there twice.
@@ -224,6 +230,8 @@ impl DiskConfig {
             format: DiskFormat::default(),
             read_only: false,
             data_file: None,
+            follow: None,
+            backing_format: None,
             serial: None,
             l2_cache_size: None,
         }
@@ -249,6 +257,8 @@ impl DiskConfig {
         }
         let qcow2_only = [
             (disk.data_file.is_some(), "data-file"),
+            (disk.follow.is_some(), "follow"),
+            (disk.backing_format.is_some(), "backing-format"),
             (disk.l2_cache_size.is_some(), "l2-cache-size"),
         ];
         match qcow2_only.into_iter().find(|(is_given, _)| *is_given) {
@@ -282,6 +292,21 @@ impl DiskConfig {
                 return Err(error("data-file", "the path of a file"));
             }
             b"data-file" => self.data_file = Some(os_path(value.to_owned())),
+            b"follow" => {
+                self.follow = Some(match value {
+                    b"nothing" => Follow::Nothing,
+                    b"image-directory" => Follow::ImageDirectory,
+                    b"anywhere" => Follow::Anywhere,
+                    _ => return Err(error("follow", "nothing, image-directory or anywhere")),
+                });
+            }
+            b"backing-format" => {
+                self.backing_format = Some(match value {
+                    b"raw" => BackingFormat::Raw,
+                    b"qcow2" => BackingFormat::Qcow2,
+                    _ => return Err(error("backing-format", "raw or qcow2")),
+                });
+            }
             b"serial" => {
                 self.serial = Some(lossy(value).parse().map_err(Error::DiskSerial)?);
             }
@@ -388,12 +413,17 @@ mod tests {
                 format: DiskFormat::Qcow2,
                 read_only: true,
                 data_file: Some("d,d.raw".into()),
+                follow: None,
+                backing_format: None,
                 serial: Some("A1".parse().unwrap()),
                 l2_cache_size: None,
             }
         );
         let disk: DiskConfig = "a,l2-cache-size=512K".parse().unwrap();
         assert_eq!(disk.l2_cache_size, Some(512 << 10));
+        let disk: DiskConfig = "a,follow=anywhere,backing-format=raw".parse().unwrap();
+        assert_eq!(disk.follow, Some(Follow::Anywhere));
+        assert_eq!(disk.backing_format, Some(BackingFormat::Raw));
         let disk: DiskConfig = "a,format=raw,readonly=off".parse().unwrap();
         assert_eq!((disk.format, disk.read_only), (DiskFormat::Raw, false));
 
@@ -426,6 +456,8 @@ mod tests {
             "a,readonly=yes",
             "a,format=vmdk",
             "a,data-file=",
+            "a,follow=me",
+            "a,backing-format=vmdk",
             "a,l2-cache-size=1000",
             "a,l2-cache-size=1T",
         ] {

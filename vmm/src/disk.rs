@@ -30,6 +30,8 @@ fn open_qcow2(config: &DiskConfig) -> Result<Arc<dyn Disk>> {
     let options = OpenOptions {
         read_only: config.read_only,
         data_file: config.data_file.clone(),
+        follow: config.follow.unwrap_or(default.follow),
+        backing_format: config.backing_format,
         l2_cache_size: config.l2_cache_size.unwrap_or(default.l2_cache_size),
     };
     match Qcow2::open(&config.path, &options) {

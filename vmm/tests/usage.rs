@@ -30,7 +30,7 @@ fn wrong_arguments_end_with_status_2() {
         (&["--cpus=33"], "1..=32"),
         (
             &["--disk=a,cache=none"],
-            "known are readonly, format, data-file, serial and l2-cache-size",
+            "known are readonly, format, data-file, follow, backing-format, serial and l2-cache-size",
         ),
         (
             &["--disk=a,format=raw,data-file=b"],

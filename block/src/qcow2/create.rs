@@ -15,6 +15,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use super::DataFileLayout;
+use super::backing::BackingFormat;
 use super::entry::{L1Entry, L2Entry};
 use super::extension::Extensions;
 use super::geometry::{ENTRY_SIZE, Geometry};
@@ -22,6 +23,7 @@ use super::header::{
     CLUSTER_BITS, Header, MAX_L1_SIZE, MAX_OFFSET, MAX_REFCOUNT_TABLE_SIZE, autoclear, compatible,
     incompatible,
 };
+use super::parse::MAX_BACKING_FILE;
 use super::policy::is_same_file;
 use super::refcount_width::RefcountWidth;
 use super::table::TableWriter;
@@ -37,6 +39,11 @@ pub struct CreateOptions {
     pub version: u32,
     /// Bytes in a cluster: a power of two from 512 to 2 MiB.
     pub cluster_size: u64,
+    /// Name of the backing file, which shows where the image has nothing, as it will stand in the
+    /// image: relative to the image's directory. It is not opened.
+    pub backing_file: Option<PathBuf>,
+    /// Format of the backing file.
+    pub backing_format: Option<BackingFormat>,
     /// File for the guest's data, made anew, and named in the image as it is here. Without it the
     /// data goes into the image.
     pub data_file: Option<PathBuf>,
@@ -59,6 +66,8 @@ impl Default for CreateOptions {
             size: 0,
             version: 3,
             cluster_size: 64 << 10,
+            backing_file: None,
+            backing_format: None,
             data_file: None,
             data_file_raw: false,
             data_file_layout: DataFileLayout::Standard,
@@ -190,10 +199,11 @@ impl Layout {
 
     fn header(&self, options: &CreateOptions) -> Header {
         let flag = |set, bit| if set { bit } else { 0 };
-        let name = options.data_file.as_ref();
+        let bytes = |name: &PathBuf| name.as_os_str().as_bytes().to_vec();
+        let backing_format = options.backing_format.map(|f| f.name().into());
         Header {
             version: options.version,
-            backing_file: None,
+            backing_file: options.backing_file.as_ref().map(bytes),
             cluster_bits: self.geometry.cluster_bits,
             size: self.size,
             crypt_method: 0,
@@ -212,7 +222,8 @@ impl Layout {
             compression_type: 0,
             unknown_fields: Vec::new(),
             extensions: Extensions {
-                data_file: name.map(|name| name.as_os_str().as_bytes().to_vec()),
+                data_file: options.data_file.as_ref().map(bytes),
+                backing_format,
                 ..Extensions::default()
             },
         }
@@ -331,6 +342,22 @@ fn check_options(options: &CreateOptions) -> Result<()> {
                 "data-file-layout=packed and data-file-raw cannot be used at the same time",
             );
         }
+    }
+    if let Some(name) = &options.backing_file {
+        if options.data_file_raw {
+            return wrong("Backing file and data-file-raw cannot be used at the same time");
+        }
+        if options.preallocation != Preallocation::Off {
+            return wrong(
+                "Backing file and preallocation can only be used at the same time if extended_l2 \
+                 is on",
+            );
+        }
+        if name.as_os_str().len() > MAX_BACKING_FILE {
+            return wrong("Could not assign backing file: File name too long");
+        }
+    } else if options.backing_format.is_some() {
+        return wrong("Backing format cannot be used without backing file");
     }
     if options.data_file.is_some() && is_v2 {
         return wrong(

@@ -261,9 +261,13 @@ impl Header {
             let value = self.incompatible_features;
             return Err(Error::invalid(file, "incompatible_features", value, reason));
         }
+        if self.backing_file.is_some() && self.data_file_is_raw() {
+            let reason = "data-file-raw is incompatible with backing files";
+            let value = self.autoclear_features;
+            return Err(Error::invalid(file, "autoclear_features", value, reason));
+        }
         let bitmaps = self.extensions.bitmaps.is_some() || self.extensions.stale_bitmaps;
         let missing = [
-            (self.backing_file.is_some(), "backing file"),
             (has(incompatible::COMPRESSION), "compression type"),
             (has(incompatible::EXTENDED_L2), "extended L2 entries"),
             (self.crypt_method != 0, "encryption"),

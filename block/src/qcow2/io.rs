@@ -41,10 +41,10 @@ impl Disk for Qcow2 {
         while done < len {
             let run = self.run(offset + done, len - done)?;
             if run.len == len {
-                return self.read_run(run.kind, bufs);
+                return self.read_run(run.kind, bufs, offset);
             }
             buffers.take(run.len, |piece, at| {
-                self.read_run(run.kind.advanced(at), piece)
+                self.read_run(run.kind.advanced(at), piece, offset + done + at)
             })?;
             done += run.len;
         }
@@ -85,6 +85,10 @@ impl Disk for Qcow2 {
     fn extent(&self, offset: u64, len: u64) -> Result<Extent> {
         check_range(offset, len, self.size())?;
         self.find_extent(offset, len)
+    }
+
+    fn backing(&self) -> Option<&dyn Disk> {
+        self.backing.as_deref()
     }
 
     fn resize(&self, size: u64) -> Result<()> {
@@ -143,13 +147,15 @@ impl Qcow2 {
         Ok(())
     }
 
-    fn read_run(&self, kind: Kind, bufs: &[VolatileSlice<'_>]) -> Result<()> {
+    /// Fills `bufs` with what is mapped as `kind` at guest offset `offset`.
+    fn read_run(&self, kind: Kind, bufs: &[VolatileSlice<'_>], offset: u64) -> Result<()> {
         match kind {
             Kind::Data { offset, .. } => self.data().read_at(bufs, offset),
-            Kind::Zero { .. } | Kind::Unallocated => {
+            Kind::Zero { .. } => {
                 fill_zero(bufs);
                 Ok(())
             }
+            Kind::Unallocated => self.read_backing(bufs, offset, total_len(bufs)),
         }
     }
 
@@ -158,7 +164,12 @@ impl Qcow2 {
     ///
     /// Nobody sees the clusters before the mapping changes, and it changes last: a reader finds
     /// all zeros or all of the data, and after an error the old state.
-    fn write_new(&self, offset: u64, len: u64, buffers: &mut Buffers<'_, '_>) -> Result<u64> {
+    pub(super) fn write_new(
+        &self,
+        offset: u64,
+        len: u64,
+        buffers: &mut Buffers<'_, '_>,
+    ) -> Result<u64> {
         let g = self.geometry;
         let first = g.cluster(offset);
         // One slice at a time, so that mapping the clusters succeeds or fails as a whole.
@@ -191,8 +202,10 @@ impl Qcow2 {
         };
         let allocated = (place.clusters << g.cluster_bits) - g.in_cluster(offset);
         let len = run.len.min(allocated);
+        let shows =
+            run.kind == Kind::Unallocated && self.backing_shows(offset - g.in_cluster(offset));
         let mapped = self
-            .write_filled(offset, len, &place, buffers)
+            .write_filled(offset, len, &place, shows, buffers)
             .and_then(|()| self.map_data(first..first + place.clusters, place.offset));
         if mapped.is_err() && reserved.is_none() {
             self.release(&place);
@@ -200,32 +213,38 @@ impl Qcow2 {
         mapped.map(|()| len)
     }
 
-    /// Writes `len` bytes for guest offset `offset` to the clusters of `place`, and zeros to the
-    /// rest of the first and the last of them, in one piece.
+    /// Writes `len` bytes for guest offset `offset` to the clusters of `place`, and to the rest of
+    /// the first and the last of them what shows there, if anything `shows`, or else zeros, in one
+    /// piece.
     fn write_filled(
         &self,
         offset: u64,
         len: u64,
         place: &Allocation,
+        shows: bool,
         buffers: &mut Buffers<'_, '_>,
     ) -> Result<()> {
         let g = self.geometry;
         let head = g.in_cluster(offset);
         let tail = self.tail(offset + len)?;
-        if place.zeroed || head + tail == 0 {
+        if place.zeroed && !shows || head + tail == 0 {
             return buffers.take(len, |piece, at| {
                 self.data().write_at(piece, place.offset + head + at)
             });
         }
-        let mut zeros = vec![0; head.max(tail) as usize];
-        let zeros = VolatileSlice::from(&mut zeros[..]);
-        let part = |len: u64| zeros.subslice(0, len as usize).ok();
-        let mut pieces: Vec<_> = part(head).into_iter().collect();
+        let (mut before, mut after) = (vec![0; head as usize], vec![0; tail as usize]);
+        let before = VolatileSlice::from(&mut before[..]);
+        let after = VolatileSlice::from(&mut after[..]);
+        if shows {
+            self.read_backing(&[before], offset - head, head)?;
+            self.read_backing(&[after], offset + len, tail)?;
+        }
+        let mut pieces = vec![before];
         buffers.take(len, |piece, _| {
             pieces.extend_from_slice(piece);
             Ok::<_, Error>(())
         })?;
-        pieces.extend(part(tail));
+        pieces.push(after);
         self.data().write_at(&pieces, place.offset)
     }
 

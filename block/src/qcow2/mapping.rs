@@ -38,7 +38,7 @@ pub(super) enum Kind {
     },
     /// Reads as zero; space may be reserved for it.
     Zero { reserved: Option<u64> },
-    /// Reads as zero, since there is no backing file.
+    /// Reads as what the backing file has there, or zero.
     Unallocated,
 }
 

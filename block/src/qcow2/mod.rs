@@ -5,12 +5,13 @@
 //! | module | what it knows |
 //! | --- | --- |
 //! | `header`, `parse`, `extension`, `entry`, `table`, `refcount_width` | the format on disk |
-//! | `policy` | which data file an image may name |
+//! | `policy` | which files an image may name |
 //! | `open` | from files to a [`Qcow2`] |
 //! | `mapping` | guest offset → place, and changing it |
 //! | `io` | reads and writes on top of that |
 //! | `zeroes` | writing zeroes, and discarding |
 //! | `resize` | growing and shrinking the disk |
+//! | `backing` | what shows where the image has nothing |
 //! | `placement`, `packed` | where data lies: in the image, or in a data file of some kind |
 //! | `cache`, `l1`, `words`, `refcount` | L2 slices, the L1 table and refcounts, in memory |
 //! | `allocator`, `free_map`, `reserved` | free clusters, and those that can never be free |
@@ -38,6 +39,7 @@
 
 mod allocator;
 mod amend;
+mod backing;
 mod cache;
 mod check;
 mod counters;
@@ -83,13 +85,16 @@ use refcount::Refcounts;
 use requests::Requests;
 use retired::Retired;
 
+use crate::Disk;
 use crate::file::ImageFile;
 
 pub use amend::{AmendOptions, amend};
+pub use backing::{BackingFormat, path_of as backing_path};
 pub use check::{CheckReport, Finding, FindingKind, check, check_storage};
 pub use create::{CreateOptions, create};
 pub use info::Info;
 pub use open::OpenOptions;
+pub use policy::Follow;
 
 /// How guest data lies in an external data file.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -109,6 +114,8 @@ pub enum DataFileLayout {
 pub struct Qcow2 {
     image: ImageFile,
     placement: Placement,
+    /// What shows where the image has nothing.
+    backing: Option<Box<dyn Disk>>,
     geometry: Geometry,
     /// Of the disk, in bytes. A request that looks at it twice may see two sizes.
     size: AtomicU64,

@@ -4,13 +4,14 @@ use crate::sync::atomic::{AtomicBool, AtomicU64};
 use crate::sync::{Mutex, lock};
 use std::path::{Path, PathBuf};
 
+use super::backing::{self, BackingFormat, Found};
 use super::cache::SliceCache;
 use super::geometry::{ENTRY_SIZE, Geometry};
 use super::header::{Header, autoclear};
 use super::l1::L1Table;
 use super::packed::Packed;
 use super::placement::{External, Passthrough, Placement};
-use super::policy;
+use super::policy::{self, Follow};
 use super::ranges::RangeLocks;
 use super::refcount::Refcounts;
 use super::requests::Requests;
@@ -18,7 +19,7 @@ use super::reserved::{Field, Reserved};
 use super::retired::Retired;
 use super::{DataFileLayout, Qcow2};
 use crate::file::ImageFile;
-use crate::{Error, Result, Storage};
+use crate::{Disk, Error, Result, Storage};
 
 /// How to open an image.
 #[derive(Clone, Debug)]
@@ -28,7 +29,12 @@ pub struct OpenOptions {
     /// The external data file, in place of the one that the image names. With `None`, the name
     /// in the image is followed if it leads to a file in the image's own directory or below.
     pub data_file: Option<PathBuf>,
-    /// Bytes of memory for L2 tables; a few slices of 4 KiB are always kept. The default of 4 MiB
+    /// Where the names in the image, and in those below it, may lead.
+    pub follow: Follow,
+    /// Format of the backing file, if the image names one and not its format. It is never guessed:
+    /// what a guest has written into a raw image could look like anything.
+    pub backing_format: Option<BackingFormat>,
+    /// Bytes of memory for L2 tables of each image; a few slices of 4 KiB are always kept. The default of 4 MiB
     /// maps 32 GiB with clusters of 64 KiB. Memory is taken as it is needed.
     pub l2_cache_size: usize,
 }
@@ -38,6 +44,8 @@ impl Default for OpenOptions {
         Self {
             read_only: false,
             data_file: None,
+            follow: Follow::default(),
+            backing_format: None,
             l2_cache_size: 4 << 20,
         }
     }
@@ -50,22 +58,33 @@ impl Qcow2 {
     /// Nothing has been written if this fails, and the error says why: the image is not valid, it
     /// uses a feature that is not implemented ([`Error::Unsupported`]), or a file cannot be used.
     pub fn open(path: &Path, options: &OpenOptions) -> Result<Self> {
-        let image = ImageFile::open(path, options.read_only)?;
-        Self::from_files(image, options, |image, header| {
-            match (header.has_data_file(), &options.data_file) {
-                (false, None) => Ok(None),
-                (false, Some(_)) => Err(data_file_error(
-                    &image.path,
-                    "'data-file' can only be set for images with an external data file",
-                )),
-                (true, _) => open_data_file(&image.path, header, options).map(Some),
+        let top = Found::new(ImageFile::open(path, options.read_only)?, options.read_only)?;
+        let backing = backing::open(&top, options)?;
+        Self::from_found(top, options, backing)
+    }
+
+    /// Opens `found` on top of `backing`.
+    pub(super) fn from_found(
+        found: Found,
+        options: &OpenOptions,
+        backing: Option<Box<dyn Disk>>,
+    ) -> Result<Self> {
+        let path = &found.image.path;
+        let data = match (found.header.has_data_file(), &options.data_file) {
+            (false, None) => None,
+            (false, Some(_)) => {
+                let reason = "'data-file' can only be set for images with an external data file";
+                return Err(data_file_error(path, reason));
             }
-        })
+            (true, _) => Some(open_data_file(path, &found.header, options)?),
+        };
+        Self::from_files(found, options, Files { data, backing })
     }
 
     /// Opens an image in storage of the caller's. `name` stands for the image in errors;
     /// `data_file` is the external data file, which must be given exactly if the image has one.
-    /// [`OpenOptions::data_file`] has no meaning here.
+    /// [`OpenOptions::data_file`] has no meaning here, and an image with a backing file is for
+    /// [`with_backing`](Qcow2::with_backing).
     ///
     /// # Errors
     /// As [`open`](Qcow2::open).
@@ -75,36 +94,52 @@ impl Qcow2 {
         data_file: Option<Box<dyn Storage>>,
         options: &OpenOptions,
     ) -> Result<Self> {
-        Self::from_files(
-            ImageFile::new(image, name),
-            options,
-            |image, header| match (header.has_data_file(), data_file) {
-                (false, None) => Ok(None),
-                (true, Some(storage)) => {
-                    let mut name = image.path.clone().into_os_string();
-                    name.push(" (data file)");
-                    Ok(Some(ImageFile::new(storage, Path::new(&name))))
-                }
-                (false, Some(_)) => Err(data_file_error(
-                    &image.path,
-                    "'data-file' can only be set for images with an external data file",
-                )),
-                (true, None) => Err(data_file_error(
-                    &image.path,
-                    "'data-file' is required for this image",
-                )),
-            },
-        )
+        Self::with_backing(name, image, data_file, None, options)
     }
 
-    fn from_files(
-        image: ImageFile,
+    /// As [`with_storage`](Qcow2::with_storage), on top of `backing`, which shows where the image
+    /// has nothing, and must be given if the image names a backing file. Nobody may change it or its
+    /// size while the image is open.
+    ///
+    /// # Errors
+    /// As [`open`](Qcow2::open).
+    pub fn with_backing(
+        name: &Path,
+        image: Box<dyn Storage>,
+        data_file: Option<Box<dyn Storage>>,
+        backing: Option<Box<dyn Disk>>,
         options: &OpenOptions,
-        data_file: impl FnOnce(&ImageFile, &Header) -> Result<Option<ImageFile>>,
     ) -> Result<Self> {
+        let found = Found::new(ImageFile::new(image, name), options.read_only)?;
+        let data = match (found.header.has_data_file(), data_file) {
+            (false, None) => None,
+            (true, Some(storage)) => {
+                let mut name = name.as_os_str().to_owned();
+                name.push(" (data file)");
+                Some(ImageFile::new(storage, Path::new(&name)))
+            }
+            (false, Some(_)) => {
+                let reason = "'data-file' can only be set for images with an external data file";
+                return Err(data_file_error(name, reason));
+            }
+            (true, None) => {
+                let reason = "'data-file' is required for this image";
+                return Err(data_file_error(name, reason));
+            }
+        };
+        if backing.is_some() != found.header.backing_file.is_some() {
+            return Err(Error::BackingFile {
+                file: name.to_owned(),
+                reason: "one must be given exactly if the image names one".to_owned(),
+            });
+        }
+        Self::from_files(found, options, Files { data, backing })
+    }
+
+    fn from_files(found: Found, options: &OpenOptions, files: Files) -> Result<Self> {
+        let Found { image, header } = found;
+        let Files { data, backing } = files;
         let read_only = options.read_only;
-        let header = Header::read(&*image.storage, &image.path)?;
-        header.check_supported(&image.path, read_only)?;
         let geometry = Geometry {
             cluster_bits: header.cluster_bits,
         };
@@ -114,7 +149,7 @@ impl Qcow2 {
         } else {
             Some(Mutex::new(open_refcounts(&image, geometry, &header, &l1)?))
         };
-        let placement = match data_file(&image, &header)? {
+        let placement = match data {
             None => Placement::Internal,
             Some(file) if header.data_file_layout() == Some(DataFileLayout::Packed) => {
                 Placement::Packed(if read_only {
@@ -143,6 +178,7 @@ impl Qcow2 {
             data_end: AtomicU64::new(data_end),
             image,
             placement,
+            backing,
             geometry,
             size: AtomicU64::new(header.disk_size()),
             version: header.version,
@@ -160,6 +196,12 @@ impl Qcow2 {
             flushing: Mutex::default(),
         })
     }
+}
+
+/// The other files of an image.
+struct Files {
+    data: Option<ImageFile>,
+    backing: Option<Box<dyn Disk>>,
 }
 
 /// The refcounts of an image to be written, after all of its metadata has been seen to lie apart.
@@ -206,7 +248,7 @@ fn clear_unknown_autoclear(image: &ImageFile, header: &Header) -> Result<()> {
 fn open_data_file(image: &Path, header: &Header, options: &OpenOptions) -> Result<ImageFile> {
     let path = match (&options.data_file, &header.extensions.data_file) {
         (Some(path), _) => path.clone(),
-        (None, Some(name)) => policy::resolve_data_file(image, name)?,
+        (None, Some(name)) => policy::resolve_data_file(image, name, options.follow)?,
         (None, None) => {
             return Err(data_file_error(
                 image,

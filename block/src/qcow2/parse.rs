@@ -22,7 +22,7 @@ const MAX_SNAPSHOTS: u32 = 65536;
 /// Bytes of an entry of the snapshot table, without its variable parts.
 const SNAPSHOT_ENTRY_SIZE: u64 = 40;
 /// Longest name of a backing file in bytes.
-const MAX_BACKING_FILE: u64 = 1023;
+pub(super) const MAX_BACKING_FILE: usize = 1023;
 
 /// What a header is read for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -321,7 +321,7 @@ impl Layout {
             return Ok(None);
         }
         let len = u64::from(self.backing_file_size.get());
-        if len > MAX_BACKING_FILE.min(cluster.len() as u64 - offset) {
+        if len > (MAX_BACKING_FILE as u64).min(cluster.len() as u64 - offset) {
             let reason = "Backing file name too long";
             return Err(Error::invalid(file, "backing_file_size", len, reason));
         }

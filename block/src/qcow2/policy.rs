@@ -6,12 +6,105 @@
 //! the caller's word.
 
 use std::ffi::OsStr;
+use std::fs::File;
+use std::io;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use rustix::fs::{Mode, OFlags, ResolveFlags};
+
+use super::backing;
 use crate::error::system_text;
 use crate::{Error, Result};
+
+/// Where names that are stored in an image may lead.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Follow {
+    /// Nowhere: an image that names another file is refused, unless the caller says which it is.
+    Nothing,
+    /// To files in the directory of the image that has the name, and below it.
+    #[default]
+    ImageDirectory,
+    /// To any local file that the process can open.
+    Anywhere,
+}
+
+/// Attempts to open a file while others rename what leads there.
+const ATTEMPTS: usize = 16;
+
+/// Opens the backing file `name` of `image` for reading, and tells its path.
+///
+/// # Errors
+/// The reason why it may not or cannot be opened.
+pub(super) fn open_backing_file(
+    image: &Path,
+    name: &[u8],
+    follow: Follow,
+) -> std::result::Result<(PathBuf, File), String> {
+    let path = backing::path_of(image, name)?;
+    let failed = |e: io::Error| {
+        let shown = path.display().to_string().escape_debug().to_string();
+        format!("Could not open '{shown}': {}", system_text(&e))
+    };
+    let outside = |reason: &str| {
+        let shown = path.display().to_string().escape_debug().to_string();
+        format!("'{shown}' {reason} (follow=anywhere allows it)")
+    };
+    let file = match follow {
+        Follow::Nothing => return Err(outside("may not be followed")),
+        Follow::Anywhere => {
+            let mut options = File::options();
+            options.read(true).custom_flags(libc::O_NONBLOCK);
+            options.open(&path).map_err(failed)?
+        }
+        Follow::ImageDirectory => match open_beneath(image, &path) {
+            Err(e) if e.raw_os_error() == Some(libc::EXDEV) => {
+                return Err(outside("lies outside the image's directory"));
+            }
+            opened => opened.map_err(failed)?,
+        },
+    };
+    Ok((path, file))
+}
+
+/// Opens `path` for reading if it leads to something in the directory of `image` or below; `EXDEV`
+/// if not. The system resolves it, so that nobody who changes links or directories meanwhile can
+/// lead it outside.
+fn open_beneath(image: &Path, path: &Path) -> io::Result<File> {
+    let directory = match image.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    let root = File::open(directory)?;
+    let relative = match path.strip_prefix(directory) {
+        Ok(relative) => relative,
+        // An absolute name in an image whose own path is relative, or is spelled another way.
+        Err(_) => {
+            let outside = || io::Error::from_raw_os_error(libc::EXDEV);
+            if path.is_absolute() {
+                path.strip_prefix(directory.canonicalize()?)
+                    .map_err(|_| outside())?
+            } else {
+                path
+            }
+        }
+    };
+    let relative = if relative.as_os_str().is_empty() {
+        Path::new(".")
+    } else {
+        relative
+    };
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS;
+    for _ in 0..ATTEMPTS {
+        match rustix::fs::openat2(&root, relative, flags, Mode::empty(), resolve) {
+            Err(rustix::io::Errno::AGAIN) => {}
+            opened => return Ok(opened?.into()),
+        }
+    }
+    Err(io::ErrorKind::ResourceBusy.into())
+}
 
 /// The file meant by the data-file name `name` that is stored in `image`.
 ///
@@ -22,7 +115,7 @@ use crate::{Error, Result};
 /// # Errors
 /// [`Error::DataFile`] if no candidate exists, if the one that exists is not inside the image's
 /// directory tree, or if both exist and are different files.
-pub(crate) fn resolve_data_file(image: &Path, name: &[u8]) -> Result<PathBuf> {
+pub(crate) fn resolve_data_file(image: &Path, name: &[u8], follow: Follow) -> Result<PathBuf> {
     let refused = |reason: String| Err(data_file_error(image, reason));
     let shown = String::from_utf8_lossy(name).escape_debug().to_string();
     let root = directory_of(image)?;
@@ -32,7 +125,14 @@ pub(crate) fn resolve_data_file(image: &Path, name: &[u8]) -> Result<PathBuf> {
             one.display(),
             other.display()
         )),
-        [path, ..] if path.starts_with(&root) => Ok(path.clone()),
+        [path, ..] if follow == Follow::Anywhere => Ok(path.clone()),
+        [path, ..] if follow == Follow::ImageDirectory && path.starts_with(&root) => {
+            Ok(path.clone())
+        }
+        [path, ..] if follow == Follow::Nothing => refused(format!(
+            "its data file '{shown}' is '{}', which may not be followed",
+            path.display()
+        )),
         found => refused(format!(
             "its data file '{shown}' is '{}', outside the image's directory '{}'",
             found.first().unwrap_or(&root).display(),
@@ -120,7 +220,8 @@ mod tests {
     }
 
     fn resolve(image: &Path, name: impl AsRef<OsStr>) -> std::result::Result<PathBuf, String> {
-        resolve_data_file(image, name.as_ref().as_bytes()).map_err(|e| e.to_string())
+        let name = name.as_ref().as_bytes();
+        resolve_data_file(image, name, Follow::ImageDirectory).map_err(|e| e.to_string())
     }
 
     #[test]

@@ -88,6 +88,13 @@ impl Qcow2 {
             }
             Placement::Internal | Placement::Packed(_) => {}
         }
+        if self.backing_shows(old) {
+            // What the disk gains reads as zero, not as what the backing file has there.
+            let end = self.backing.as_ref().map_or(0, |backing| backing.size());
+            let end = end.min(new).next_multiple_of(g.cluster_size());
+            self.zero(old, end - old, false)?;
+            self.write_back()?;
+        }
         // A request that finds the disk's end in this cluster takes it for whole.
         let last = g.cluster(old);
         let _held = self.ranges.lock(last..last + 1);

@@ -7,7 +7,9 @@
 use super::Qcow2;
 use super::mapping::{Kind, Run};
 use super::placement::Placement;
+use crate::buffers::Buffers;
 use crate::{Disk, Result};
+use vm_memory::VolatileSlice;
 
 /// What whole clusters that are zeroed become.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,6 +52,9 @@ impl Qcow2 {
                             whole => self.change_whole(offset + done, whole, zeroed)?,
                         }
                     }
+                    Kind::Unallocated if self.backing_shows(offset + done) => {
+                        self.hide_backing(offset + done, run.len)?
+                    }
                     Kind::Zero { .. } | Kind::Unallocated => run.len,
                 };
             }
@@ -75,6 +80,9 @@ impl Qcow2 {
         if let Placement::Raw(external, _) = &self.placement {
             return external.file.write_zeroes(at, end - at, true);
         }
+        if !self.can_unmap() {
+            return Ok(());
+        }
         let mut running = self.requests.begin();
         while at < end {
             if self.wants_write_back() {
@@ -91,10 +99,48 @@ impl Qcow2 {
                         whole => self.change_whole(at, whole, Zeroed::Unmapped)?,
                     }
                 }
+                Kind::Unallocated if self.backing_shows(at) => {
+                    match self.whole_clusters(at, run.len) {
+                        0 => run.len,
+                        _ => self.hide_backing(at, run.len)?,
+                    }
+                }
                 Kind::Zero { .. } | Kind::Unallocated => run.len,
             };
         }
         Ok(())
+    }
+
+    /// Whether a cluster can lose its place and read as zero: version 2 has no flag for that, and the
+    /// backing file would show.
+    fn can_unmap(&self) -> bool {
+        self.version >= 3 || self.backing.is_none()
+    }
+
+    /// Makes some of the `len` bytes at `offset`, where nothing is mapped, read as zero instead of
+    /// what the backing file holds, and returns how many; none if another request has mapped
+    /// something there meanwhile.
+    fn hide_backing(&self, offset: u64, len: u64) -> Result<u64> {
+        let g = self.geometry;
+        let whole = self.whole_clusters(offset, len);
+        if whole == 0 || self.version < 3 {
+            let len = len.min(self.to_cluster_end(offset));
+            let mut zeros = vec![0; len as usize];
+            let zeros = [VolatileSlice::from(&mut zeros[..])];
+            return self.write_new(offset, len, &mut Buffers::new(&zeros));
+        }
+        let clusters = g.cluster(offset)..g.cluster(offset + whole - 1) + 1;
+        let _held = self.ranges.lock(clusters.clone());
+        let run = self.run_in_slice(offset, whole)?;
+        if run.kind != Kind::Unallocated
+            || run.len != whole
+            || self.whole_clusters(offset, whole) != whole
+        {
+            return Ok(0);
+        }
+        self.add_table(g.l1_index(clusters.start))?;
+        self.map_nothing(clusters)?;
+        Ok(whole)
     }
 
     /// Zeroes some of the `len` bytes at guest offset `offset`, which are stored at `data`, and
@@ -114,11 +160,12 @@ impl Qcow2 {
             // The caller zeroes the data file; the mapping stays.
             return Ok(len);
         }
-        let has_zero_flag = self.version >= 3;
+        let by_mapping = match zeroed {
+            Zeroed::Reserved => self.version >= 3,
+            Zeroed::Unmapped => self.can_unmap(),
+        };
         match self.whole_clusters(offset, len) {
-            whole if whole > 0 && (has_zero_flag || zeroed == Zeroed::Unmapped) => {
-                self.change_whole(offset, whole, zeroed)
-            }
+            whole if whole > 0 && by_mapping => self.change_whole(offset, whole, zeroed),
             _ => {
                 let len = len.min(self.to_cluster_end(offset));
                 self.check_overlap(data, len)?;

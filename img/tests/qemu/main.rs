@@ -9,6 +9,7 @@
 )]
 
 mod amend;
+mod backing;
 mod check;
 mod convert;
 mod create;

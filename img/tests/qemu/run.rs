@@ -144,6 +144,14 @@ impl Both {
     }
 }
 
+impl Both {
+    /// Fails unless the file `name` is the same in both places.
+    pub fn same_bytes(&self, name: &str) {
+        let read = |place: &Place| fs::read(place.path(name)).unwrap();
+        assert!(read(&self.qemu) == read(&self.tandem), "{name} differs");
+    }
+}
+
 /// Length of a file in a place.
 pub fn len(place: &Place, name: impl AsRef<Path>) -> u64 {
     fs::metadata(place.dir.path().join(name)).unwrap().len()

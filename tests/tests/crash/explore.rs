@@ -4,12 +4,12 @@ use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
-use tandem_block::Disk;
 use tandem_block::qcow2::{FindingKind, OpenOptions, Qcow2, check_storage};
+use tandem_block::{Disk, Raw};
 use vm_memory::VolatileSlice;
 
 use crate::storage::{Change, Event, Log, Memory, SECTOR, What, Which, apply_write};
-use crate::workload::{Kind, Op, Random, Setup, ops, perform, stamp_of};
+use crate::workload::{Kind, Op, Random, Setup, ops, perform, sector_bytes, stamp_of};
 
 /// Requests of a workload.
 const OPS: usize = 24;
@@ -58,11 +58,13 @@ struct Allowed {
 }
 
 impl Allowed {
-    /// A disk of `sectors` zeros, which may get up to `max`.
-    fn new(sectors: u64, max: usize) -> Self {
+    /// A new disk of `setup`.
+    fn new(setup: &Setup) -> Self {
+        let mut stamps = setup.backing();
+        stamps.resize(setup.max_size() as usize / SECTOR, 0);
         Self {
-            sizes: BTreeSet::from([sectors]),
-            stamps: vec![BTreeSet::from([0]); max],
+            sizes: BTreeSet::from([setup.size() / SECTOR as u64]),
+            stamps: stamps.into_iter().map(|stamp| [stamp].into()).collect(),
         }
     }
 
@@ -144,7 +146,7 @@ impl Explorer {
         // What is on disk for certain, and what was done since to each file.
         let mut synced = start;
         let mut pending: Vec<Change> = Vec::new();
-        let mut allowed = Allowed::new(sectors, self.max_sectors());
+        let mut allowed = Allowed::new(&self.setup);
         for (point, event) in log.iter().enumerate() {
             match event {
                 Event::Change(change) => pending.push(change.clone()),
@@ -156,7 +158,7 @@ impl Explorer {
                 Event::Begun { op } => allowed.begin(&ops[*op]),
                 Event::Resized { op } => allowed.resized(&ops[*op]),
                 Event::Flushed { op } => {
-                    allowed = Allowed::new(sectors, self.max_sectors());
+                    allowed = Allowed::new(&self.setup);
                     ops[..=*op].iter().for_each(|op| allowed.settle(op));
                 }
             }
@@ -168,10 +170,6 @@ impl Explorer {
             }
         }
         Ok(())
-    }
-
-    fn max_sectors(&self) -> usize {
-        self.setup.max_size() as usize / SECTOR
     }
 
     fn record(&self, start: &Files, ops: &[Op]) -> Vec<Event> {
@@ -193,8 +191,18 @@ impl Explorer {
     }
 
     fn open(&self, image: Memory, data: Memory) -> tandem_block::Result<Qcow2> {
-        let data = (self.setup.kind != Kind::Internal).then(|| Box::new(data) as _);
-        Qcow2::with_storage(Path::new("image"), Box::new(image), data, &self.options)
+        let name = Path::new("image");
+        let data = self.setup.has_data_file().then(|| Box::new(data) as _);
+        let backing = match &self.setup.backing()[..] {
+            [] => None,
+            stamps => {
+                let bytes: Vec<u8> = stamps.iter().flat_map(|s| sector_bytes(*s)).collect();
+                let base = Memory::plain(Which::Data, &Arc::new(Mutex::new(bytes)));
+                let base = Raw::with_storage(Path::new("base"), Box::new(base), true)?;
+                Some(Box::new(base) as _)
+            }
+        };
+        Qcow2::with_backing(name, Box::new(image), data, backing, &self.options)
     }
 
     /// What is synced, with a random part of what is not.

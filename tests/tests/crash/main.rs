@@ -18,7 +18,17 @@ use explore::{Explorer, Found};
 use workload::{Kind, Setup};
 
 /// Kinds and cluster sizes that are explored.
-const SETUPS: [Setup; 14] = [
+const SETUPS: [Setup; 16] = [
+    Setup {
+        kind: Kind::Overlay,
+        version: 3,
+        cluster_size: 1024,
+    },
+    Setup {
+        kind: Kind::Overlay,
+        version: 3,
+        cluster_size: 4096,
+    },
     Setup {
         kind: Kind::Internal,
         version: 3,

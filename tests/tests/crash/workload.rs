@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use tandem_block::Disk;
-use tandem_block::qcow2::{CreateOptions, DataFileLayout, create};
+use tandem_block::qcow2::{BackingFormat, CreateOptions, DataFileLayout, create};
 use vm_memory::VolatileSlice;
 
 use crate::storage::SECTOR;
@@ -16,6 +16,8 @@ pub enum Kind {
     /// Raw, with a mapping that is not complete: QEMU made such images before version 6.0.
     RawIncomplete,
     Packed,
+    /// Internal, on top of a backing file that ends within a cluster of the disk.
+    Overlay,
 }
 
 /// An image to explore.
@@ -38,6 +40,15 @@ impl Setup {
         self.size() * 2
     }
 
+    /// What the sectors of the backing file hold, if there is one.
+    pub fn backing(&self) -> Vec<u64> {
+        let sectors = self.size() / SECTOR as u64;
+        match self.kind {
+            Kind::Overlay => (0..sectors / 2 + 3).map(|i| 1 << 48 | i).collect(),
+            _ => Vec::new(),
+        }
+    }
+
     /// A request to discard what will read as zero afterwards: whole clusters of the range on a
     /// disk of `sectors`, if there are any.
     fn discard(&self, sectors: u64, sector: u64, count: u64) -> Op {
@@ -50,6 +61,10 @@ impl Setup {
         }
     }
 
+    pub fn has_data_file(&self) -> bool {
+        !matches!(self.kind, Kind::Internal | Kind::Overlay)
+    }
+
     /// The files of a new image.
     pub fn files(&self) -> (Vec<u8>, Vec<u8>) {
         let dir = tempfile::tempdir().unwrap();
@@ -60,7 +75,11 @@ impl Setup {
         };
         options.version = self.version;
         options.cluster_size = self.cluster_size;
-        options.data_file = (self.kind != Kind::Internal).then(|| data.clone());
+        if self.kind == Kind::Overlay {
+            options.backing_file = Some("base".into());
+            options.backing_format = Some(BackingFormat::Raw);
+        }
+        options.data_file = self.has_data_file().then(|| data.clone());
         options.data_file_raw = matches!(self.kind, Kind::Raw | Kind::RawIncomplete);
         if self.kind == Kind::Packed {
             options.data_file_layout = DataFileLayout::Packed;

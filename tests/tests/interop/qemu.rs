@@ -1,6 +1,6 @@
 //! QEMU's tools, and the images they make.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use tandem_block::qcow2::{OpenOptions, Qcow2};
@@ -33,7 +33,19 @@ impl Image {
 
     /// As [`create`](Self::create), with more options, each behind a comma.
     pub fn with_options(kind: Kind, cluster_size: u64, size: u64, more: &str) -> Self {
+        Self::prepared(kind, cluster_size, size, |_| more.to_owned())
+    }
+
+    /// As [`with_options`](Self::with_options), with the options that `prepare` returns after it has
+    /// made other files in the directory.
+    pub fn prepared(
+        kind: Kind,
+        cluster_size: u64,
+        size: u64,
+        prepare: impl FnOnce(&Path) -> String,
+    ) -> Self {
         let dir = tempfile::tempdir().unwrap();
+        let more = prepare(dir.path());
         let data = dir.path().join("disk.raw");
         let mut options = format!("cluster_size={cluster_size}{more}");
         match kind {
@@ -224,7 +236,7 @@ pub fn qemu_img(args: &[&str]) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
-fn run(program: &str, args: &[&str]) {
+pub fn run(program: &str, args: &[&str]) {
     let output = command(program, args);
     assert!(output.status.success(), "{program} {args:?}: {output:?}");
 }

@@ -1,11 +1,13 @@
 //! Random operations, against a plain byte vector and against QEMU.
 
+use std::fs;
 use std::ops::Range;
+use std::path::Path;
 
 use proptest::prelude::*;
 use tandem_block::Disk;
 
-use crate::qemu::{Image, KINDS, Kind, assert_same, read, read_all, write};
+use crate::qemu::{self, Image, KINDS, Kind, assert_same, read, read_all, write};
 
 #[derive(Clone, Debug)]
 enum Op {
@@ -62,6 +64,12 @@ fn run(kind: Kind, cluster_size: u64, size: u64, prefilled: bool, ops: &[Op]) {
     if prefilled {
         fill_by_qemu(&image, &mut model);
     }
+    run_on(&image, cluster_size, model, true, ops);
+}
+
+/// Runs `ops` on `image`, which shows `model`. Whole clusters that are discarded read as zero, or
+/// stay, as `discards` says.
+fn run_on(image: &Image, cluster_size: u64, mut model: Vec<u8>, discards: bool, ops: &[Op]) {
     let mut disk = image.open().unwrap();
     for op in ops {
         match *op {
@@ -75,6 +83,9 @@ fn run(kind: Kind, cluster_size: u64, size: u64, prefilled: bool, ops: &[Op]) {
             }
             Op::Discard { offset, len } => {
                 disk.discard(offset, len as u64).unwrap();
+                if !discards {
+                    continue;
+                }
                 let gone = whole_clusters(cluster_size as usize, offset as usize, len, model.len());
                 model[gone].fill(0);
             }
@@ -156,4 +167,61 @@ fn clusters_of_64_kib() {
 #[test]
 fn clusters_of_2_mib() {
     cases(2 << 20, (33 << 20) + 512, 4);
+}
+
+/// Makes the files of a backing chain in `dir`, and returns what it shows: 6 MiB of qcow2 in clusters
+/// of 4 KiB over some 9 MB of raw file that does not end with a sector.
+fn make_chain(dir: &Path) -> Vec<u8> {
+    let mut shown: Vec<u8> = (0..9_000_100).map(|i| (i / 5000 % 251) as u8 + 1).collect();
+    shown[2_000_000..4_000_000].fill(0);
+    fs::write(dir.join("base"), &shown).unwrap();
+    let middle = dir.join("middle");
+    let middle = middle.to_str().unwrap();
+    let options = "cluster_size=4k,backing_file=base,backing_fmt=raw";
+    qemu::run(
+        "qemu-img",
+        &["create", "-q", "-f", "qcow2", "-o", options, middle, "6M"],
+    );
+    shown.truncate(6 << 20);
+    let mut arguments = vec!["-f", "qcow2", middle];
+    for (command, range, byte) in [
+        ("write -P 77 1000000 300000", 1_000_000..1_300_000, 77),
+        ("write -z 1200128 100000", 1_200_128..1_300_128, 0),
+        ("write -P 78 5242880 1048576", 5_242_880..6_291_456, 78),
+    ] {
+        arguments.extend(["-c", command]);
+        shown[range].fill(byte);
+    }
+    qemu::run("qemu-io", &arguments);
+    shown
+}
+
+/// Images on top of two others, of other formats, sizes and cluster sizes.
+#[test]
+fn backing_chains() {
+    let config = ProptestConfig {
+        cases: 4,
+        failure_persistence: None,
+        ..Default::default()
+    };
+    for (cluster_size, size) in [
+        (512, (7 << 20) + 512),
+        (64 << 10, (7 << 20) + 1536),
+        (2 << 20, 5 << 20),
+    ] {
+        proptest!(config.clone(), |(ops in ops(size, cluster_size))| {
+            for kind in [Kind::Internal, Kind::InternalV2, Kind::External] {
+                let mut model = Vec::new();
+                let image = Image::prepared(kind, cluster_size, size, |dir| {
+                    model = make_chain(dir);
+                    ",backing_file=middle,backing_fmt=qcow2".to_owned()
+                });
+                model.resize(size as usize, 0);
+                let before = ["base", "middle"].map(|name| fs::read(image.path().with_file_name(name)).unwrap());
+                run_on(&image, cluster_size, model, kind != Kind::InternalV2, &ops);
+                let after = ["base", "middle"].map(|name| fs::read(image.path().with_file_name(name)).unwrap());
+                prop_assert!(before == after, "a backing file has changed");
+            }
+        });
+    }
 }

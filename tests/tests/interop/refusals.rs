@@ -3,7 +3,7 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 
-use tandem_block::qcow2::{CreateOptions, OpenOptions, Qcow2, create};
+use tandem_block::qcow2::{BackingFormat, CreateOptions, Follow, OpenOptions, Qcow2, create};
 use tandem_block::{Disk, Result};
 use vm_memory::VolatileSlice;
 
@@ -220,9 +220,85 @@ fn features_that_are_not_implemented() {
             put32(b, 16, 4);
             b[1024..1028].copy_from_slice(b"base");
         },
-        &["backing file"],
+        &["backing file", "does not tell its format", "backing-format"],
     );
     refuse(Kind::Internal, |b| put32(b, 60, 1), &["snapshots"]);
+}
+
+/// Backing files that are missing, below themselves, elsewhere, or no local files.
+#[test]
+fn backing_files_that_cannot_be_used() {
+    let overlay = |name: &str, format: &str| {
+        let image = Image::create(Kind::Internal, 65536, 1 << 20);
+        let options = CreateOptions {
+            size: 1 << 20,
+            backing_file: Some(name.into()),
+            backing_format: BackingFormat::from_name(format.as_bytes()),
+            ..CreateOptions::default()
+        };
+        create(&image.path(), &options).unwrap();
+        image
+    };
+    let refuse = |name, format, words: &[&str]| {
+        expect_refusal(&overlay(name, format), &OpenOptions::default(), words);
+    };
+    refuse("gone", "raw", &["backing file", "gone", "No such file"]);
+    refuse("disk.qcow2", "qcow2", &["below itself"]);
+    refuse("/etc/hostname", "raw", &["outside", "follow=anywhere"]);
+    refuse("../../etc/hostname", "raw", &["outside", "follow=anywhere"]);
+    refuse("nbd:host", "raw", &["Unknown protocol 'nbd'"]);
+    refuse("json:{}", "raw", &["Unknown protocol 'json'"]);
+    refuse(".", "raw", &["regular file"]);
+    refuse("gone", "", &["does not tell its format"]);
+    let image = overlay("base", "raw");
+    fs::write(image.path().with_file_name("base"), [7; 512]).unwrap();
+    let options = OpenOptions {
+        follow: Follow::Nothing,
+        ..OpenOptions::default()
+    };
+    expect_refusal(&image, &options, &["base", "may not be followed"]);
+    let disk = image.open().unwrap();
+    let mut sector = [0; 512];
+    disk.read_at(&[VolatileSlice::from(&mut sector[..])], 0)
+        .unwrap();
+    assert_eq!(sector, [7; 512]);
+}
+
+/// A chain of more images than anybody needs.
+#[test]
+fn endless_chains() {
+    let image = Image::create(Kind::Internal, 65536, 1 << 20);
+    for i in 0..300 {
+        let options = CreateOptions {
+            size: 1 << 20,
+            backing_file: Some(format!("image{}", i + 1).into()),
+            backing_format: Some(BackingFormat::Qcow2),
+            ..CreateOptions::default()
+        };
+        let path = image.path().with_file_name(format!("image{i}"));
+        create(&path, &options).unwrap();
+    }
+    let first = image.path().with_file_name("image0");
+    let error = Qcow2::open(&first, &OpenOptions::default()).err().unwrap();
+    let error = error.to_string();
+    assert!(error.contains("more than 256 images"), "{error}");
+
+    // As many as there may be.
+    let options = CreateOptions {
+        size: 1 << 20,
+        ..CreateOptions::default()
+    };
+    let bottom = image.path().with_file_name("image250");
+    create(&bottom, &options).unwrap();
+    let disk = Qcow2::open(&bottom, &OpenOptions::default()).unwrap();
+    write(&disk, 65536, 65536, 5);
+    drop(disk);
+    let disk = Qcow2::open(&first, &OpenOptions::default()).unwrap();
+    write(&disk, 65536, 512, 6);
+    let mut bytes = [0; 1024];
+    disk.read_at(&[VolatileSlice::from(&mut bytes[..])], 65536)
+        .unwrap();
+    assert_eq!((bytes[511], bytes[512]), (6, 5));
 }
 
 #[test]

@@ -79,6 +79,10 @@ Disk keys:
                      qcow2 header into its raw disk.
   readonly=on|off    Keep the guest from writing (default off)
   data-file=PATH     External data file, instead of the one that the qcow2 header names
+  follow=WHERE       Where the names of a data file or a backing file in a qcow2 image may lead:
+                     image-directory (default), and what is below it; anywhere; or nothing
+  backing-format=raw|qcow2
+                     Format of the backing file, where the image does not tell it
   serial=ID          Serial number that the guest sees: 1 to 20 printable ASCII characters
   l2-cache-size=SIZE Memory for L2 tables of a qcow2 image, as in 16M (default 4M, which maps 32 GiB
                      in clusters of 64 KiB); taken as it is needed

@@ -1,0 +1,224 @@
+//! The backing file: what shows where an image has nothing (qcow2 specification, "backing file").
+//!
+//! It is opened read-only, with its own backing file below it, and never changes while the image
+//! above is open. What lies behind its end reads as zero.
+
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use vm_memory::VolatileSlice;
+
+use super::header::Header;
+use super::policy;
+use super::{OpenOptions, Qcow2};
+use crate::buffers::{Buffers, fill_zero};
+use crate::error::system_text;
+use crate::file::ImageFile;
+use crate::{Disk, Error, FileStorage, Raw, Result};
+
+/// Most images below one another.
+const MAX_DEPTH: usize = 256;
+
+/// Format of a backing file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BackingFormat {
+    /// The file is the disk.
+    Raw,
+    /// qcow2.
+    Qcow2,
+}
+
+impl BackingFormat {
+    /// The format called `name` in headers and by tools.
+    pub fn from_name(name: &[u8]) -> Option<Self> {
+        match name {
+            b"raw" | b"file" | b"host_device" => Some(Self::Raw),
+            b"qcow2" => Some(Self::Qcow2),
+            _ => None,
+        }
+    }
+
+    /// What it is called in headers and by tools.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Raw => "raw",
+            Self::Qcow2 => "qcow2",
+        }
+    }
+}
+
+/// An image that has been found, and its header.
+pub(super) struct Found {
+    pub image: ImageFile,
+    pub header: Header,
+}
+
+impl Found {
+    /// Reads the header of `image`, and refuses what is not implemented.
+    pub fn new(image: ImageFile, read_only: bool) -> Result<Self> {
+        let header = Header::read(&*image.storage, &image.path)?;
+        header.check_supported(&image.path, read_only)?;
+        Ok(Self { image, header })
+    }
+
+    /// Device and inode.
+    fn id(&self) -> std::result::Result<(u64, u64), String> {
+        let metadata = self.image.path.metadata().map_err(|e| system_text(&e))?;
+        Ok((metadata.dev(), metadata.ino()))
+    }
+}
+
+/// Opens what lies below `top`: from the backing file that it names down to an image that names none,
+/// and then from there up to the one below `top`.
+pub(super) fn open(top: &Found, options: &OpenOptions) -> Result<Option<Box<dyn Disk>>> {
+    let options = OpenOptions {
+        read_only: true,
+        data_file: None,
+        ..options.clone()
+    };
+    let mut images: Vec<Found> = Vec::new();
+    // From the image whose backing file could not be opened up to the top one.
+    let failed = |above: &[Found], reason: String| {
+        let above = above.iter().rev().chain([top]);
+        above.fold(Error::Option(reason), |error, image| Error::BackingFile {
+            file: image.image.path.clone(),
+            reason: error.reason(),
+        })
+    };
+    let mut ids = Vec::new();
+    let mut disk: Option<Box<dyn Disk>> = None;
+    while let Some(name) = &images.last().unwrap_or(top).header.backing_file {
+        let above = images.last().unwrap_or(top);
+        let next = find(above, name, &options, &mut ids);
+        match next.map_err(|reason| failed(&images, reason))? {
+            Next::Disk(raw) => {
+                disk = Some(raw);
+                break;
+            }
+            Next::Image(image) => images.push(image),
+        }
+    }
+    while let Some(image) = images.pop() {
+        let opened = Qcow2::from_found(image, &options, disk.take());
+        disk = Some(Box::new(opened.map_err(|e| failed(&images, e.reason()))?));
+    }
+    Ok(disk)
+}
+
+/// A backing file.
+enum Next {
+    Disk(Box<dyn Disk>),
+    Image(Found),
+}
+
+/// Opens the backing file `name` of `above`, which has not been opened before: `ids` has those.
+fn find(
+    above: &Found,
+    name: &[u8],
+    options: &OpenOptions,
+    ids: &mut Vec<(u64, u64)>,
+) -> std::result::Result<Next, String> {
+    let id = above.id()?;
+    if ids.contains(&id) {
+        return Err(format!("'{}' is below itself", above.image.path.display()));
+    }
+    if ids.len() == MAX_DEPTH {
+        return Err(format!("more than {MAX_DEPTH} images below one another"));
+    }
+    ids.push(id);
+    let format = format_of(&above.header, options)?;
+    let (path, file) = policy::open_backing_file(&above.image.path, name, options.follow)?;
+    let storage = FileStorage::new(file);
+    let storage = storage.map_err(|e| Error::io(&path, "open", e).reason())?;
+    match format {
+        BackingFormat::Raw => {
+            Raw::with_storage(&path, Box::new(storage), true).map(|raw| Next::Disk(Box::new(raw)))
+        }
+        BackingFormat::Qcow2 => {
+            Found::new(ImageFile::new(Box::new(storage), &path), true).map(Next::Image)
+        }
+    }
+    .map_err(|e| e.reason())
+}
+
+/// What the header says, and never what the file looks like: a guest could have written that.
+fn format_of(header: &Header, options: &OpenOptions) -> std::result::Result<BackingFormat, String> {
+    match (&header.extensions.backing_format, options.backing_format) {
+        (Some(name), _) => BackingFormat::from_name(name)
+            .ok_or_else(|| format!("Unknown driver '{}'", String::from_utf8_lossy(name))),
+        (None, Some(format)) => Ok(format),
+        (None, None) => Err(
+            "the image does not tell its format; backing-format=FMT says what it is, and \
+             qemu-img rebase -u -F FMT writes it into the image"
+                .to_owned(),
+        ),
+    }
+}
+
+/// The path that the backing-file name `name` in `image` means: a relative one is relative to the
+/// image's directory.
+///
+/// # Errors
+/// The reason why it means none: names that are no local files, such as `json:` and `nbd:`, are
+/// never followed.
+pub fn path_of(image: &Path, name: &[u8]) -> std::result::Result<PathBuf, String> {
+    let local = match name.iter().position(|byte| b":/".contains(byte)) {
+        Some(end) if name[end] == b':' => name.strip_prefix(b"file:").ok_or_else(|| {
+            format!(
+                "Unknown protocol '{}'",
+                String::from_utf8_lossy(&name[..end])
+            )
+        })?,
+        _ => name,
+    };
+    let directory = image.parent().unwrap_or(Path::new(""));
+    Ok(directory.join(OsStr::from_bytes(local)))
+}
+
+impl Qcow2 {
+    /// Whether anything of a backing file may show at `offset` where this image has nothing.
+    pub(super) fn backing_shows(&self, offset: u64) -> bool {
+        self.backing.as_ref().is_some_and(|b| offset < b.size())
+    }
+
+    /// Fills `bufs`, `len` bytes, with what shows at `offset` where this image has nothing.
+    pub(super) fn read_backing(
+        &self,
+        bufs: &[VolatileSlice<'_>],
+        offset: u64,
+        len: u64,
+    ) -> Result<()> {
+        let Some(backing) = self.backing.as_ref().filter(|b| offset < b.size()) else {
+            fill_zero(bufs);
+            return Ok(());
+        };
+        let stored = len.min(backing.size() - offset);
+        if stored == len {
+            return backing.read_at(bufs, offset);
+        }
+        let mut buffers = Buffers::new(bufs);
+        buffers.take(stored, |piece, at| backing.read_at(piece, offset + at))?;
+        buffers.take(len - stored, |piece, _| {
+            fill_zero(piece);
+            Ok(())
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_local_files() {
+        let path = |name: &str| path_of(Path::new("dir/top"), name.as_bytes());
+        assert_eq!(path("base").unwrap(), Path::new("dir/base"));
+        assert_eq!(path("../a:b").unwrap(), Path::new("dir/../a:b"));
+        assert_eq!(path("/x/base").unwrap(), Path::new("/x/base"));
+        assert_eq!(path("file:base").unwrap(), Path::new("dir/base"));
+        assert_eq!(path("nbd:host").unwrap_err(), "Unknown protocol 'nbd'");
+        assert!(path("json:{}").is_err());
+    }
+}

@@ -123,8 +123,9 @@ pub trait Disk: Send + Sync {
     ///
     /// # Errors
     /// [`Error::Option`](crate::Error::Option) for a size that is not a multiple of 512, or that
-    /// the format or the device below cannot have, and, unless implemented, for any. The disk has
-    /// its old size after an error.
+    /// the format or the device below cannot have, and, unless implemented, for any; the disk has its
+    /// old size then. After another error [`size`](Disk::size) tells which it has, and that may not be
+    /// durable.
     fn resize(&self, size: u64) -> Result<()> {
         let reason = format!("This disk cannot be resized (to {size} bytes)");
         Err(Error::Option(reason))

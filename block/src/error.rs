@@ -108,6 +108,13 @@ pub enum Error {
         file: PathBuf,
     },
 
+    /// A request was broken off by a panic in the middle of a change to what is allocated, and
+    /// nothing is written any more that depends on it.
+    #[error(
+        "a request to the disk was broken off in the middle of a change; close the disk and check it"
+    )]
+    BrokenOff,
+
     /// An option that was given when creating an image is not acceptable.
     #[error("{0}")]
     Option(String),

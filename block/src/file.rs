@@ -1,6 +1,6 @@
 //! A file below a disk: storage with a name for error messages, and a memory for failed syncs.
 
-use crate::sync::atomic::{AtomicBool, Ordering};
+use crate::sync::{Mutex, lock};
 use std::path::{Path, PathBuf};
 
 use vm_memory::VolatileSlice;
@@ -13,7 +13,7 @@ pub(crate) struct ImageFile {
     pub storage: Box<dyn Storage>,
     pub path: PathBuf,
     /// A sync failed: what had been written before it may be lost, and no later sync can tell.
-    sync_failed: AtomicBool,
+    sync_failed: Mutex<bool>,
 }
 
 impl ImageFile {
@@ -21,7 +21,7 @@ impl ImageFile {
         Self {
             storage,
             path: path.to_owned(),
-            sync_failed: AtomicBool::new(false),
+            sync_failed: Mutex::new(false),
         }
     }
 
@@ -73,19 +73,24 @@ impl ImageFile {
     /// once. So no later call succeeds either: a caller would take it for a promise that nobody
     /// can keep.
     pub fn sync(&self) -> Result<()> {
-        self.check_synced()?;
+        // Held meanwhile: of two syncs of one loss, the system fails only one.
+        let mut sync_failed = lock(&self.sync_failed);
+        self.check_not(*sync_failed)?;
         self.storage.sync().map_err(|e| {
-            self.sync_failed.store(true, Ordering::Relaxed);
+            *sync_failed = true;
             Error::io(&self.path, "sync", e)
         })
     }
 
     /// Fails if a sync has failed.
     pub fn check_synced(&self) -> Result<()> {
-        if self.sync_failed.load(Ordering::Relaxed) {
-            return Err(Error::SyncFailed {
-                file: self.path.clone(),
-            });
+        self.check_not(*lock(&self.sync_failed))
+    }
+
+    fn check_not(&self, sync_failed: bool) -> Result<()> {
+        if sync_failed {
+            let file = self.path.clone();
+            return Err(Error::SyncFailed { file });
         }
         Ok(())
     }

@@ -31,8 +31,8 @@ pub trait Storage: Debug + Send + Sync {
     /// stays as it is.
     fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()>;
 
-    /// Releases the space of a range where that is possible. What the range holds afterwards is
-    /// unspecified, until it is written again. The length of the file stays as it is.
+    /// Releases the space of a range where that is possible; transfers no data. Each part of the
+    /// range keeps its content or reads as zero. The length of the file stays as it is.
     fn discard(&self, offset: u64, len: u64) -> io::Result<()>;
 
     /// Offset of the first byte at or after `offset` that may be other than zero; `None` if all
@@ -199,6 +199,10 @@ impl Storage for FileStorage {
     }
 
     fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        if len == 0 {
+            // Not a length that the system takes.
+            return Ok(());
+        }
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         match self.fallocate(flags, offset, len) {
             Err(e) if self.cannot_fallocate(e) => Ok(()),
@@ -262,7 +266,12 @@ impl Storage for FileStorage {
 /// `preadv` and `pwritev` on volatile memory: the one place where guest memory meets the kernel.
 mod vectored {
     use super::*;
+    use crate::buffers::fill_zero;
     use std::os::fd::BorrowedFd;
+    use vm_memory::volatile_memory::PtrGuardMut;
+
+    // Guards that unmap something must live as long as the pointers are used.
+    const _: () = assert!(!std::mem::needs_drop::<PtrGuardMut>());
 
     #[derive(Clone, Copy, PartialEq, Eq)]
     pub(super) enum Direction {
@@ -313,23 +322,34 @@ mod vectored {
             };
             total += buf.len();
         }
-        transfer_iov(fd, &mut iov[..bufs.len()], total, offset, direction)?;
+        let mut done = transfer_iov(fd, &mut iov[..bufs.len()], total, offset, direction)?;
+        if done < total {
+            for buf in bufs {
+                if let Ok(rest) = buf.offset(done.min(buf.len())) {
+                    fill_zero(&[rest]);
+                }
+                done = done.saturating_sub(buf.len());
+            }
+        }
         Ok(total as u64)
     }
 
+    /// Moves the `left` bytes of `iov`, and returns how many: a read stops at the end of the file.
     fn transfer_iov(
         fd: BorrowedFd<'_>,
         mut iov: &mut [libc::iovec],
-        mut left: usize,
+        len: usize,
         mut offset: u64,
         direction: Direction,
-    ) -> io::Result<()> {
+    ) -> io::Result<usize> {
+        let mut left = len;
         while left > 0 {
             let position = i64::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
             let count = iov.len() as libc::c_int;
             // SAFETY: every entry of `iov` describes memory of a `VolatileSlice` whose lifetime
             // outlives this call and which is not borrowed as a Rust reference anywhere; the
-            // kernel may read or write it at will.
+            // kernel may read or write it at will. The memory stays mapped without the guards that
+            // the pointers came from, since those do nothing when they are dropped.
             let n = unsafe {
                 let (fd, first) = (fd.as_raw_fd(), iov[0]);
                 match (direction, count) {
@@ -345,10 +365,7 @@ mod vectored {
                 }
             };
             match n {
-                0 if direction == Direction::Read => {
-                    zero_fill(iov);
-                    return Ok(());
-                }
+                0 if direction == Direction::Read => return Ok(len - left),
                 0 => return Err(io::ErrorKind::WriteZero.into()),
                 n if n > 0 => {
                     left -= n as usize;
@@ -363,7 +380,7 @@ mod vectored {
                 }
             }
         }
-        Ok(())
+        Ok(len)
     }
 
     /// Drops the first `n` bytes of `iov`.
@@ -378,14 +395,6 @@ mod vectored {
             iov = &mut iov[1..];
         }
         iov
-    }
-
-    fn zero_fill(iov: &[libc::iovec]) {
-        for entry in iov {
-            // SAFETY: as in `transfer_iov`: the entry describes writable memory of a live
-            // `VolatileSlice`.
-            unsafe { std::ptr::write_bytes(entry.iov_base.cast::<u8>(), 0, entry.iov_len) };
-        }
     }
 }
 

@@ -23,9 +23,14 @@ pub(crate) use shuttle::{
 
 use std::sync::PoisonError;
 
-/// Locks `mutex`, also after a thread has panicked while it held it: the state below each lock of
-/// this crate is valid between any two statements, and a disk that refuses to flush because one
-/// request failed would lose data.
+/// Locks `mutex`, also after a thread has panicked while it held it: for state that is valid between
+/// any two statements, which is everything but what is allocated (see [`lock_whole`]).
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Locks `mutex`, unless a thread has panicked while it held it, and may have left what it guards
+/// half changed.
+pub(crate) fn lock_whole<T>(mutex: &Mutex<T>) -> Option<MutexGuard<'_, T>> {
+    mutex.lock().ok()
 }

@@ -120,25 +120,28 @@ fn metadata_that_is_counted_as_free_is_never_handed_out() {
 #[test]
 fn a_device_for_the_image_has_an_end() {
     let cluster = 4096;
-    let new = internal(1 << 20, cluster).content();
-    let device = Memory::device(32 * cluster);
-    tandem_block::Storage::write_bytes_at(&device, &new, 0).unwrap();
-    let disk = open(&device, None).unwrap();
-    let mut written = 0;
-    while write(&disk, written * cluster, cluster, 1 + written as u8).is_ok() {
-        written += 1;
+    for tail in [0, 512, 2048] {
+        let new = internal(1 << 20, cluster).content();
+        let device = Memory::device(32 * cluster + tail);
+        tandem_block::Storage::write_bytes_at(&device, &new, 0).unwrap();
+        let disk = open(&device, None).unwrap();
+        let mut written = 0;
+        while write(&disk, written * cluster, cluster, 1 + written as u8).is_ok() {
+            written += 1;
+        }
+        // Header, refcount table and block, L1 and L2 table.
+        assert_eq!(written, 32 - 5);
+        assert!(write(&disk, written * cluster + 512, 512, 1).is_err());
+        disk.flush().unwrap();
+        disk.discard(3 * cluster, cluster).unwrap();
+        write(&disk, 200 * cluster, cluster, 99).unwrap();
+        disk.flush().unwrap();
+        drop(disk);
+        assert_clean(&device);
+        let disk = open(&device, None).unwrap();
+        for i in (0..written).filter(|i| *i != 3) {
+            assert_eq!(read(&disk, i * cluster, cluster), [1 + i as u8; 4096]);
+        }
+        assert_eq!(read(&disk, 200 * cluster, cluster), [99; 4096]);
     }
-    // Header, refcount table and block, L1 and L2 table.
-    assert_eq!(written, 32 - 5);
-    disk.flush().unwrap();
-    disk.discard(3 * cluster, cluster).unwrap();
-    write(&disk, 200 * cluster, cluster, 99).unwrap();
-    disk.flush().unwrap();
-    drop(disk);
-    assert_clean(&device);
-    let disk = open(&device, None).unwrap();
-    for i in (0..written).filter(|i| *i != 3) {
-        assert_eq!(read(&disk, i * cluster, cluster), [1 + i as u8; 4096]);
-    }
-    assert_eq!(read(&disk, 200 * cluster, cluster), [99; 4096]);
 }

@@ -9,7 +9,7 @@ use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use tandem_block::qcow2::{CreateOptions, OpenOptions, Qcow2, check, create};
 use tandem_block::{Disk, Error, FileStorage, Raw, Storage};
@@ -182,4 +182,65 @@ fn metadata_that_is_counted_as_free_is_refused() {
         };
         Qcow2::open(&path, &options).unwrap();
     }
+}
+
+/// A file of which the system reports a lost write to one sync only.
+#[derive(Clone, Debug, Default)]
+struct ReportedOnce {
+    syncs: Arc<AtomicUsize>,
+    begun: Arc<AtomicUsize>,
+}
+
+impl Storage for ReportedOnce {
+    fn read_at(&self, _: &[VolatileSlice<'_>], _: u64) -> io::Result<()> {
+        Ok(())
+    }
+    fn write_at(&self, _: &[VolatileSlice<'_>], _: u64) -> io::Result<()> {
+        Ok(())
+    }
+    fn read_bytes_at(&self, _: &mut [u8], _: u64) -> io::Result<()> {
+        Ok(())
+    }
+    fn write_bytes_at(&self, _: &[u8], _: u64) -> io::Result<()> {
+        Ok(())
+    }
+    fn write_zeroes(&self, _: u64, _: u64, _: bool) -> io::Result<()> {
+        Ok(())
+    }
+    fn discard(&self, _: u64, _: u64) -> io::Result<()> {
+        Ok(())
+    }
+    fn next_data(&self, offset: u64) -> io::Result<Option<u64>> {
+        Ok(Some(offset))
+    }
+    fn size(&self) -> io::Result<u64> {
+        Ok(1 << 20)
+    }
+    /// The first gives the other time to come as far as it can, and fails.
+    fn sync(&self) -> io::Result<()> {
+        if self.syncs.fetch_add(1, Ordering::SeqCst) > 0 {
+            return Ok(());
+        }
+        while self.begun.load(Ordering::SeqCst) < 2 {
+            std::thread::yield_now();
+        }
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        Err(io::Error::from_raw_os_error(libc::EIO))
+    }
+}
+
+/// The loss is that of both flushes.
+#[test]
+fn two_flushes_at_once() {
+    let storage = ReportedOnce::default();
+    let disk = Raw::with_storage(Path::new("raw"), Box::new(storage.clone()), false);
+    let disk = disk.unwrap();
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                storage.begun.fetch_add(1, Ordering::SeqCst);
+                assert!(disk.flush().is_err());
+            });
+        }
+    });
 }

@@ -40,6 +40,29 @@ fn is_full(result: Result<(), Error>) -> bool {
     }
 }
 
+/// What is free on a device is known again after it was closed: no more than it has.
+#[test]
+fn a_device_has_its_end_when_it_is_opened_again() {
+    for capacity in [63, 64, 65, 70] {
+        let image = packed(1 << 30, CLUSTER);
+        let device = Memory::device(capacity * CLUSTER);
+        let disk = open(&image, Some(&device)).unwrap();
+        for i in 0..capacity {
+            write(&disk, i * 2 * CLUSTER, CLUSTER, 1).unwrap();
+        }
+        for i in 0..4 {
+            disk.discard(i * 4 * CLUSTER, CLUSTER).unwrap();
+        }
+        disk.flush().unwrap();
+        drop(disk);
+        let disk = open(&image, Some(&device)).unwrap();
+        // The four that are free do not lie side by side.
+        write(&disk, 500 * CLUSTER, 4 * CLUSTER, 9).unwrap();
+        assert!(is_full(write(&disk, 600 * CLUSTER, 512, 9)));
+        assert_eq!(device.len(), capacity * CLUSTER);
+    }
+}
+
 /// 1 GiB of disk on a device of 16 clusters that holds other things.
 #[test]
 fn a_full_device_fails_one_request_and_keeps_the_rest() {

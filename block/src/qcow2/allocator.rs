@@ -162,7 +162,8 @@ impl Refcounts {
     fn is_hole(&mut self, image: &ImageFile, cluster: u64) -> Result<bool> {
         let block = (cluster / self.counts_per_block()) as usize;
         let is_counted = self.table.get(block).is_some_and(|offset| *offset != 0);
-        Ok(is_counted && cluster < self.untouched && self.count(image, cluster)? == 0)
+        let is_inside = cluster < self.untouched.min(self.end);
+        Ok(is_counted && is_inside && self.count(image, cluster)? == 0)
     }
 
     /// Up to `max` free clusters, counted by the first slice that counts any: the first of them,

@@ -97,7 +97,7 @@ pub(super) fn open(top: &Found, options: &OpenOptions) -> Result<Option<Box<dyn 
                 disk = Some(raw);
                 break;
             }
-            Next::Image(image) => images.push(image),
+            Next::Image(image) => images.push(*image),
         }
     }
     while let Some(image) = images.pop() {
@@ -110,7 +110,7 @@ pub(super) fn open(top: &Found, options: &OpenOptions) -> Result<Option<Box<dyn 
 /// A backing file.
 enum Next {
     Disk(Box<dyn Disk>),
-    Image(Found),
+    Image(Box<Found>),
 }
 
 /// Opens the backing file `name` of `above`, which has not been opened before: `ids` has those.
@@ -137,7 +137,8 @@ fn find(
             Raw::with_storage(&path, Box::new(storage), true).map(|raw| Next::Disk(Box::new(raw)))
         }
         BackingFormat::Qcow2 => {
-            Found::new(ImageFile::new(Box::new(storage), &path), true).map(Next::Image)
+            let image = ImageFile::new(Box::new(storage), &path);
+            Found::new(image, true).map(|found| Next::Image(Box::new(found)))
         }
     }
     .map_err(|e| e.reason())

@@ -71,7 +71,7 @@ pub(crate) enum LoadError<E> {
 impl SliceCache {
     /// A cache for slices of `entries` entries that takes up to `limit` bytes, at least one set.
     pub fn new(entries: usize, limit: usize) -> Self {
-        let sets = (limit / (WAYS * entries * 8)).max(1).next_power_of_two();
+        let sets = 1 << (limit / (WAYS * entries * 8)).max(1).ilog2();
         Self {
             sets: (0..sets).map(|_| OnceLock::new()).collect(),
             entries,
@@ -287,6 +287,18 @@ mod tests {
         cache.load(3, fill_with(33), |_| ()).unwrap();
         cache.load(3, fill_with(44), |_| ()).unwrap();
         assert_eq!(first(&cache, 3), Some(33));
+    }
+
+    #[test]
+    fn takes_no_more_than_its_limit() {
+        for (limit, sets) in [
+            (0, 1),
+            (WAYS * 512, 1),
+            (3 * WAYS * 512, 2),
+            (4 * WAYS * 512, 4),
+        ] {
+            assert_eq!(SliceCache::new(64, limit).sets.len(), sets, "{limit}");
+        }
     }
 
     #[test]

@@ -21,14 +21,14 @@ use super::cache::DirtySlice;
 use super::placement::Placement;
 use super::retired::Batch;
 use super::table;
-use crate::Result;
-use crate::sync::lock;
+use crate::sync::lock_whole;
+use crate::{Error, Result};
 
 impl Qcow2 {
     /// Makes all completed requests durable. After a failed sync, of whatever file, nothing is
     /// written back any more: the image on disk stays as consistent as it is.
     pub(super) fn write_back(&self) -> Result<()> {
-        let _flushing = lock(&self.flushing);
+        let _flushing = lock_whole(&self.flushing).ok_or(Error::BrokenOff)?;
         self.image.check_synced()?;
         self.data().check_synced()?;
         // Before the slices: the removal of each of these is in a slice that is dirty or on disk.

@@ -10,6 +10,7 @@ use super::Qcow2;
 use super::allocator::Allocation;
 use super::mapping::Kind;
 use super::placement::Placement;
+use super::ranges::RangeGuard;
 use crate::buffers::{Buffers, fill_zero};
 use crate::disk::{check_range, total_len};
 use crate::{Disk, Error, Extent, Limits, Result};
@@ -161,10 +162,27 @@ impl Qcow2 {
 
     /// Writes up to `len` bytes to clusters at `offset` that have no data, and returns how many;
     /// none if another request has given them data meanwhile.
+    fn write_new(&self, offset: u64, len: u64, buffers: &mut Buffers<'_, '_>) -> Result<u64> {
+        let (len, _held) = self.hold(offset, len);
+        // A shrink waits for those who hold what it cuts off, and finds what they have mapped there.
+        check_range(offset, len, self.size())?;
+        self.write_held(offset, len, buffers)
+    }
+
+    /// As much of the `len` bytes at `offset` as lies in one slice, so that mapping their clusters
+    /// succeeds or fails as a whole, and the range of those.
+    pub(super) fn hold(&self, offset: u64, len: u64) -> (u64, RangeGuard<'_>) {
+        let g = self.geometry;
+        let len = len.min(g.slice_end(offset) - offset);
+        let clusters = g.cluster(offset)..g.cluster(offset + len - 1) + 1;
+        (len, self.ranges.lock(clusters))
+    }
+
+    /// [`write_new`](Self::write_new) of a range that is held.
     ///
     /// Nobody sees the clusters before the mapping changes, and it changes last: a reader finds
     /// all zeros or all of the data, and after an error the old state.
-    pub(super) fn write_new(
+    pub(super) fn write_held(
         &self,
         offset: u64,
         len: u64,
@@ -172,9 +190,6 @@ impl Qcow2 {
     ) -> Result<u64> {
         let g = self.geometry;
         let first = g.cluster(offset);
-        // One slice at a time, so that mapping the clusters succeeds or fails as a whole.
-        let len = len.min(g.slice_end(offset) - offset);
-        let _held = self.ranges.lock(first..g.cluster(offset + len - 1) + 1);
         let run = self.run(offset, len)?;
         let reserved = match run.kind {
             Kind::Data { in_place: true, .. } => return Ok(0),

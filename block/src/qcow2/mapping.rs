@@ -12,7 +12,7 @@ use super::refcount::Refcounts;
 use super::reserved::Field;
 use super::{DataFileLayout, Qcow2, table};
 use crate::file::ImageFile;
-use crate::sync::{MutexGuard, lock};
+use crate::sync::{MutexGuard, lock_whole};
 use crate::{Disk, Error, Extent, ExtentKind, Result};
 
 /// Most L2 slices that are looked at for one extent.
@@ -110,7 +110,8 @@ impl Qcow2 {
 
     /// The refcounts of a writable image.
     pub(super) fn refcounts(&self) -> Result<MutexGuard<'_, Refcounts>> {
-        self.refcounts.as_ref().map(lock).ok_or(Error::ReadOnly)
+        let refcounts = self.refcounts.as_ref().ok_or(Error::ReadOnly)?;
+        lock_whole(refcounts).ok_or(Error::BrokenOff)
     }
 
     /// How the bytes from `offset` on are mapped: as many of `len` as are mapped in the same way,
@@ -438,9 +439,9 @@ impl Qcow2 {
         self.retired.add(offset..offset + len);
         if let Placement::External(external) = &self.placement {
             // The place belongs to its guest clusters for good, so its space can be released at
-            // once; a crash may bring the old mapping back, and it must find zeros. An error only
-            // leaves space in use.
-            drop(external.file.write_zeroes(offset, len, true));
+            // once; a crash may bring the old mapping back, which finds the old data or zeros. An
+            // error only leaves space in use.
+            drop(external.file.discard(offset, len));
         }
     }
 

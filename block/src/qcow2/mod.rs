@@ -32,10 +32,17 @@
 //! 4. the right to write back (`Qcow2::flushing`);
 //! 5. a set of the slice cache, or the list of new L1 entries;
 //! 6. the refcounts, the clusters of a packed data file, the known hole of a data file
-//!    (`placement::External`), or the retired clusters.
+//!    (`placement::External`), or the retired clusters;
+//! 7. the right to sync a file (`ImageFile::sync_failed`), or the list of ranges that are held.
 //!
-//! Reads of mapped clusters, and writes to them, take none, but for the first request to each L2
-//! table of a raw disk.
+//! I/O may go on under all of them but the last list and that of retired clusters: metadata is read
+//! under 3, 5 and 6, written under 4, 5 (a new L2 table) and 6, synced under 4, and under 6 when the
+//! refcount table moves.
+//!
+//! Reads of clusters whose mapping is cached, and writes to them, take none, but for the first request
+//! to each L2 table of a raw disk. A request whose slice is not in the cache takes its set to read it;
+//! if every slice of the set waits to be written back, the request writes back first, waits for that,
+//! and fails if that fails.
 
 mod allocator;
 mod amend;

@@ -19,7 +19,7 @@ use super::geometry::Geometry;
 use super::l1::L1Table;
 use super::{DataFileLayout, table};
 use crate::file::ImageFile;
-use crate::sync::{Mutex, MutexGuard, lock};
+use crate::sync::{Mutex, MutexGuard, lock_whole};
 use crate::{Error, Result};
 
 /// Most clusters that a data file may have; it bounds the memory for what is free.
@@ -76,12 +76,17 @@ impl Packed {
             }
         }
         let capacity = file.capacity()?.map(|bytes| geometry.cluster(bytes));
+        let end = capacity.unwrap_or(MAX_CLUSTERS).min(MAX_CLUSTERS);
+        let known = used.words.len() as u64 * u64::from(u64::BITS);
+        let mut free = FreeMap::complement(used.words);
+        // The last word may have bits of clusters that the device does not have.
+        (end..known).for_each(|cluster| free.remove(cluster as usize));
         let clusters = Clusters {
             cluster_bits: geometry.cluster_bits,
-            next: used.words.len() as u64 * u64::from(u64::BITS),
-            free: FreeMap::complement(used.words),
+            next: known.min(end),
+            free,
             untouched: file_clusters,
-            end: capacity.unwrap_or(MAX_CLUSTERS).min(MAX_CLUSTERS),
+            end,
         };
         Ok(Self {
             file,
@@ -91,7 +96,8 @@ impl Packed {
 
     /// The clusters of a data file that may be written.
     pub fn clusters(&self) -> Result<MutexGuard<'_, Clusters>> {
-        self.clusters.as_ref().map(lock).ok_or(Error::ReadOnly)
+        let clusters = self.clusters.as_ref().ok_or(Error::ReadOnly)?;
+        lock_whole(clusters).ok_or(Error::BrokenOff)
     }
 }
 

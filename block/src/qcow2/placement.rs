@@ -73,7 +73,8 @@ impl External {
     }
 }
 
-/// A set of L2 tables. It carries no data: relaxed order is enough.
+/// A set of L2 tables. Who finds a table in it finds the data behind its mapping, as who reads an L2
+/// entry does: acquired in [`contains`](Self::contains), released in [`insert`](Self::insert).
 struct TableSet(Words);
 
 impl TableSet {
@@ -84,12 +85,12 @@ impl TableSet {
     fn contains(&self, table: usize) -> bool {
         self.0
             .get(table / 64)
-            .is_some_and(|word| word.load(Ordering::Relaxed) & 1 << (table % 64) != 0)
+            .is_some_and(|word| word.load(Ordering::Acquire) & 1 << (table % 64) != 0)
     }
 
     fn insert(&self, table: usize) {
         let word = self.0.make(table / 64);
-        word.fetch_or(1 << (table % 64), Ordering::Relaxed);
+        word.fetch_or(1 << (table % 64), Ordering::Release);
     }
 
     fn remove(&self, table: usize) {
@@ -102,7 +103,8 @@ impl TableSet {
 /// Which parts of a raw disk need no look at the metadata.
 ///
 /// Once every cluster of an L2 table has been seen to be mapped at its own offset, nothing that
-/// Tandem does changes that but cutting off the disk's end, and requests in its range go to the data file as they are.
+/// Tandem does changes that but cutting off the disk's end, and requests in its range go to the data
+/// file as they are.
 pub(crate) struct Passthrough {
     /// Seen to be complete.
     complete: TableSet,
@@ -164,10 +166,17 @@ impl Passthrough {
         let mut incomplete = lock(&self.incomplete);
         publish()?;
         if let Some(missing) = incomplete.get_mut(&table) {
-            *missing = missing.saturating_sub(clusters);
-            if *missing == 0 {
-                incomplete.remove(&table);
-                self.complete.insert(table);
+            match missing.checked_sub(clusters) {
+                Some(0) => {
+                    incomplete.remove(&table);
+                    self.complete.insert(table);
+                }
+                Some(rest) => *missing = rest,
+                // More than were missing: the count is not worth anything.
+                None => {
+                    incomplete.remove(&table);
+                    self.examined.remove(table);
+                }
             }
         }
         Ok(())

@@ -6,7 +6,9 @@
 //! reads as zero. Only a raw data file shows whatever is there: it is the disk.
 //!
 //! Requests go on meanwhile. One that was begun before a shrink, in the part that goes, may fail, or
-//! may still change the data file there; no later read shows it, except in a raw data file.
+//! may still change the data file there; no later read shows it, except in a raw data file. It cannot
+//! map anything there later: whoever maps clusters looks at the size again while holding their range,
+//! and a shrink takes the range of what it cuts off after it has changed the size.
 //!
 //! L2 tables behind the end are kept for the day when the disk grows again.
 
@@ -22,7 +24,7 @@ use super::placement::Placement;
 use super::reserved::Field;
 use super::zeroes::Zeroed;
 use super::{DataFileLayout, table};
-use crate::sync::lock;
+use crate::sync::{lock, lock_whole};
 use crate::{Disk, Error, Result};
 
 /// Offset of `size` in the header.
@@ -114,11 +116,18 @@ impl Qcow2 {
             self.size.store(old, Ordering::Release);
             return Err(e);
         }
+        // Requests that have looked at the size before may be mapping clusters behind the end; those
+        // that come after them see the new one.
+        drop(self.ranges.lock(g.cluster(new)..g.clusters(old)));
         // The disk has its new size, whatever becomes of the space behind its end.
         let freed = self
             .unmap_clusters(g.clusters(new)..g.clusters(old))
             // Other programs that make it grow may not look.
-            .and_then(|()| self.clear_behind(new, old))
+            .and_then(|()| {
+                // A discard could give the cluster to others between the lookup and the zeros.
+                let _held = self.ranges.lock(g.cluster(new)..g.cluster(new) + 1);
+                self.clear_behind(new, old)
+            })
             .and_then(|()| self.write_back());
         if let Placement::Raw(_, tables) = &self.placement {
             tables.forget(g.l1_index(g.cluster(new))..g.l1_entries(old) as usize);
@@ -202,7 +211,7 @@ impl Qcow2 {
     /// The header changes to a new table in one write, after that and its refcounts are on disk, and
     /// the old one is given back only after that.
     fn grow_l1_table(&self, needed: u64) -> Result<()> {
-        let _flushing = lock(&self.flushing);
+        let _flushing = lock_whole(&self.flushing).ok_or(Error::BrokenOff)?;
         let (old_offset, old_size) = self.l1.place();
         if needed <= old_size {
             return Ok(());

@@ -78,7 +78,7 @@ impl Qcow2 {
             return Ok(());
         }
         if let Placement::Raw(external, _) = &self.placement {
-            return external.file.write_zeroes(at, end - at, true);
+            return external.file.discard(at, end - at);
         }
         if !self.can_unmap() {
             return Ok(());
@@ -127,7 +127,8 @@ impl Qcow2 {
             let len = len.min(self.to_cluster_end(offset));
             let mut zeros = vec![0; len as usize];
             let zeros = [VolatileSlice::from(&mut zeros[..])];
-            return self.write_new(offset, len, &mut Buffers::new(&zeros));
+            let (len, _held) = self.hold(offset, len);
+            return self.write_held(offset, len, &mut Buffers::new(&zeros));
         }
         let clusters = g.cluster(offset)..g.cluster(offset + whole - 1) + 1;
         let _held = self.ranges.lock(clusters.clone());

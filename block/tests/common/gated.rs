@@ -91,6 +91,7 @@ impl<S: Storage> Storage for Gated<S> {
         self.file.write_bytes_at(buf, offset)
     }
     fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
+        self.gate.pass();
         self.file.write_zeroes(offset, len, unmap)
     }
     fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
@@ -104,6 +105,9 @@ impl<S: Storage> Storage for Gated<S> {
     }
     fn size(&self) -> io::Result<u64> {
         self.file.size()
+    }
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.file.set_len(len)
     }
 }
 

@@ -297,16 +297,19 @@ fn requests_go_on_meanwhile() {
         let disk = image.open_with_small_cache();
         let low = 4 << 20;
         let done = std::sync::atomic::AtomicBool::new(false);
+        let mut expected = vec![0; low as usize];
         std::thread::scope(|scope| {
-            for thread in 0..2u64 {
+            for (thread, expected) in (0..2u64).zip(expected.chunks_mut(low as usize / 2)) {
                 let (disk, done) = (&disk, &done);
                 scope.spawn(move || {
                     let mut round = 0u64;
                     while !done.load(std::sync::atomic::Ordering::Relaxed) {
                         round += 1;
                         // Of its own, below the smallest size.
-                        let at = thread * low / 2 + round * 37 % 500 * 4096 + 100;
+                        let within = round * 37 % 500 * 4096 + 100;
+                        let at = thread * low / 2 + within;
                         write(disk, at, 3000, round as u8);
+                        expected[within as usize..][..3000].fill(round as u8);
                         assert_eq!(crate::qemu::read(disk, at, 3000), [round as u8; 3000]);
                         // Anywhere: it may fail, if the disk ends there.
                         let mut bytes = [1; 5000];
@@ -329,6 +332,11 @@ fn requests_go_on_meanwhile() {
         image.check();
         let disk = image.open().unwrap();
         let content = read_all(&disk);
+        assert_same(
+            &content[..low as usize],
+            &expected,
+            "below the smallest size",
+        );
         drop(disk);
         image.expect(&content);
     }

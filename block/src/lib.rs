@@ -12,8 +12,30 @@
 //!   FileStorage             preadv, pwritev, fallocate, fdatasync
 //! ```
 //!
-//! Buffers are lists of [`vm_memory::VolatileSlice`], so that guest memory goes to the system call
-//! as it is, without a copy.
+//! Buffers are lists of [`VolatileSlice`], so that guest memory goes to the system call as it is,
+//! without a copy.
+//!
+//! ```
+//! use tandem_block::qcow2::{CreateOptions, OpenOptions, Qcow2, create};
+//! use tandem_block::{Disk, VolatileSlice};
+//!
+//! # let dir = tempfile::tempdir().unwrap();
+//! # let path = dir.path().join("disk.qcow2");
+//! let options = CreateOptions {
+//!     size: 1 << 30,
+//!     data_file: Some(path.with_extension("raw")),
+//!     ..CreateOptions::default()
+//! };
+//! create(&path, &options)?;
+//! let disk = Qcow2::open(&path, &OpenOptions::default())?;
+//! let mut sector = [7; 512];
+//! disk.write_at(&[VolatileSlice::from(&mut sector[..])], 4096)?;
+//! disk.flush()?;
+//! let mut back = [0; 512];
+//! disk.read_at(&[VolatileSlice::from(&mut back[..])], 4096)?;
+//! assert_eq!(back, sector);
+//! # Ok::<(), tandem_block::Error>(())
+//! ```
 #![deny(missing_docs)]
 
 mod buffers;
@@ -31,3 +53,4 @@ pub use error::{Error, Result};
 pub use new_file::Preallocation;
 pub use raw::Raw;
 pub use storage::{FileStorage, Storage};
+pub use vm_memory::VolatileSlice;

@@ -145,11 +145,13 @@ impl Refcounts {
         Ok(())
     }
 
-    /// Gives back clusters that no mapping on disk refers to, and that are counted.
+    /// Gives back clusters that no mapping on disk refers to. Those that are not counted stay so.
     pub fn free(&mut self, image: &ImageFile, offset: u64, clusters: u64) -> Result<()> {
         let first = self.geometry.cluster(offset);
         for cluster in first..first + clusters {
-            let count = self.count(image, cluster)?.saturating_sub(1);
+            let Some(count) = self.count(image, cluster)?.checked_sub(1) else {
+                continue;
+            };
             if count == 0 {
                 self.reserved.release(cluster);
             }

@@ -132,7 +132,7 @@ impl Explorer {
     }
 
     /// Runs a workload and explores the log that `alter` makes of what was recorded.
-    pub fn run(&mut self, alter: impl Fn(Event) -> Option<Event>) -> Result<(), Found> {
+    pub fn run(&mut self, alter: impl FnMut(Event) -> Option<Event>) -> Result<(), Found> {
         let (image, data) = self.setup.files();
         let start = Files { image, data };
         let sectors = self.setup.size() / SECTOR as u64;

@@ -125,22 +125,43 @@ fn promises_hold_after_power_failures() {
     explore(0..seeds);
 }
 
-/// The explorer finds an engine at fault whose syncs do nothing.
+/// The explorer finds an engine at fault that leaves out any one of its barriers: the first, second or
+/// third sync of a request or flush.
 #[test]
-fn a_missing_barrier_is_found() {
-    for kind in [Kind::Internal, Kind::External, Kind::Packed] {
+fn each_missing_barrier_is_found() {
+    for (kind, barriers) in [
+        // Data and counts, links of refcount blocks or the mapping, the mapping.
+        (Kind::Internal, 3),
+        (Kind::Overlay, 2),
+        // Data, counts, the mapping.
+        (Kind::External, 3),
+        (Kind::Packed, 3),
+        // Data alone, where the mapping stays; and that behind it.
+        (Kind::Raw, 1),
+        (Kind::RawIncomplete, 2),
+    ] {
         let setup = Setup {
             kind,
             version: 3,
             cluster_size: 512,
         };
-        let caught = (0..20).any(|seed| {
-            let dropped = |event: storage::Event| match event {
-                storage::Event::Sync { .. } => None,
-                other => Some(other),
-            };
-            Explorer::new(setup, seed).run(dropped).is_err()
-        });
-        assert!(caught, "{kind:?} without syncs was not caught");
+        for barrier in 0..barriers {
+            let caught = (0..60).any(|seed| {
+                let mut syncs = 0;
+                let without = |event: storage::Event| match event {
+                    storage::Event::Begun { .. } => {
+                        syncs = 0;
+                        Some(event)
+                    }
+                    storage::Event::Sync { .. } => {
+                        syncs += 1;
+                        (syncs != barrier + 1).then_some(event)
+                    }
+                    other => Some(other),
+                };
+                Explorer::new(setup, seed).run(without).is_err()
+            });
+            assert!(caught, "{kind:?} without sync {barrier} was not caught");
+        }
     }
 }

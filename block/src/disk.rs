@@ -77,12 +77,19 @@ pub trait Disk: Send + Sync {
     fn read_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> Result<()>;
 
     /// Writes the bytes of `bufs`, one after another, at `offset`.
+    ///
+    /// # Errors
+    /// [`Error::OutOfRange`](crate::Error::OutOfRange), [`Error::ReadOnly`](crate::Error::ReadOnly), or
+    /// what keeps the range from being written, no space among it.
     fn write_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> Result<()>;
 
     /// Makes the `len` bytes at `offset` read as zero, without transferring data where possible.
     ///
     /// With `unmap`, the space that the range occupies on the host may be released; without it,
     /// space that was reserved for the range stays reserved.
+    ///
+    /// # Errors
+    /// Those of [`write_at`](Disk::write_at); each part of the range is as it was or zero then.
     fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> Result<()>;
 
     /// Tells that the content of the `len` bytes at `offset` is no longer needed, so that the space
@@ -90,6 +97,9 @@ pub trait Disk: Send + Sync {
     ///
     /// Each part of the range keeps its content or reads as zero from then on; a qcow2 disk
     /// releases whole clusters.
+    ///
+    /// # Errors
+    /// Those of [`write_at`](Disk::write_at); each part of the range is as it was or zero then.
     fn discard(&self, offset: u64, len: u64) -> Result<()>;
 
     /// How the bytes from `offset` on are stored: as many of `len` as are stored in one way, one

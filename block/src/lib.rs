@@ -36,7 +36,7 @@
 //! assert_eq!(back, sector);
 //! # Ok::<(), tandem_block::Error>(())
 //! ```
-#![deny(missing_docs)]
+#![deny(missing_docs, clippy::missing_errors_doc)]
 
 mod buffers;
 mod disk;

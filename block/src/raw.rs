@@ -25,6 +25,9 @@ impl Raw {
     ///
     /// A length that is not a multiple of 512 is rounded up, as in QEMU: what the last sector lacks
     /// reads as zero, and a write to it makes the file longer.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if the file cannot be opened, or is neither a regular file nor a block device.
     pub fn open(path: &Path, read_only: bool) -> Result<Self> {
         Self::from_file(ImageFile::open(path, read_only)?, read_only)
     }
@@ -51,6 +54,9 @@ impl Raw {
     }
 
     /// Serves `storage` as a disk; `name` stands for it in error messages.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if its size cannot be told.
     pub fn with_storage(name: &Path, storage: Box<dyn Storage>, read_only: bool) -> Result<Self> {
         Self::from_file(ImageFile::new(storage, name), read_only)
     }

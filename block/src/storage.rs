@@ -13,7 +13,10 @@ use vm_memory::VolatileSlice;
 /// One host file below a disk: image metadata, guest data, or both.
 ///
 /// All methods take `&self` and may run in parallel. Offsets and lengths are bytes. Reads and
-/// writes are complete or fail: short transfers and `EINTR` are dealt with inside.
+/// writes are complete or fail: short transfers and `EINTR` are dealt with inside. All methods fail
+/// with the system's error; what a failed one has done of its range is unspecified, and nothing else
+/// has changed.
+#[allow(clippy::missing_errors_doc, reason = "told above, once")]
 pub trait Storage: Debug + Send + Sync {
     /// Fills `bufs` from `offset` on. Bytes past the end of the file read as zero.
     fn read_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> io::Result<()>;

@@ -91,6 +91,9 @@ pub fn check(path: &Path, found: &mut dyn FnMut(Finding)) -> Result<CheckReport>
 
 /// [`check`] of an image in storage of the caller's, called `name` in errors. The external data
 /// file is not looked at.
+///
+/// # Errors
+/// As [`check`].
 pub fn check_storage(
     name: &Path,
     image: &dyn Storage,

@@ -162,10 +162,11 @@ impl Storage for Memory {
     }
 
     fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
-        // Nobody may rely on zeros here, nor on what was there.
-        match (offset / SECTOR as u64) % 2 {
-            0 => self.write_zeroes(offset, len, true),
-            _ => Ok(()),
+        // In the image nobody may rely on zeros, nor on what was there. In a raw data file the guest
+        // sees which it is, and the model expects zeros.
+        match (self.which, (offset / SECTOR as u64) % 2) {
+            (Which::Image, 1) => Ok(()),
+            _ => self.write_zeroes(offset, len, true),
         }
     }
 

@@ -40,6 +40,8 @@ pub struct Extent {
 pub enum ExtentKind {
     /// Anything.
     Data,
+    /// Anything, compressed.
+    Compressed,
     /// The image says that the range reads as zero.
     Zero,
     /// Nothing: the disk below shows ([`Disk::backing`]), or the range reads as zero.

@@ -16,6 +16,7 @@ const CLUSTER: u64 = 4096;
 /// What an L2 table maps.
 const TABLE: u64 = CLUSTER / 8 * CLUSTER;
 const COPIED: u64 = 1 << 63;
+const COMPRESSED: u64 = 1 << 62;
 const ZERO: u64 = 1;
 
 /// An image with data in its first and its third cluster, and the offset of its L2 table.
@@ -57,7 +58,7 @@ const REQUESTS: [(&str, Request); 5] = [
 
 #[test]
 fn no_request_changes_metadata() {
-    for (version, flags) in [(3, 0), (3, ZERO), (2, 0)] {
+    for (version, flags) in [(3, 0), (3, ZERO), (3, COMPRESSED), (2, 0), (2, COMPRESSED)] {
         let (sound, l2_table) = image(version);
         let (refcount_table, l1_table) = (sound.word(48), sound.word(40));
         let refcount_block = sound.word(refcount_table);
@@ -131,7 +132,8 @@ fn a_free_cluster_that_becomes_metadata_is_safe() {
 #[test]
 fn damage_leaves_a_mark() {
     let (sound, l2_table) = image(3);
-    for entry in [0x1200 | COPIED, 1 << 40 | COPIED] {
+    // Unaligned, behind the end, and no deflate stream.
+    for entry in [0x1200 | COPIED, 1 << 40 | COPIED, COMPRESSED | CLUSTER] {
         let image = Memory::new(sound.content());
         image.put_word(l2_table + 8, entry);
         let options = OpenOptions {

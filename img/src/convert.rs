@@ -96,7 +96,7 @@ fn copy(from: &dyn Disk, to: &dyn Disk, is_zero: bool) -> tandem_block::Result<(
     while at < size {
         let (_, extent) = extent_in_chain(from, at, size - at)?;
         let end = at + extent.len;
-        if extent.kind == ExtentKind::Data {
+        if matches!(extent.kind, ExtentKind::Data | ExtentKind::Compressed) {
             while at < end {
                 let piece = &mut buffer[..PIECE.min((end - at) as usize)];
                 from.read_at(&[VolatileSlice::from(&mut *piece)], at)?;

@@ -5,7 +5,9 @@ use std::io;
 use std::path::Path;
 
 use clap::Command;
-use tandem_block::qcow2::{self, BackingFormat, CreateOptions, DataFileLayout, Follow};
+use tandem_block::qcow2::{
+    self, BackingFormat, CompressionType, CreateOptions, DataFileLayout, Follow,
+};
 use tandem_block::{Error, Preallocation, Raw};
 
 use crate::failure::Failure;
@@ -430,6 +432,10 @@ fn qcow2_options(
         },
         preallocation,
         lazy_refcounts: options.is_on("lazy_refcounts"),
+        compression_type: match options.text("compression_type") {
+            Some("zstd") => CompressionType::Zstd,
+            _ => CompressionType::Deflate,
+        },
         refcount_bits: options
             .number("refcount_bits")
             .and_then(|bits| bits.try_into().ok())
@@ -468,7 +474,7 @@ fn refuse_features(options: &Options, version: u32, cluster_size: u64) -> Result
         Some("zstd") if version < 3 => {
             return Err(format!("Non-zlib compression type is only {VERSION}"));
         }
-        Some("zstd") => return later("compression type"),
+        Some("zstd") => {}
         other => return Err(not_accepted("compression-type", other.unwrap_or_default())),
     }
     if extended_l2 {

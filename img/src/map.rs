@@ -80,7 +80,8 @@ impl Part {
     fn json(&self) -> String {
         let (start, length, depth) = (self.start, self.length, self.depth);
         let present = self.kind != ExtentKind::Unallocated;
-        let data = self.kind == ExtentKind::Data;
+        let compressed = self.kind == ExtentKind::Compressed;
+        let data = compressed || self.kind == ExtentKind::Data;
         let zero = !data;
         let offset = match self.offset {
             Some(offset) => format!(", \"offset\": {offset}"),
@@ -88,7 +89,7 @@ impl Part {
         };
         format!(
             "{{ \"start\": {start}, \"length\": {length}, \"depth\": {depth}, \"present\": {present}, \
-             \"zero\": {zero}, \"data\": {data}, \"compressed\": false{offset}}}"
+             \"zero\": {zero}, \"data\": {data}, \"compressed\": {compressed}{offset}}}"
         )
     }
 }
@@ -119,6 +120,11 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
     while at < end {
         let (depth, extent) =
             extent_in_chain(&*disk, at, end - at).map_err(|e| args.name.error(&e.reason()))?;
+        if extent.kind == ExtentKind::Compressed && output == Output::Human {
+            listing.print_last();
+            let reason = "File contains external, encrypted or compressed clusters.";
+            return Err(args.name.error(reason));
+        }
         listing.add(Part {
             depth,
             start: at,

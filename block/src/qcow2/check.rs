@@ -374,9 +374,7 @@ impl<'a> Check<'a> {
     /// Checks and counts a compressed cluster (qcow2 specification, "Compressed Clusters
     /// Descriptor").
     fn check_compressed(&mut self, index: usize, entry: L2Entry) {
-        let sector_bits = self.header.cluster_bits - 8;
-        let offset_bits = 62 - sector_bits;
-        let offset = entry.0 & ((1 << offset_bits) - 1);
+        let (offset, len) = entry.compressed(self.header.cluster_bits);
         if entry.is_copied() {
             self.corruption(format!(
                 "ERROR: coffset={offset:#x}: copied flag must never be set for compressed clusters"
@@ -388,8 +386,7 @@ impl<'a> Check<'a> {
                 "ERROR compressed cluster {index} with data file, entry={entry:#x}"
             ));
         }
-        let more_sectors = (entry.0 >> offset_bits) & ((1 << sector_bits) - 1);
-        self.count(offset, (more_sectors + 1) * 512 - offset % 512);
+        self.count(offset, len);
         self.report.allocated_clusters += 1;
         self.report.compressed_clusters += 1;
         self.report.fragmented_clusters += 1;

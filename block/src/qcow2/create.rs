@@ -16,6 +16,7 @@ use std::path::{Path, PathBuf};
 
 use super::DataFileLayout;
 use super::backing::BackingFormat;
+use super::compressed::CompressionType;
 use super::entry::{L1Entry, L2Entry};
 use super::extension::Extensions;
 use super::geometry::{ENTRY_SIZE, Geometry};
@@ -56,6 +57,8 @@ pub struct CreateOptions {
     pub preallocation: Preallocation,
     /// Allows a writer to postpone refcount updates.
     pub lazy_refcounts: bool,
+    /// How clusters are compressed by those who compress any.
+    pub compression_type: CompressionType,
     /// Width of a refcount in bits: a power of two from 1 to 64, 16 in version 2.
     pub refcount_bits: u32,
 }
@@ -73,6 +76,7 @@ impl Default for CreateOptions {
             data_file_layout: DataFileLayout::Standard,
             preallocation: Preallocation::Off,
             lazy_refcounts: false,
+            compression_type: CompressionType::Deflate,
             refcount_bits: 16,
         }
     }
@@ -214,12 +218,16 @@ impl Layout {
             nb_snapshots: 0,
             snapshots_offset: 0,
             incompatible_features: flag(self.external, incompatible::DATA_FILE)
-                | flag(self.packed, incompatible::PACKED),
+                | flag(self.packed, incompatible::PACKED)
+                | flag(
+                    options.compression_type != CompressionType::Deflate,
+                    incompatible::COMPRESSION,
+                ),
             compatible_features: flag(options.lazy_refcounts, compatible::LAZY_REFCOUNTS),
             autoclear_features: flag(options.data_file_raw, autoclear::DATA_FILE_RAW),
             refcount_order: self.width.order,
             header_length: 0,
-            compression_type: 0,
+            compression_type: options.compression_type.into(),
             unknown_fields: Vec::new(),
             extensions: Extensions {
                 data_file: options.data_file.as_ref().map(bytes),
@@ -321,6 +329,12 @@ fn check_options(options: &CreateOptions) -> Result<()> {
     if options.refcount_bits != 16 && is_v2 {
         return wrong(
             "Different refcount widths than 16 bits require compatibility level 1.1 or above \
+             (use version=v3 or greater)",
+        );
+    }
+    if options.compression_type != CompressionType::Deflate && is_v2 {
+        return wrong(
+            "Non-zlib compression type is only supported with compatibility level 1.1 and above \
              (use version=v3 or greater)",
         );
     }

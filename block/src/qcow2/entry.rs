@@ -77,6 +77,15 @@ impl L2Entry {
         self.0 & COPIED != 0
     }
 
+    /// Offset of a compressed cluster in bytes, and its length up to the end of its last sector.
+    pub fn compressed(self, cluster_bits: u32) -> (u64, u64) {
+        let sector_bits = cluster_bits - 8;
+        let offset_bits = 62 - sector_bits;
+        let offset = self.0 & ((1 << offset_bits) - 1);
+        let more_sectors = self.0 >> offset_bits & ((1 << sector_bits) - 1);
+        (offset, (more_sectors + 1) * 512 - offset % 512)
+    }
+
     /// Bits that must be zero in an entry that is not compressed.
     pub fn reserved(self) -> u64 {
         self.0 & !(OFFSET_MASK | COPIED | COMPRESSED | ZERO)

@@ -16,10 +16,12 @@
 //! After step 3, clusters whose mapping it removed go back to the allocator, as soon as no request
 //! uses them any more (`retired`). Their lower counts reach the disk with the next step 1.
 
+use std::ops::Range;
+
 use super::Qcow2;
 use super::cache::DirtySlice;
 use super::placement::Placement;
-use super::retired::Batch;
+use super::retired::{Batch, Freed};
 use super::table;
 use crate::sync::lock_whole;
 use crate::{Error, Result};
@@ -52,9 +54,14 @@ impl Qcow2 {
     /// Gives back the clusters that may be used again.
     fn reclaim(&self) {
         while let Some(batch) = self.retired.take_settled(&self.requests) {
+            // At worst a range is leaked, and the next check finds it.
             for range in merged(&batch) {
-                // At worst the range is leaked, and the next check finds it.
                 drop(self.give_back(range));
+            }
+            for freed in &batch {
+                if let Freed::Compressed(range) = freed {
+                    drop(self.give_back_compressed(range.clone()));
+                }
             }
             self.retired.finished(&batch);
         }
@@ -99,9 +106,13 @@ impl Qcow2 {
     }
 }
 
-/// The ranges of `batch` in order, neighbours in one.
-fn merged(batch: &Batch) -> Batch {
-    let mut sorted = batch.clone();
+/// The ranges of whole clusters of `batch` in order, neighbours in one.
+fn merged(batch: &Batch) -> Vec<Range<u64>> {
+    let clusters = |freed: &Freed| match freed {
+        Freed::Clusters(range) => Some(range.clone()),
+        Freed::Compressed(_) => None,
+    };
+    let mut sorted: Vec<_> = batch.iter().filter_map(clusters).collect();
     sorted.sort_unstable_by_key(|range| range.start);
     sorted.dedup_by(|next, range| {
         let joins = range.end == next.start;

@@ -5,6 +5,7 @@ use std::path::Path;
 use zerocopy::IntoBytes;
 
 use super::DataFileLayout;
+use super::compressed::CompressionType;
 use super::extension::{Extensions, FeatureNames};
 use super::parse::{LENGTH_V2, LENGTH_V3, Layout, MAGIC, Purpose};
 use super::refcount_width::RefcountWidth;
@@ -193,6 +194,14 @@ impl Header {
         self.size & !511
     }
 
+    /// How clusters are compressed.
+    pub fn compression(&self) -> CompressionType {
+        match self.compression_type {
+            0 => CompressionType::Deflate,
+            _ => CompressionType::Zstd,
+        }
+    }
+
     /// Width of a refcount.
     pub fn refcount_width(&self) -> RefcountWidth {
         RefcountWidth {
@@ -268,7 +277,6 @@ impl Header {
         }
         let bitmaps = self.extensions.bitmaps.is_some() || self.extensions.stale_bitmaps;
         let missing = [
-            (has(incompatible::COMPRESSION), "compression type"),
             (has(incompatible::EXTENDED_L2), "extended L2 entries"),
             (self.crypt_method != 0, "encryption"),
             (
@@ -395,10 +403,11 @@ pub(super) mod tests {
                 .map_err(|e| e.to_string())
         };
         assert_eq!(refused(&|_| (), false), Ok(()));
-        let zstd: &dyn Fn(&mut Header) = &|h| h.incompatible_features |= incompatible::COMPRESSION;
+        let extended: &dyn Fn(&mut Header) =
+            &|h| h.incompatible_features |= incompatible::EXTENDED_L2;
         assert_eq!(
-            refused(zstd, true).unwrap_err(),
-            "'disk.qcow2': Unsupported qcow2 feature(s): compression type"
+            refused(extended, true).unwrap_err(),
+            "'disk.qcow2': Unsupported qcow2 feature(s): extended L2 entries"
         );
         let writable_only: [&dyn Fn(&mut Header); 4] = [
             &|h| h.incompatible_features |= incompatible::CORRUPT,

@@ -156,6 +156,7 @@ impl Qcow2 {
                 fill_zero(bufs);
                 Ok(())
             }
+            Kind::Compressed { stored, skip } => self.read_compressed(stored, skip as usize, bufs),
             Kind::Unallocated => self.read_backing(bufs, offset, total_len(bufs)),
         }
     }
@@ -199,6 +200,11 @@ impl Qcow2 {
                 return Err(self.image.unsupported("writing to a shared cluster"));
             }
             Kind::Zero { reserved } => reserved,
+            Kind::Compressed { stored, .. } => {
+                // Its place will be given back.
+                self.check_overlap(stored.offset, stored.len)?;
+                None
+            }
             Kind::Unallocated => None,
         };
         self.add_table(g.l1_index(first))?;
@@ -217,31 +223,37 @@ impl Qcow2 {
         };
         let allocated = (place.clusters << g.cluster_bits) - g.in_cluster(offset);
         let len = run.len.min(allocated);
-        let shows =
-            run.kind == Kind::Unallocated && self.backing_shows(offset - g.in_cluster(offset));
         let mapped = self
-            .write_filled(offset, len, &place, shows, buffers)
+            .write_filled(offset, len, &place, run.kind, buffers)
             .and_then(|()| self.map_data(first..first + place.clusters, place.offset));
         if mapped.is_err() && reserved.is_none() {
             self.release(&place);
+        }
+        if let (Ok(()), Kind::Compressed { stored, .. }) = (&mapped, run.kind) {
+            self.retire_compressed(stored);
         }
         mapped.map(|()| len)
     }
 
     /// Writes `len` bytes for guest offset `offset` to the clusters of `place`, and to the rest of
-    /// the first and the last of them what shows there, if anything `shows`, or else zeros, in one
-    /// piece.
+    /// the first and the last of them what shows there before, which is mapped as `old`, in one
+    /// piece: a cluster is written once, and no later than its data.
     fn write_filled(
         &self,
         offset: u64,
         len: u64,
         place: &Allocation,
-        shows: bool,
+        old: Kind,
         buffers: &mut Buffers<'_, '_>,
     ) -> Result<()> {
         let g = self.geometry;
         let head = g.in_cluster(offset);
         let tail = self.tail(offset + len)?;
+        let shows = match old {
+            Kind::Unallocated => self.backing_shows(offset - head),
+            Kind::Compressed { .. } => true,
+            Kind::Zero { .. } | Kind::Data { .. } => false,
+        };
         if place.zeroed && !shows || head + tail == 0 {
             return buffers.take(len, |piece, at| {
                 self.data().write_at(piece, place.offset + head + at)
@@ -251,8 +263,14 @@ impl Qcow2 {
         let before = VolatileSlice::from(&mut before[..]);
         let after = VolatileSlice::from(&mut after[..]);
         if shows {
-            self.read_backing(&[before], offset - head, head)?;
-            self.read_backing(&[after], offset + len, tail)?;
+            for (buf, at) in [(before, offset - head), (after, offset + len)] {
+                match old {
+                    Kind::Compressed { stored, .. } => {
+                        self.read_compressed(stored, g.in_cluster(at) as usize, &[buf])?;
+                    }
+                    _ => self.read_backing(&[buf], at, buf.len() as u64)?,
+                }
+            }
         }
         let mut pieces = vec![before];
         buffers.take(len, |piece, _| {

@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use super::allocator::Allocation;
 use super::cache::LoadError;
+use super::compressed::Stored;
 use super::entry::{Cluster, L2Entry};
 use super::geometry::ENTRY_SIZE;
 use super::placement::{Passthrough, Placement};
@@ -38,6 +39,8 @@ pub(super) enum Kind {
     },
     /// Reads as zero; space may be reserved for it.
     Zero { reserved: Option<u64> },
+    /// From `skip` bytes on in a compressed cluster.
+    Compressed { stored: Stored, skip: u64 },
     /// Reads as what the backing file has there, or zero.
     Unallocated,
 }
@@ -60,14 +63,15 @@ enum Problem {
 }
 
 impl Kind {
-    fn new(cluster: Cluster, in_place: bool) -> Self {
+    fn new(cluster: Cluster, in_place: bool, stored: Stored) -> Self {
         match cluster {
+            Cluster::Compressed => Self::Compressed { stored, skip: 0 },
             Cluster::Normal(offset) => Self::Data { offset, in_place },
             Cluster::ZeroAlloc(offset) => Self::Zero {
                 reserved: in_place.then_some(offset),
             },
             Cluster::ZeroPlain => Self::Zero { reserved: None },
-            Cluster::Unallocated | Cluster::Compressed => Self::Unallocated,
+            Cluster::Unallocated => Self::Unallocated,
         }
     }
 
@@ -89,6 +93,10 @@ impl Kind {
             Self::Zero { reserved } => Self::Zero {
                 reserved: reserved.map(|o| o + bytes),
             },
+            Self::Compressed { stored, skip } => Self::Compressed {
+                stored,
+                skip: skip + bytes,
+            },
             Self::Unallocated => Self::Unallocated,
         }
     }
@@ -102,10 +110,6 @@ impl Qcow2 {
             Placement::External(external) | Placement::Raw(external, _) => &external.file,
             Placement::Packed(packed) => &packed.file,
         }
-    }
-
-    fn is_external(&self) -> bool {
-        !matches!(self.placement, Placement::Internal)
     }
 
     /// The refcounts of a writable image.
@@ -172,6 +176,7 @@ impl Qcow2 {
         let (kind, offset) = match first {
             Some(Kind::Data { offset, .. }) => (ExtentKind::Data, Some(offset)),
             Some(Kind::Zero { reserved }) => (ExtentKind::Zero, reserved),
+            Some(Kind::Compressed { .. }) => (ExtentKind::Compressed, None),
             Some(Kind::Unallocated) | None => (ExtentKind::Unallocated, None),
         };
         Ok(Extent {
@@ -220,8 +225,13 @@ impl Qcow2 {
         };
         let layout = self.placement.data_file_layout();
         let found = entry.cluster(layout);
+        let (offset, len) = entry.compressed(g.cluster_bits);
+        let stored = Stored { offset, len };
         match found {
-            Cluster::Compressed => return bad(Problem::Compressed),
+            Cluster::Compressed if layout.is_some() => return bad(Problem::Compressed),
+            Cluster::Compressed if stored.offset >= self.data_end.load(Ordering::Relaxed) => {
+                return bad(Problem::PastEnd);
+            }
             Cluster::ZeroPlain | Cluster::ZeroAlloc(_) if self.version < 3 => {
                 return bad(Problem::ZeroInVersion2);
             }
@@ -238,20 +248,20 @@ impl Qcow2 {
                     return bad(Problem::PastEnd);
                 }
             }
-            Cluster::Unallocated | Cluster::ZeroPlain => {}
+            Cluster::Unallocated | Cluster::ZeroPlain | Cluster::Compressed => {}
         }
         // A cluster of an external data file has one place and cannot be shared.
-        Ok(Kind::new(found, entry.is_copied() || layout.is_some()))
+        let in_place = entry.is_copied() || layout.is_some();
+        Ok(Kind::new(found, in_place, stored))
     }
 
     fn bad_entry(&self, bad: BadEntry) -> Error {
         let guest = bad.cluster << self.geometry.cluster_bits;
         let reason = match bad.problem {
-            Problem::Compressed if self.is_external() => format!(
+            Problem::Compressed => format!(
                 "Compressed cluster entry found in image with external data file \
                  (guest offset: {guest:#x})"
             ),
-            Problem::Compressed => return self.image.unsupported("compressed clusters"),
             Problem::Unaligned => {
                 format!("Cluster allocation offset unaligned (guest offset: {guest:#x})")
             }

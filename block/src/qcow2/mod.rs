@@ -9,6 +9,7 @@
 //! | `open` | from files to a [`Qcow2`] |
 //! | `mapping` | guest offset → place, and changing it |
 //! | `io` | reads and writes on top of that |
+//! | `compressed` | compressed clusters |
 //! | `zeroes` | writing zeroes, and discarding |
 //! | `resize` | growing and shrinking the disk |
 //! | `backing` | what shows where the image has nothing |
@@ -33,9 +34,10 @@
 //! 5. a set of the slice cache, or the list of new L1 entries;
 //! 6. the refcounts, the clusters of a packed data file, the known hole of a data file
 //!    (`placement::External`), or the retired clusters;
-//! 7. the right to sync a file (`ImageFile::sync_failed`), or the list of ranges that are held.
+//! 7. the right to sync a file (`ImageFile::sync_failed`), the list of ranges that are held, or the
+//!    cluster that was decompressed last.
 //!
-//! I/O may go on under all of them but the last list and that of retired clusters: metadata is read
+//! I/O may go on under all of them but the lists of ranges and of retired clusters: metadata is read
 //! under 3, 5 and 6, written under 4, 5 (a new L2 table) and 6, synced under 4, and under 6 when the
 //! refcount table moves.
 //!
@@ -49,6 +51,7 @@ mod amend;
 mod backing;
 mod cache;
 mod check;
+mod compressed;
 mod counters;
 mod create;
 mod entry;
@@ -83,6 +86,7 @@ use crate::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::Arc;
 
 use cache::SliceCache;
+use compressed::Decompressed;
 use geometry::Geometry;
 use l1::L1Table;
 use overlap::Filter;
@@ -98,6 +102,7 @@ use crate::file::ImageFile;
 pub use amend::{AmendOptions, amend};
 pub use backing::{BackingFormat, path_of as backing_path};
 pub use check::{CheckReport, Finding, FindingKind, check, check_storage};
+pub use compressed::CompressionType;
 pub use create::{CreateOptions, create};
 pub use info::Info;
 pub use open::OpenOptions;
@@ -134,6 +139,8 @@ pub struct Qcow2 {
     /// data and may be written.
     metadata: Option<Arc<Filter>>,
     incompatible_features: u64,
+    compression_type: CompressionType,
+    decompressed: Mutex<Decompressed>,
     /// The image has turned out to be damaged.
     corrupt: AtomicBool,
     /// `None` in an image that is open read-only.

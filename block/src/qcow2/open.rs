@@ -187,6 +187,8 @@ impl Qcow2 {
             l2: SliceCache::new(geometry.slice_entries() as usize, options.l2_cache_size),
             metadata,
             incompatible_features: header.incompatible_features,
+            compression_type: header.compression(),
+            decompressed: Mutex::default(),
             corrupt: AtomicBool::new(false),
             refcounts,
             ranges: RangeLocks::default(),

@@ -159,7 +159,7 @@ impl Qcow2 {
             }
             let run = self.run_in_slice(at, end - at)?;
             at += match run.kind {
-                Kind::Data { .. } | Kind::Zero { reserved: Some(_) } => {
+                Kind::Data { .. } | Kind::Compressed { .. } | Kind::Zero { reserved: Some(_) } => {
                     self.change_whole(at, run.len, Zeroed::Unmapped)?
                 }
                 Kind::Zero { .. } | Kind::Unallocated => run.len,
@@ -185,19 +185,25 @@ impl Qcow2 {
     }
 
     /// Zeroes what is stored from `start` to the end of the cluster that it lies in, but not behind
-    /// `end`.
+    /// `end`. The cluster is held.
     fn clear_behind(&self, start: u64, end: u64) -> Result<()> {
         let cluster_end = start.next_multiple_of(self.geometry.cluster_size());
         let len = end.min(cluster_end) - start;
         if len == 0 {
             return Ok(());
         }
-        if let Kind::Data { offset, .. } = self.run_in_slice(start, len)?.kind {
-            self.check_overlap(offset, len)?;
-            self.data().write_zeroes(offset, len, false)?;
-            self.data().sync()?;
+        match self.run_in_slice(start, len)?.kind {
+            Kind::Data { offset, .. } => {
+                self.check_overlap(offset, len)?;
+                self.data().write_zeroes(offset, len, false)?;
+                self.data().sync()
+            }
+            Kind::Compressed { .. } => {
+                self.write_zeros_held(start, len)?;
+                self.write_back()
+            }
+            Kind::Zero { .. } | Kind::Unallocated => Ok(()),
         }
-        Ok(())
     }
 
     fn write_size(&self, size: u64) -> Result<()> {

@@ -19,7 +19,16 @@ const MANY: usize = 1024;
 const MUCH: u64 = 64 << 20;
 
 /// Ranges of the file that holds guest data, in bytes.
-pub(crate) type Batch = Vec<Range<u64>>;
+pub(crate) type Batch = Vec<Freed>;
+
+/// A range that lost its mapping.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Freed {
+    /// Whole clusters.
+    Clusters(Range<u64>),
+    /// A compressed cluster, which may share those that it lies in with others.
+    Compressed(Range<u64>),
+}
 
 /// Clusters that have lost their mapping.
 #[derive(Default)]
@@ -51,13 +60,20 @@ impl Retired {
         let len = range.end - range.start;
         self.unmapped_bytes.fetch_add(len, Ordering::Relaxed);
         match lists.unmapped.last_mut() {
-            Some(last) if last.end == range.start => last.end = range.end,
-            _ => {
-                lists.unmapped.push(range);
-                self.count.fetch_add(1, Ordering::Release);
-                self.unmapped.fetch_add(1, Ordering::Relaxed);
-            }
+            Some(Freed::Clusters(last)) if last.end == range.start => last.end = range.end,
+            _ => self.push(&mut lists, Freed::Clusters(range)),
         }
+    }
+
+    /// The compressed cluster in `range` has lost its mapping, in memory.
+    pub fn add_compressed(&self, range: Range<u64>) {
+        self.push(&mut lock(&self.lists), Freed::Compressed(range));
+    }
+
+    fn push(&self, lists: &mut Lists, freed: Freed) {
+        lists.unmapped.push(freed);
+        self.count.fetch_add(1, Ordering::Release);
+        self.unmapped.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Whether there are none, in whatever state.
@@ -136,7 +152,8 @@ mod tests {
         );
 
         let batch = retired.take_unmapped();
-        assert_eq!(batch, [0..1024, 4096..4608]);
+        let clusters = |range| Freed::Clusters(range);
+        assert_eq!(batch, [clusters(0..1024), clusters(4096..4608)]);
         retired.put_back(batch);
         let batch = retired.take_unmapped();
         retired.add(8192..8704);
@@ -147,6 +164,6 @@ mod tests {
         retired.finished(&batch);
         assert!(!retired.is_empty());
         assert_eq!(retired.take_settled(&requests), None);
-        assert!(retired.take_unmapped().contains(&(8192..8704)));
+        assert!(retired.take_unmapped().contains(&clusters(8192..8704)));
     }
 }

@@ -52,6 +52,12 @@ impl Qcow2 {
                             whole => self.change_whole(offset + done, whole, zeroed)?,
                         }
                     }
+                    Kind::Compressed { .. } => match self.whole_clusters(offset + done, run.len) {
+                        whole if whole > 0 && self.can_unmap() => {
+                            self.change_whole(offset + done, whole, Zeroed::Unmapped)?
+                        }
+                        _ => self.write_zeros(offset + done, run.len)?,
+                    },
                     Kind::Unallocated if self.backing_shows(offset + done) => {
                         self.hide_backing(offset + done, run.len)?
                     }
@@ -92,7 +98,7 @@ impl Qcow2 {
             }
             let run = self.run_in_slice(at, end - at)?;
             at += match run.kind {
-                Kind::Data { .. } | Kind::Zero { reserved: Some(_) } => {
+                Kind::Data { .. } | Kind::Compressed { .. } | Kind::Zero { reserved: Some(_) } => {
                     match self.whole_clusters(at, run.len) {
                         // The disk has grown, and this is not its end any more.
                         0 => run.len,
@@ -124,11 +130,7 @@ impl Qcow2 {
         let g = self.geometry;
         let whole = self.whole_clusters(offset, len);
         if whole == 0 || self.version < 3 {
-            let len = len.min(self.to_cluster_end(offset));
-            let mut zeros = vec![0; len as usize];
-            let zeros = [VolatileSlice::from(&mut zeros[..])];
-            let (len, _held) = self.hold(offset, len);
-            return self.write_held(offset, len, &mut Buffers::new(&zeros));
+            return self.write_zeros(offset, len);
         }
         let clusters = g.cluster(offset)..g.cluster(offset + whole - 1) + 1;
         let _held = self.ranges.lock(clusters.clone());
@@ -142,6 +144,22 @@ impl Qcow2 {
         self.add_table(g.l1_index(clusters.start))?;
         self.map_nothing(clusters)?;
         Ok(whole)
+    }
+
+    /// Gives the first cluster of the `len` bytes at `offset` data, zeros in the range and what shows
+    /// now around it, and returns how many bytes of the range that are; none if another request has
+    /// given it data meanwhile.
+    fn write_zeros(&self, offset: u64, len: u64) -> Result<u64> {
+        let len = len.min(self.to_cluster_end(offset));
+        let (len, _held) = self.hold(offset, len);
+        self.write_zeros_held(offset, len)
+    }
+
+    /// [`write_zeros`](Self::write_zeros) of a range in one cluster that is held.
+    pub(super) fn write_zeros_held(&self, offset: u64, len: u64) -> Result<u64> {
+        let mut zeros = vec![0; len as usize];
+        let zeros = [VolatileSlice::from(&mut zeros[..])];
+        self.write_held(offset, len, &mut Buffers::new(&zeros))
     }
 
     /// Zeroes some of the `len` bytes at guest offset `offset`, which are stored at `data`, and
@@ -206,6 +224,15 @@ impl Qcow2 {
                 },
                 ..
             } => data,
+            Run {
+                kind: Kind::Compressed { stored, .. },
+                ..
+            } => {
+                self.check_overlap(stored.offset, stored.len)?;
+                self.map_nothing(clusters)?;
+                self.retire_compressed(stored);
+                return Ok(len);
+            }
             _ => return Ok(0),
         };
         self.check_overlap(data, len)?;

@@ -169,6 +169,44 @@ fn clusters_of_2_mib() {
     cases(2 << 20, (33 << 20) + 512, 4);
 }
 
+/// Images of compressed clusters, made by QEMU: several of them in one host cluster, which are taken up
+/// and given back one by one.
+#[test]
+fn compressed_clusters() {
+    let config = ProptestConfig {
+        cases: 4,
+        failure_persistence: None,
+        ..Default::default()
+    };
+    for (cluster_size, kind, more) in [
+        (
+            4096,
+            Kind::Internal,
+            ",compression_type=zstd,refcount_bits=8",
+        ),
+        (64 << 10, Kind::Internal, ""),
+        (64 << 10, Kind::Internal, ",compression_type=zstd"),
+        (64 << 10, Kind::InternalV2, ""),
+        (2 << 20, Kind::Internal, ""),
+    ] {
+        let size = (5 << 20) + 1536;
+        proptest!(config.clone(), |(ops in ops(size, cluster_size))| {
+            let image = Image::with_options(kind, cluster_size, size, more);
+            let mut model: Vec<u8> = (0..size).map(|i| (i * i / 4001 % 251) as u8).collect();
+            model[1 << 20..2 << 20].fill(0);
+            let source = image.path().with_file_name("source");
+            fs::write(&source, &model).unwrap();
+            let (source, target) = (source.to_str().unwrap(), image.path());
+            qemu::run("qemu-img", &["convert", "-n", "-c", "-f", "raw", "-O", "qcow2", source, target.to_str().unwrap()]);
+            let before = image.open().unwrap();
+            assert_eq!(before.extent(0, 512).unwrap().kind, tandem_block::ExtentKind::Compressed);
+            assert_same(&read_all(&before), &model, "the compressed disk");
+            drop(before);
+            run_on(&image, cluster_size, model, true, &ops);
+        });
+    }
+}
+
 /// Makes the files of a backing chain in `dir`, and returns what it shows: 6 MiB of qcow2 in clusters
 /// of 4 KiB over some 9 MB of raw file that does not end with a sector.
 fn make_chain(dir: &Path) -> Vec<u8> {

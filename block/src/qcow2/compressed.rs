@@ -1,0 +1,149 @@
+//! Compressed clusters (qcow2 specification, "Compressed Clusters Descriptor").
+//!
+//! They are read as whole clusters, and never written in place: a write takes up what it does not
+//! change, as from a backing file. Several may lie in one host cluster, whose refcount counts them.
+
+use std::ops::Range;
+
+use flate2::{Decompress, FlushDecompress};
+use vm_memory::VolatileSlice;
+
+use super::Qcow2;
+use crate::Result;
+use crate::sync::lock;
+
+/// How clusters are compressed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum CompressionType {
+    /// Raw deflate, called zlib by QEMU.
+    #[default]
+    Deflate,
+    /// Zstandard.
+    Zstd,
+}
+
+/// Where a compressed cluster lies in the image file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Stored {
+    /// In bytes, without alignment.
+    pub offset: u64,
+    /// Bytes up to the end of the last sector of 512 bytes that it touches.
+    pub len: u64,
+}
+
+impl Stored {
+    pub fn range(self) -> Range<u64> {
+        self.offset..self.offset + self.len
+    }
+}
+
+/// The cluster that was decompressed last: reads of its parts follow each other.
+#[derive(Default)]
+pub(super) struct Decompressed {
+    last: Option<(Stored, Box<[u8]>)>,
+}
+
+impl Qcow2 {
+    /// Fills `bufs` with what the cluster at `stored` holds from `skip` on.
+    pub(super) fn read_compressed(
+        &self,
+        stored: Stored,
+        mut skip: usize,
+        bufs: &[VolatileSlice<'_>],
+    ) -> Result<()> {
+        let mut decompressed = lock(&self.decompressed);
+        let cluster = match &mut decompressed.last {
+            Some((last, cluster)) if *last == stored => cluster,
+            last => &mut last.insert((stored, self.decompress(stored)?)).1,
+        };
+        for buf in bufs {
+            buf.copy_from(&cluster[skip..skip + buf.len()]);
+            skip += buf.len();
+        }
+        Ok(())
+    }
+
+    /// The cluster at `stored` has lost its mapping.
+    pub(super) fn retire_compressed(&self, stored: Stored) {
+        lock(&self.decompressed).last = None;
+        self.retired.add_compressed(stored.range());
+    }
+
+    fn decompress(&self, stored: Stored) -> Result<Box<[u8]>> {
+        let mut packed = vec![0; stored.len as usize];
+        self.image.read_bytes_at(&mut packed, stored.offset)?;
+        let mut cluster = vec![0; self.geometry.cluster_size() as usize].into_boxed_slice();
+        let is_whole = match self.compression_type {
+            CompressionType::Deflate => inflate(&packed, &mut cluster),
+            CompressionType::Zstd => unzstd(&packed, &mut cluster),
+        };
+        if is_whole {
+            return Ok(cluster);
+        }
+        let reason = "Compressed cluster cannot be decompressed".to_owned();
+        Err(self.damaged(self.image.invalid("l2_table entry", stored.offset, reason)))
+    }
+
+    /// Gives back one reference to each cluster that a compressed one lay in. An error leaks them.
+    pub(super) fn give_back_compressed(&self, range: Range<u64>) -> Result<()> {
+        let g = self.geometry;
+        for cluster in g.cluster(range.start)..g.clusters(range.end) {
+            let offset = cluster << g.cluster_bits;
+            // Others are added only by whoever writes compressed clusters, and nobody does meanwhile.
+            if self.refcounts()?.are_exclusive(&self.image, offset, 1)? {
+                self.image.discard(offset, g.cluster_size())?;
+            }
+            self.refcounts()?.free(&self.image, offset, 1)?;
+        }
+        Ok(())
+    }
+}
+
+/// Whether `packed` begins with a deflate stream that fills `cluster`.
+fn inflate(packed: &[u8], cluster: &mut [u8]) -> bool {
+    let mut stream = Decompress::new(false);
+    let result = stream.decompress(packed, cluster, FlushDecompress::Finish);
+    result.is_ok() && stream.total_out() == cluster.len() as u64
+}
+
+/// Whether `packed` begins with zstd frames that fill `cluster`.
+fn unzstd(packed: &[u8], cluster: &mut [u8]) -> bool {
+    use std::io::Read;
+    zstd::Decoder::with_buffer(packed).is_ok_and(|mut stream| stream.read_exact(cluster).is_ok())
+}
+
+impl From<CompressionType> for u8 {
+    fn from(kind: CompressionType) -> Self {
+        match kind {
+            CompressionType::Deflate => 0,
+            CompressionType::Zstd => 1,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_does_not_fill_a_cluster_is_no_cluster() {
+        let data: Vec<u8> = (0..4096).map(|i| (i / 7) as u8).collect();
+        let packed = zstd::encode_all(&data[..], 3).unwrap();
+        let mut cluster = vec![0; 4096];
+        assert!(unzstd(&[&packed[..], &[0; 100]].concat(), &mut cluster));
+        assert!(cluster == data);
+        assert!(!unzstd(&packed[..packed.len() / 2], &mut cluster));
+        assert!(!unzstd(&packed, &mut vec![0; 8192]));
+
+        let mut deflate = flate2::Compress::new(flate2::Compression::default(), false);
+        let mut packed = Vec::with_capacity(8192);
+        let all = flate2::FlushCompress::Finish;
+        deflate.compress_vec(&data, &mut packed, all).unwrap();
+        cluster.fill(0);
+        assert!(inflate(&[&packed[..], &[0; 100]].concat(), &mut cluster));
+        assert!(cluster == data);
+        assert!(!inflate(&packed[..packed.len() / 2], &mut cluster));
+        assert!(!inflate(&packed, &mut vec![0; 8192]));
+        assert!(!inflate(&[0xff; 100], &mut cluster));
+    }
+}

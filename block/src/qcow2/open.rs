@@ -265,7 +265,11 @@ fn open_data_file(image: &Path, header: &Header, options: &OpenOptions) -> Resul
             reason,
         });
     }
-    ImageFile::open(&path, options.read_only)
+    if options.data_file.is_some() {
+        return ImageFile::open(&path, options.read_only);
+    }
+    let file = policy::open_data_file(image, &path, options.follow, options.read_only)?;
+    Ok(ImageFile::new(Box::new(file), &path))
 }
 
 fn data_file_error(image: &Path, reason: &str) -> Error {

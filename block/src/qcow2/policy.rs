@@ -16,7 +16,7 @@ use rustix::fs::{Mode, OFlags, ResolveFlags};
 
 use super::backing;
 use crate::error::system_text;
-use crate::{Error, Result};
+use crate::{Error, FileStorage, Result};
 
 /// Where names that are stored in an image may lead.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -58,7 +58,7 @@ pub(super) fn open_backing_file(
             options.read(true).custom_flags(libc::O_NONBLOCK);
             options.open(&path).map_err(failed)?
         }
-        Follow::ImageDirectory => match open_beneath(image, &path) {
+        Follow::ImageDirectory => match open_in_directory_of(image, &path) {
             Err(e) if e.raw_os_error() == Some(libc::EXDEV) => {
                 return Err(outside("lies outside the image's directory"));
             }
@@ -69,14 +69,12 @@ pub(super) fn open_backing_file(
 }
 
 /// Opens `path` for reading if it leads to something in the directory of `image` or below; `EXDEV`
-/// if not. The system resolves it, so that nobody who changes links or directories meanwhile can
-/// lead it outside.
-fn open_beneath(image: &Path, path: &Path) -> io::Result<File> {
+/// if not.
+fn open_in_directory_of(image: &Path, path: &Path) -> io::Result<File> {
     let directory = match image.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
     };
-    let root = File::open(directory)?;
     let relative = match path.strip_prefix(directory) {
         Ok(relative) => relative,
         // An absolute name in an image whose own path is relative, or is spelled another way.
@@ -90,12 +88,45 @@ fn open_beneath(image: &Path, path: &Path) -> io::Result<File> {
             }
         }
     };
+    open_beneath(directory, relative, true)
+}
+
+/// Opens the data file `path` that [`resolve_data_file`] has found for `image`, unless it has become
+/// another one outside the image's directory since and `follow` forbids that.
+pub(crate) fn open_data_file(
+    image: &Path,
+    path: &Path,
+    follow: Follow,
+    read_only: bool,
+) -> Result<FileStorage> {
+    let failed = |e| Error::io(path, "open", e);
+    if follow == Follow::Anywhere {
+        return FileStorage::open(path, read_only).map_err(failed);
+    }
+    let directory = directory_of(image)?;
+    let outside = |_| failed(io::Error::from_raw_os_error(libc::EXDEV));
+    let relative = path.strip_prefix(&directory).map_err(outside)?;
+    open_beneath(&directory, relative, read_only)
+        .and_then(FileStorage::new)
+        .map_err(failed)
+}
+
+/// Opens `relative`, which is relative to `directory`, if it leads to something in there or below;
+/// `EXDEV` if not. The system resolves it, so that nobody who changes links or directories meanwhile
+/// can lead it outside.
+fn open_beneath(directory: &Path, relative: &Path, read_only: bool) -> io::Result<File> {
+    let root = File::open(directory)?;
     let relative = if relative.as_os_str().is_empty() {
         Path::new(".")
     } else {
         relative
     };
-    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let access = if read_only {
+        OFlags::RDONLY
+    } else {
+        OFlags::RDWR
+    };
+    let flags = access | OFlags::NONBLOCK | OFlags::CLOEXEC;
     let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS;
     for _ in 0..ATTEMPTS {
         match rustix::fs::openat2(&root, relative, flags, Mode::empty(), resolve) {

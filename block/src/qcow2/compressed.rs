@@ -4,6 +4,7 @@
 //! change, as from a backing file. Several may lie in one host cluster, whose refcount counts them.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use flate2::{Decompress, FlushDecompress};
 use vm_memory::VolatileSlice;
@@ -40,7 +41,14 @@ impl Stored {
 /// The cluster that was decompressed last: reads of its parts follow each other.
 #[derive(Default)]
 pub(super) struct Decompressed {
-    last: Option<(Stored, Box<[u8]>)>,
+    last: Option<(Stored, Arc<[u8]>)>,
+}
+
+impl Decompressed {
+    fn get(&self, stored: Stored) -> Option<Arc<[u8]>> {
+        let (last, cluster) = self.last.as_ref()?;
+        (*last == stored).then(|| cluster.clone())
+    }
 }
 
 impl Qcow2 {
@@ -51,10 +59,14 @@ impl Qcow2 {
         mut skip: usize,
         bufs: &[VolatileSlice<'_>],
     ) -> Result<()> {
-        let mut decompressed = lock(&self.decompressed);
-        let cluster = match &mut decompressed.last {
-            Some((last, cluster)) if *last == stored => cluster,
-            last => &mut last.insert((stored, self.decompress(stored)?)).1,
+        let cached = lock(&self.decompressed).get(stored);
+        let cluster = match cached {
+            Some(cluster) => cluster,
+            None => {
+                let cluster = self.decompress(stored)?;
+                lock(&self.decompressed).last = Some((stored, cluster.clone()));
+                cluster
+            }
         };
         for buf in bufs {
             buf.copy_from(&cluster[skip..skip + buf.len()]);
@@ -63,22 +75,16 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// The cluster at `stored` has lost its mapping.
-    pub(super) fn retire_compressed(&self, stored: Stored) {
-        lock(&self.decompressed).last = None;
-        self.retired.add_compressed(stored.range());
-    }
-
-    fn decompress(&self, stored: Stored) -> Result<Box<[u8]>> {
+    fn decompress(&self, stored: Stored) -> Result<Arc<[u8]>> {
         let mut packed = vec![0; stored.len as usize];
         self.image.read_bytes_at(&mut packed, stored.offset)?;
-        let mut cluster = vec![0; self.geometry.cluster_size() as usize].into_boxed_slice();
+        let mut cluster = vec![0; self.geometry.cluster_size() as usize];
         let is_whole = match self.compression_type {
             CompressionType::Deflate => inflate(&packed, &mut cluster),
             CompressionType::Zstd => unzstd(&packed, &mut cluster),
         };
         if is_whole {
-            return Ok(cluster);
+            return Ok(cluster.into());
         }
         let reason = "Compressed cluster cannot be decompressed".to_owned();
         Err(self.damaged(self.image.invalid("l2_table entry", stored.offset, reason)))
@@ -86,6 +92,8 @@ impl Qcow2 {
 
     /// Gives back one reference to each cluster that a compressed one lay in. An error leaks them.
     pub(super) fn give_back_compressed(&self, range: Range<u64>) -> Result<()> {
+        // Of the requests that could have left it there, none is running any more.
+        lock(&self.decompressed).last = None;
         let g = self.geometry;
         for cluster in g.cluster(range.start)..g.clusters(range.end) {
             let offset = cluster << g.cluster_bits;

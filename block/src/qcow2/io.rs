@@ -230,7 +230,7 @@ impl Qcow2 {
             self.release(&place);
         }
         if let (Ok(()), Kind::Compressed { stored, .. }) = (&mapped, run.kind) {
-            self.retire_compressed(stored);
+            self.retired.add_compressed(stored.range());
         }
         mapped.map(|()| len)
     }

@@ -230,7 +230,7 @@ impl Qcow2 {
             } => {
                 self.check_overlap(stored.offset, stored.len)?;
                 self.map_nothing(clusters)?;
-                self.retire_compressed(stored);
+                self.retired.add_compressed(stored.range());
                 return Ok(len);
             }
             _ => return Ok(0),

@@ -119,6 +119,15 @@ pub enum Error {
     #[error("{0}")]
     Option(String),
 
+    /// The image has no such internal snapshot.
+    #[error("'{}' has no snapshot '{}'", file.display(), name.escape_ascii())]
+    NoSnapshot {
+        /// The image.
+        file: PathBuf,
+        /// The ID or name that was asked for.
+        name: Vec<u8>,
+    },
+
     /// A request does not lie within the disk.
     #[error("request of {len} bytes at offset {offset} lies outside the disk of {size} bytes")]
     OutOfRange {
@@ -161,6 +170,7 @@ impl Error {
             Self::HeaderFull { .. } => {
                 "Could not update qcow2 header: No space left on device".to_owned()
             }
+            Self::NoSnapshot { .. } => "snapshot not found".to_owned(),
             other => other.to_string(),
         }
     }

@@ -144,12 +144,4 @@ impl ImageFile {
             reason,
         }
     }
-
-    /// An [`Error::Unsupported`] of this file.
-    pub fn unsupported(&self, feature: &str) -> Error {
-        Error::Unsupported {
-            file: self.path.clone(),
-            feature: feature.to_owned(),
-        }
-    }
 }

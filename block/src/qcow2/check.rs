@@ -107,6 +107,9 @@ fn read_header(path: &Path, storage: &dyn Storage) -> Result<Header> {
     let header = Header::read_for_check(storage, path)?;
     header.check_supported(path, true)?;
     header.check_tellable(path)?;
+    if header.nb_snapshots != 0 {
+        return Err(Error::unsupported(path, "internal snapshots"));
+    }
     Ok(header)
 }
 

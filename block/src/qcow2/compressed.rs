@@ -90,20 +90,12 @@ impl Qcow2 {
         Err(self.damaged(self.image.invalid("l2_table entry", stored.offset, reason)))
     }
 
-    /// Gives back one reference to each cluster that a compressed one lay in. An error leaks them.
-    pub(super) fn give_back_compressed(&self, range: Range<u64>) -> Result<()> {
+    /// Gives back one reference to each cluster of the image file that `range` lies in, where a
+    /// compressed cluster or a table was. An error leaks them.
+    pub(super) fn give_back_shared(&self, range: Range<u64>) -> Result<()> {
         // Of the requests that could have left it there, none is running any more.
         lock(&self.decompressed).last = None;
-        let g = self.geometry;
-        for cluster in g.cluster(range.start)..g.clusters(range.end) {
-            let offset = cluster << g.cluster_bits;
-            // Others are added only by whoever writes compressed clusters, and nobody does meanwhile.
-            if self.refcounts()?.are_exclusive(&self.image, offset, 1)? {
-                self.image.discard(offset, g.cluster_size())?;
-            }
-            self.refcounts()?.free(&self.image, offset, 1)?;
-        }
-        Ok(())
+        self.release_clusters(range)
     }
 }
 

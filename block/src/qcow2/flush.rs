@@ -59,8 +59,8 @@ impl Qcow2 {
                 drop(self.give_back(range));
             }
             for freed in &batch {
-                if let Freed::Compressed(range) = freed {
-                    drop(self.give_back_compressed(range.clone()));
+                if let Freed::Shared(range) = freed {
+                    drop(self.give_back_shared(range.clone()));
                 }
             }
             self.retired.finished(&batch);
@@ -95,6 +95,17 @@ impl Qcow2 {
         Ok(())
     }
 
+    /// Makes the refcounts durable, and everything that has been written to the image file before.
+    pub(super) fn write_counts(&self) -> Result<()> {
+        let counts = self.refcounts()?.write_counts(&self.image)?;
+        self.image.sync()?;
+        if !counts.blocks.is_empty() {
+            self.refcounts()?.link_blocks(&self.image, &counts.blocks)?;
+            self.image.sync()?;
+        }
+        Ok(())
+    }
+
     fn write_slice(&self, slice: &DirtySlice) -> Result<()> {
         let table = self
             .l1
@@ -110,7 +121,7 @@ impl Qcow2 {
 fn merged(batch: &Batch) -> Vec<Range<u64>> {
     let clusters = |freed: &Freed| match freed {
         Freed::Clusters(range) => Some(range.clone()),
-        Freed::Compressed(_) => None,
+        Freed::Shared(_) => None,
     };
     let mut sorted: Vec<_> = batch.iter().filter_map(clusters).collect();
     sorted.sort_unstable_by_key(|range| range.start);

@@ -275,14 +275,15 @@ impl Header {
             let value = self.autoclear_features;
             return Err(Error::invalid(file, "autoclear_features", value, reason));
         }
+        if self.nb_snapshots != 0 && self.has_data_file() {
+            let reason = "an image with an external data file cannot have internal snapshots";
+            let value = self.nb_snapshots.into();
+            return Err(Error::invalid(file, "nb_snapshots", value, reason));
+        }
         let bitmaps = self.extensions.bitmaps.is_some() || self.extensions.stale_bitmaps;
         let missing = [
             (has(incompatible::EXTENDED_L2), "extended L2 entries"),
             (self.crypt_method != 0, "encryption"),
-            (
-                self.nb_snapshots != 0 && !read_only,
-                "writing with internal snapshots",
-            ),
             (bitmaps && !read_only, "writing with persistent bitmaps"),
             (
                 has(incompatible::DIRTY) && !read_only,
@@ -299,7 +300,6 @@ impl Header {
     /// or takes it for leaked.
     pub fn check_tellable(&self, file: &Path) -> Result<()> {
         let missing = [
-            (self.nb_snapshots != 0, "internal snapshots"),
             (self.extensions.bitmaps.is_some(), "persistent bitmaps"),
             (self.crypt_method != 0, "encryption"),
         ];
@@ -409,10 +409,15 @@ pub(super) mod tests {
             refused(extended, true).unwrap_err(),
             "'disk.qcow2': Unsupported qcow2 feature(s): extended L2 entries"
         );
-        let writable_only: [&dyn Fn(&mut Header); 4] = [
+        let snapshots: &dyn Fn(&mut Header) = &|h| h.nb_snapshots = 1;
+        assert!(
+            refused(snapshots, true)
+                .unwrap_err()
+                .contains("nb_snapshots is 0x1")
+        );
+        let writable_only: [&dyn Fn(&mut Header); 3] = [
             &|h| h.incompatible_features |= incompatible::CORRUPT,
             &|h| h.incompatible_features |= incompatible::DIRTY,
-            &|h| h.nb_snapshots = 1,
             &|h| h.extensions.stale_bitmaps = true,
         ];
         for change in writable_only {

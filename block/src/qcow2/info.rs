@@ -4,7 +4,9 @@ use std::path::Path;
 
 use super::DataFileLayout;
 use super::header::{Header, compatible, incompatible};
-use crate::{Error, FileStorage, Result};
+use super::snapshot::{SnapshotInfo, read_table};
+use crate::Result;
+use crate::file::ImageFile;
 
 /// What an image is like, as told by its header.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -34,6 +36,8 @@ pub struct Info {
     pub data_file_raw: bool,
     /// How guest data lies in the data file, if there is one.
     pub data_file_layout: Option<DataFileLayout>,
+    /// The internal snapshots.
+    pub snapshots: Vec<SnapshotInfo>,
     /// Whether refcounts may be wrong since the image was not closed.
     pub dirty: bool,
     /// Whether the image is marked as corrupt.
@@ -43,15 +47,16 @@ pub struct Info {
 }
 
 impl Info {
-    /// Reads the header of the image at `path`, and no other file.
+    /// Reads the header and the snapshot table of the image at `path`, and no other file.
     ///
     /// # Errors
     /// [`Error::NotQcow2`], [`Error::Invalid`], [`Error::Io`]; [`Error::Unsupported`] for unknown
-    /// features, and for internal snapshots, bitmaps and encryption, which it could not tell.
+    /// features, and for bitmaps and encryption, which it could not tell.
     pub fn read(path: &Path) -> Result<Self> {
-        let file = FileStorage::open(path, true).map_err(|e| Error::io(path, "open", e))?;
-        let header = Header::read(&file, path)?;
+        let image = ImageFile::open(path, true)?;
+        let header = Header::read(&*image.storage, path)?;
         header.check_tellable(path)?;
+        let table = read_table(&image, &header)?;
         let incompatible = |bit| header.incompatible_features & bit != 0;
         Ok(Self {
             size: header.disk_size(),
@@ -63,6 +68,7 @@ impl Info {
             has_data_file: header.has_data_file(),
             data_file_raw: header.data_file_is_raw(),
             data_file_layout: header.data_file_layout(),
+            snapshots: table.snapshots.into_iter().map(Into::into).collect(),
             dirty: incompatible(incompatible::DIRTY),
             corrupt: incompatible(incompatible::CORRUPT),
             extended_l2: header.has_extended_l2(),

@@ -8,7 +8,7 @@ use vm_memory::VolatileSlice;
 
 use super::Qcow2;
 use super::allocator::Allocation;
-use super::mapping::Kind;
+use super::mapping::{Kind, Place};
 use super::placement::Placement;
 use super::ranges::RangeGuard;
 use crate::buffers::{Buffers, fill_zero};
@@ -107,7 +107,7 @@ impl Disk for Qcow2 {
 }
 
 impl Qcow2 {
-    fn check_writable(&self) -> Result<()> {
+    pub(super) fn check_writable(&self) -> Result<()> {
         if self.read_only {
             Err(Error::ReadOnly)
         } else if self.corrupt.load(Ordering::Relaxed) {
@@ -126,17 +126,17 @@ impl Qcow2 {
         while done < len {
             let run = self.run(offset + done, len - done)?;
             done += match run.kind {
-                Kind::Data {
+                Kind::Data(Place {
                     offset,
                     in_place: true,
-                } if run.len == len => {
+                }) if run.len == len => {
                     self.check_overlap(offset, len)?;
                     return self.data().write_at(bufs, offset);
                 }
-                Kind::Data {
+                Kind::Data(Place {
                     offset,
                     in_place: true,
-                } => {
+                }) => {
                     self.check_overlap(offset, run.len)?;
                     let data = self.data();
                     buffers.take(run.len, |piece, at| data.write_at(piece, offset + at))?;
@@ -151,8 +151,8 @@ impl Qcow2 {
     /// Fills `bufs` with what is mapped as `kind` at guest offset `offset`.
     fn read_run(&self, kind: Kind, bufs: &[VolatileSlice<'_>], offset: u64) -> Result<()> {
         match kind {
-            Kind::Data { offset, .. } => self.data().read_at(bufs, offset),
-            Kind::Zero { .. } => {
+            Kind::Data(place) => self.data().read_at(bufs, place.offset),
+            Kind::Zero(_) => {
                 fill_zero(bufs);
                 Ok(())
             }
@@ -192,33 +192,26 @@ impl Qcow2 {
         let g = self.geometry;
         let first = g.cluster(offset);
         let run = self.run(offset, len)?;
-        let reserved = match run.kind {
-            Kind::Data { in_place: true, .. } => return Ok(0),
-            Kind::Data {
-                in_place: false, ..
-            } => {
-                return Err(self.image.unsupported("writing to a shared cluster"));
-            }
-            Kind::Zero { reserved } => reserved,
-            Kind::Compressed { stored, .. } => {
-                // Its place will be given back.
+        let old = run.kind.place();
+        match (run.kind, old) {
+            (Kind::Data(_), Some(Place { in_place: true, .. })) => return Ok(0),
+            // What it leaves will be given back.
+            (Kind::Compressed { stored, .. }, _) => {
                 self.check_overlap(stored.offset, stored.len)?;
-                None
             }
-            Kind::Unallocated => None,
-        };
-        self.add_table(g.l1_index(first))?;
+            (_, Some(place)) => self.check_overlap(place.offset, run.len)?,
+            (_, None) => {}
+        }
+        self.own_table(g.l1_index(first))?;
         let clusters = g.cluster(offset + run.len - 1) - first + 1;
+        let reserved = old.filter(|place| place.in_place);
         let place = match reserved {
             // What the reserved clusters hold is anything.
-            Some(data) => {
-                self.check_overlap(data, run.len)?;
-                Allocation {
-                    offset: data - g.in_cluster(offset),
-                    clusters,
-                    zeroed: false,
-                }
-            }
+            Some(place) => Allocation {
+                offset: place.offset - g.in_cluster(offset),
+                clusters,
+                zeroed: false,
+            },
             None => self.allocate(first, clusters)?,
         };
         let allocated = (place.clusters << g.cluster_bits) - g.in_cluster(offset);
@@ -229,10 +222,16 @@ impl Qcow2 {
         if mapped.is_err() && reserved.is_none() {
             self.release(&place);
         }
-        if let (Ok(()), Kind::Compressed { stored, .. }) = (&mapped, run.kind) {
-            self.retired.add_compressed(stored.range());
+        mapped?;
+        match (run.kind, old) {
+            (Kind::Compressed { stored, .. }, _) => self.retired.add_shared(stored.range()),
+            (_, Some(shared)) if reserved.is_none() => {
+                let start = shared.offset - g.in_cluster(offset);
+                self.retire(start, place.clusters << g.cluster_bits);
+            }
+            _ => {}
         }
-        mapped.map(|()| len)
+        Ok(len)
     }
 
     /// Writes `len` bytes for guest offset `offset` to the clusters of `place`, and to the rest of
@@ -251,8 +250,8 @@ impl Qcow2 {
         let tail = self.tail(offset + len)?;
         let shows = match old {
             Kind::Unallocated => self.backing_shows(offset - head),
-            Kind::Compressed { .. } => true,
-            Kind::Zero { .. } | Kind::Data { .. } => false,
+            Kind::Compressed { .. } | Kind::Data(_) => true,
+            Kind::Zero(_) => false,
         };
         if place.zeroed && !shows || head + tail == 0 {
             return buffers.take(len, |piece, at| {
@@ -267,6 +266,9 @@ impl Qcow2 {
                 match old {
                     Kind::Compressed { stored, .. } => {
                         self.read_compressed(stored, g.in_cluster(at) as usize, &[buf])?;
+                    }
+                    Kind::Data(shared) => {
+                        self.data().read_at(&[buf], shared.offset + at - offset)?;
                     }
                     _ => self.read_backing(&[buf], at, buf.len() as u64)?,
                 }

@@ -24,12 +24,37 @@ pub(crate) struct L1Table {
     new: Mutex<BTreeSet<usize>>,
 }
 
+/// Checks entry `index` of an L1 table of an image of `file_size` bytes.
+///
+/// # Errors
+/// [`Error::Invalid`](crate::Error::Invalid) if reserved bits are set, or the L2 table is unaligned
+/// or past the end of the file.
+pub(crate) fn check_entry(
+    image: &ImageFile,
+    geometry: Geometry,
+    file_size: u64,
+    index: usize,
+    raw: u64,
+) -> Result<()> {
+    let entry = L1Entry(raw);
+    let problem = if entry.reserved() != 0 {
+        "has reserved bits set"
+    } else if geometry.in_cluster(entry.offset()) != 0 {
+        "is not aligned to a cluster"
+    } else if entry.offset() >= file_size && entry.offset() != 0 {
+        "points past the end of the file"
+    } else {
+        return Ok(());
+    };
+    let reason = format!("L2 table offset of L1 entry {index} {problem}");
+    Err(image.invalid("l1_table entry", raw, reason))
+}
+
 impl L1Table {
     /// Reads the `count` entries at `offset`, which the header has bounded.
     ///
     /// # Errors
-    /// An entry with reserved bits set, or an L2 table that is unaligned or past the end of the
-    /// file.
+    /// As [`check_entry`].
     pub fn open(image: &ImageFile, geometry: Geometry, offset: u64, count: u32) -> Result<Self> {
         let file_size = image.size()?;
         let entries = table::read(image, "l1_table_offset", offset, count as usize)?;
@@ -38,18 +63,7 @@ impl L1Table {
             if raw != 0 {
                 words.make(index).store(raw, Ordering::Relaxed);
             }
-            let entry = L1Entry(raw);
-            let problem = if entry.reserved() != 0 {
-                "has reserved bits set"
-            } else if geometry.in_cluster(entry.offset()) != 0 {
-                "is not aligned to a cluster"
-            } else if entry.offset() >= file_size && entry.offset() != 0 {
-                "points past the end of the file"
-            } else {
-                continue;
-            };
-            let reason = format!("L2 table offset of L1 entry {index} {problem}");
-            return Err(image.invalid("l1_table entry", raw, reason));
+            check_entry(image, geometry, file_size, index, raw)?;
         }
         Ok(Self {
             offset: AtomicU64::new(offset),
@@ -76,15 +90,27 @@ impl L1Table {
             .filter(|offset| *offset != 0)
     }
 
-    /// Gives the entry at `index` a new L2 table from `allocate`, unless it has one already.
-    pub fn add_table(&self, index: usize, allocate: impl FnOnce() -> Result<u64>) -> Result<()> {
-        let mut new = lock(&self.new);
-        if self.get(index).offset() == 0 {
-            let entry = L1Entry::new(allocate()?);
-            new.insert(index);
-            self.entries.make(index).store(entry.0, Ordering::Release);
+    /// Gives the entry at `index` an L2 table from `make`, unless it has one of its own already.
+    /// `make` is told the offset of the one that it shares with snapshots, or 0; a shared one is
+    /// returned, and has one user less.
+    pub fn own_table(
+        &self,
+        index: usize,
+        make: impl FnOnce(u64) -> Result<u64>,
+    ) -> Result<Option<u64>> {
+        let owns = |entry: L1Entry| entry.offset() != 0 && entry.is_copied();
+        if owns(self.get(index)) {
+            return Ok(None);
         }
-        Ok(())
+        let mut new = lock(&self.new);
+        let old = self.get(index);
+        if owns(old) {
+            return Ok(None);
+        }
+        let entry = L1Entry::new(make(old.offset())?);
+        new.insert(index);
+        self.entries.make(index).store(entry.0, Ordering::Release);
+        Ok(Some(old.offset()).filter(|offset| *offset != 0))
     }
 
     /// The entries that are not known to be on disk.

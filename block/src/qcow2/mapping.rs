@@ -32,17 +32,21 @@ pub(super) struct Run {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
     /// Stored here.
-    Data {
-        offset: u64,
-        /// Belongs to this mapping alone and may be overwritten.
-        in_place: bool,
-    },
+    Data(Place),
     /// Reads as zero; space may be reserved for it.
-    Zero { reserved: Option<u64> },
+    Zero(Option<Place>),
     /// From `skip` bytes on in a compressed cluster.
     Compressed { stored: Stored, skip: u64 },
     /// Reads as what the backing file has there, or zero.
     Unallocated,
+}
+
+/// Where guest bytes have their place in the file that holds guest data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Place {
+    pub offset: u64,
+    /// Belongs to this mapping alone and may be overwritten. Else snapshots may have it too.
+    pub in_place: bool,
 }
 
 /// What is wrong with an L2 entry.
@@ -64,21 +68,29 @@ enum Problem {
 
 impl Kind {
     fn new(cluster: Cluster, in_place: bool, stored: Stored) -> Self {
+        let place = |offset| Place { offset, in_place };
         match cluster {
             Cluster::Compressed => Self::Compressed { stored, skip: 0 },
-            Cluster::Normal(offset) => Self::Data { offset, in_place },
-            Cluster::ZeroAlloc(offset) => Self::Zero {
-                reserved: in_place.then_some(offset),
-            },
-            Cluster::ZeroPlain => Self::Zero { reserved: None },
+            Cluster::Normal(offset) => Self::Data(place(offset)),
+            Cluster::ZeroAlloc(offset) => Self::Zero(Some(place(offset))),
+            Cluster::ZeroPlain => Self::Zero(None),
             Cluster::Unallocated => Self::Unallocated,
+        }
+    }
+
+    /// Where it has its place, written or not.
+    pub(super) fn place(self) -> Option<Place> {
+        match self {
+            Self::Data(place) | Self::Zero(Some(place)) => Some(place),
+            Self::Zero(None) | Self::Compressed { .. } | Self::Unallocated => None,
         }
     }
 
     /// Whether it is stored as `expected`; whether it may be overwritten does not matter.
     fn continues(self, expected: Self) -> bool {
         match (self, expected) {
-            (Self::Data { offset, .. }, Self::Data { offset: next, .. }) => offset == next,
+            (Self::Data(place), Self::Data(next)) => place.offset == next.offset,
+            (Self::Zero(Some(place)), Self::Zero(Some(next))) => place.offset == next.offset,
             _ => self == expected,
         }
     }
@@ -86,18 +98,22 @@ impl Kind {
     /// What the part of the range from `bytes` on is mapped as.
     pub(super) fn advanced(self, bytes: u64) -> Self {
         match self {
-            Self::Data { offset, in_place } => Self::Data {
-                offset: offset + bytes,
-                in_place,
-            },
-            Self::Zero { reserved } => Self::Zero {
-                reserved: reserved.map(|o| o + bytes),
-            },
+            Self::Data(place) => Self::Data(place.advanced(bytes)),
+            Self::Zero(place) => Self::Zero(place.map(|place| place.advanced(bytes))),
             Self::Compressed { stored, skip } => Self::Compressed {
                 stored,
                 skip: skip + bytes,
             },
             Self::Unallocated => Self::Unallocated,
+        }
+    }
+}
+
+impl Place {
+    fn advanced(self, bytes: u64) -> Self {
+        Self {
+            offset: self.offset + bytes,
+            ..self
         }
     }
 }
@@ -125,7 +141,7 @@ impl Qcow2 {
     /// mappings goes on slice by slice, and must not look at what follows again each time.
     pub(super) fn run(&self, offset: u64, len: u64) -> Result<Run> {
         let mut run = self.run_in_slice(offset, len)?;
-        while run.len < len && matches!(run.kind, Kind::Data { .. }) {
+        while run.len < len && matches!(run.kind, Kind::Data(_)) {
             // A bad entry further on is for the request that reaches it.
             match self.run_in_slice(offset + run.len, len - run.len) {
                 Ok(next) if next.kind == run.kind.advanced(run.len) => run.len += next.len,
@@ -174,8 +190,8 @@ impl Qcow2 {
             end += run.len;
         }
         let (kind, offset) = match first {
-            Some(Kind::Data { offset, .. }) => (ExtentKind::Data, Some(offset)),
-            Some(Kind::Zero { reserved }) => (ExtentKind::Zero, reserved),
+            Some(Kind::Data(place)) => (ExtentKind::Data, Some(place.offset)),
+            Some(Kind::Zero(place)) => (ExtentKind::Zero, place.map(|place| place.offset)),
             Some(Kind::Compressed { .. }) => (ExtentKind::Compressed, None),
             Some(Kind::Unallocated) | None => (ExtentKind::Unallocated, None),
         };
@@ -281,6 +297,8 @@ impl Qcow2 {
 
     /// Reads a slice of an existing L2 table.
     fn fill_slice(&self, slice: u64, words: &[AtomicU64]) -> Result<()> {
+        // Keeps the table from being used again, if it is replaced meanwhile.
+        let _running = self.requests.begin();
         let table = self.l1.get(self.geometry.slice_l1_index(slice)).offset();
         let mut bytes = [0; 4096];
         let bytes = &mut bytes[..self.geometry.slice_size() as usize];
@@ -349,9 +367,9 @@ impl Qcow2 {
         }
         match self.run_in_slice((first - 1) << g.cluster_bits, 1) {
             Ok(Run {
-                kind: Kind::Data { offset, .. },
+                kind: Kind::Data(place),
                 ..
-            }) => Some(offset + g.cluster_size()),
+            }) => Some(place.offset + g.cluster_size()),
             _ => None,
         }
     }
@@ -375,24 +393,37 @@ impl Qcow2 {
         }
     }
 
-    /// Gives the range of the L1 entry at `index` an L2 table, if it has none.
-    pub(super) fn add_table(&self, index: usize) -> Result<()> {
-        if self.l1.get(index).offset() != 0 {
-            if !self.l1.get(index).is_copied() {
-                return Err(self.image.unsupported("writing to a shared L2 table"));
-            }
-            return Ok(());
-        }
-        self.l1.add_table(index, || {
+    /// Gives the range of the L1 entry at `index` an L2 table that belongs to it alone, if it has
+    /// none: an empty one, or a copy of the one that it shares with snapshots.
+    pub(super) fn own_table(&self, index: usize) -> Result<()> {
+        let shared = self.l1.own_table(index, |old| {
             let table = self
                 .refcounts()?
                 .allocate_metadata(&self.image, Field::L2Table, 1)?;
-            if let Err(e) = self.clear_table(&table) {
+            let made = match old {
+                0 => self.clear_table(&table),
+                _ => self.copy_table(old, table.offset),
+            };
+            if let Err(e) = made {
                 self.refcounts()?.free(&self.image, table.offset, 1)?;
                 return Err(e);
             }
             Ok(table.offset)
-        })
+        })?;
+        if let Some(old) = shared {
+            // After the entry has changed: what is written back before leaves the old one in use.
+            let size = self.geometry.cluster_size();
+            self.retired.add_shared(old..old + size);
+        }
+        Ok(())
+    }
+
+    /// Copies an L2 table that nobody changes: a shared one is never written, so what the cache
+    /// has of it is on disk.
+    fn copy_table(&self, old: u64, new: u64) -> Result<()> {
+        let mut table = vec![0; self.geometry.cluster_size() as usize];
+        self.image.read_bytes_at(&mut table, old)?;
+        self.image.write_bytes_at(&table, new)
     }
 
     /// Makes a cluster an empty L2 table, and the file reach to its end: the L1 entry must not lead
@@ -458,20 +489,7 @@ impl Qcow2 {
     /// Gives back a range of clusters that nothing can lead to any more. An error leaks them.
     pub(super) fn give_back(&self, range: Range<u64>) -> Result<()> {
         match &self.placement {
-            Placement::Internal => {
-                let len = range.end - range.start;
-                let clusters = self.geometry.cluster(len);
-                // Refcounts and mappings are the image's word. Where they contradict each other,
-                // something else may be using the clusters.
-                let ours = self
-                    .refcounts()?
-                    .are_exclusive(&self.image, range.start, clusters)?;
-                if ours {
-                    self.image.discard(range.start, len)?;
-                    self.refcounts()?.free(&self.image, range.start, clusters)?;
-                }
-                Ok(())
-            }
+            Placement::Internal => self.release_clusters(range),
             Placement::External(external) | Placement::Raw(external, _) => {
                 // A request that had found the old mapping may have written there since.
                 external.forget_hole();
@@ -487,6 +505,27 @@ impl Qcow2 {
         }
     }
 
+    /// Takes a reference from each of the clusters of the image file that `range` lies in, and
+    /// releases the space of those that have no other.
+    pub(super) fn release_clusters(&self, range: Range<u64>) -> Result<()> {
+        let g = self.geometry;
+        let (mut cluster, end) = (g.cluster(range.start), g.clusters(range.end));
+        while cluster < end {
+            let offset = cluster << g.cluster_bits;
+            let alike = self
+                .refcounts()?
+                .run_alike(&self.image, cluster, end - cluster)?;
+            if alike.exclusive {
+                self.image
+                    .discard(offset, alike.clusters << g.cluster_bits)?;
+            }
+            self.refcounts()?
+                .free(&self.image, offset, alike.clusters)?;
+            cluster += alike.clusters;
+        }
+        Ok(())
+    }
+
     /// Replaces the entries of `clusters`, all of them or, after an error, none.
     pub(super) fn change(
         &self,
@@ -494,6 +533,7 @@ impl Qcow2 {
         entry: impl Fn(u64, L2Entry) -> L2Entry,
     ) -> Result<()> {
         let g = self.geometry;
+        self.own_table(g.l1_index(clusters.start))?;
         let slice = g.slice(clusters.start);
         self.retry_when_full(|| {
             self.l2.update(
@@ -543,7 +583,7 @@ impl Qcow2 {
             while at < end {
                 at += match self.run(at, end - at) {
                     Ok(Run {
-                        kind: Kind::Data { .. },
+                        kind: Kind::Data(_),
                         len,
                     }) => len,
                     Ok(run) => {

@@ -20,6 +20,7 @@
 //! | `ranges` | who may change which mapping |
 //! | `requests`, `retired` | when clusters that lost their mapping may be used again |
 //! | `flush` | the order in which all of that reaches the disk |
+//! | `snapshot` | internal snapshots: their table, taking, applying and deleting them |
 //! | `create`, `amend` | making new images, and changing options of others |
 //! | `info` | what a user wants to know of an image |
 //! | `check`, `counters` | checking an image that is not open |
@@ -77,6 +78,7 @@ mod requests;
 mod reserved;
 mod resize;
 mod retired;
+mod snapshot;
 mod table;
 mod words;
 mod zeroes;
@@ -107,6 +109,7 @@ pub use create::{CreateOptions, create};
 pub use info::Info;
 pub use open::OpenOptions;
 pub use policy::Follow;
+pub use snapshot::SnapshotInfo;
 
 /// How guest data lies in an external data file.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -132,6 +135,7 @@ pub struct Qcow2 {
     /// Of the disk, in bytes. A request that looks at it twice may see two sizes.
     size: AtomicU64,
     version: u32,
+    has_snapshots: bool,
     read_only: bool,
     l1: L1Table,
     l2: SliceCache,

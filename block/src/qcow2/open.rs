@@ -6,9 +6,10 @@ use std::path::{Path, PathBuf};
 
 use super::backing::{self, BackingFormat, Found};
 use super::cache::SliceCache;
+use super::entry::L1Entry;
 use super::geometry::{ENTRY_SIZE, Geometry};
 use super::header::{Header, autoclear};
-use super::l1::L1Table;
+use super::l1::{self, L1Table};
 use super::packed::Packed;
 use super::placement::{External, Passthrough, Placement};
 use super::policy::{self, Follow};
@@ -17,7 +18,7 @@ use super::refcount::Refcounts;
 use super::requests::Requests;
 use super::reserved::{Field, Reserved};
 use super::retired::Retired;
-use super::{DataFileLayout, Qcow2};
+use super::{DataFileLayout, Qcow2, snapshot, table};
 use crate::file::ImageFile;
 use crate::{Disk, Error, Result, Storage};
 
@@ -182,6 +183,7 @@ impl Qcow2 {
             geometry,
             size: AtomicU64::new(header.disk_size()),
             version: header.version,
+            has_snapshots: header.nb_snapshots != 0,
             read_only,
             l1,
             l2: SliceCache::new(geometry.slice_entries() as usize, options.l2_cache_size),
@@ -231,9 +233,37 @@ fn open_refcounts(
     for offset in refcounts.blocks() {
         reserved.push(Field::RefcountBlock, geometry.cluster(offset), 1);
     }
+    reserve_snapshots(image, geometry, header, &mut reserved)?;
     reserved.sort(image)?;
     refcounts.reserve(image, reserved)?;
     Ok(refcounts)
+}
+
+/// Adds the metadata of the internal snapshots to `reserved`.
+fn reserve_snapshots(
+    image: &ImageFile,
+    geometry: Geometry,
+    header: &Header,
+    reserved: &mut Reserved,
+) -> Result<()> {
+    let file_size = image.size()?;
+    let table = snapshot::read_table(image, header)?;
+    let first = geometry.cluster(header.snapshots_offset);
+    reserved.push(Field::SnapshotTable, first, geometry.clusters(table.len));
+    for snapshot in table.snapshots {
+        let offset = snapshot.l1_table_offset;
+        let clusters = snapshot.l1_clusters(geometry);
+        reserved.push(Field::SnapshotL1Table, geometry.cluster(offset), clusters);
+        let count = snapshot.l1_entries as usize;
+        let l1 = table::read(image, "l1_table_offset of a snapshot", offset, count)?;
+        for (index, raw) in l1.into_iter().enumerate().filter(|(_, raw)| *raw != 0) {
+            l1::check_entry(image, geometry, file_size, index, raw)?;
+            let first = geometry.cluster(L1Entry(raw).offset());
+            reserved.push(Field::SnapshotL2Table, first, 1);
+        }
+        reserved.merge_shared();
+    }
+    Ok(())
 }
 
 /// Clears the autoclear bits of features that this version does not know: it will not keep up

@@ -59,6 +59,13 @@ pub(crate) struct Barrier {
     pub blocks: Vec<usize>,
 }
 
+/// Clusters in a row.
+pub(crate) struct Alike {
+    pub clusters: u64,
+    /// Whether each of them is used exactly once.
+    pub exclusive: bool,
+}
+
 pub(super) struct Slice {
     /// As on disk.
     counts: Box<[u8]>,
@@ -163,15 +170,18 @@ impl Refcounts {
         self.reserved.check(image, first..u64::MAX, |_| false)
     }
 
-    /// Whether each of the clusters is used exactly once.
-    pub fn are_exclusive(&mut self, image: &ImageFile, offset: u64, clusters: u64) -> Result<bool> {
-        let first = self.geometry.cluster(offset);
-        for cluster in first..first + clusters {
-            if self.count(image, cluster)? != 1 {
-                return Ok(false);
-            }
+    /// How many of the `max` clusters from `first` on, at least one, are used exactly once like it,
+    /// or more or less often like it.
+    pub fn run_alike(&mut self, image: &ImageFile, first: u64, max: u64) -> Result<Alike> {
+        let exclusive = self.count(image, first)? == 1;
+        let mut clusters = 1;
+        while clusters < max && (self.count(image, first + clusters)? == 1) == exclusive {
+            clusters += 1;
         }
-        Ok(true)
+        Ok(Alike {
+            clusters,
+            exclusive,
+        })
     }
 
     /// Whether counts have changed that are not in the file.
@@ -232,6 +242,28 @@ impl Refcounts {
         let index = (cluster % self.counts_per_slice()) as usize;
         let width = self.width;
         Ok(width.get(&self.slice(image, cluster)?.counts, index))
+    }
+
+    /// Adds a reference to `cluster`, which can be anything.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`](crate::Error::Invalid) for one that is counted as free, and for one that
+    /// has as many references as can be counted.
+    pub fn add(&mut self, image: &ImageFile, cluster: u64) -> Result<()> {
+        let count = self.count(image, cluster)?;
+        let offset = cluster << self.geometry.cluster_bits;
+        if count == 0 {
+            let reason = format!("cluster at {offset:#x} is in use and counted as free");
+            return Err(image.invalid("refcount", count, reason));
+        }
+        if count == self.width.max() {
+            let bits = 1 << self.width.order;
+            let reason = format!(
+                "the refcount of the cluster at {offset:#x} cannot become larger in {bits} bits"
+            );
+            return Err(image.invalid("refcount", count, reason));
+        }
+        self.set_count(image, cluster, count + 1)
     }
 
     /// Sets the refcount of `cluster`, whose block exists, to one that it can have.

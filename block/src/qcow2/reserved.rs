@@ -12,6 +12,8 @@ use crate::file::ImageFile;
 #[derive(Debug)]
 pub(crate) struct Reserved {
     pieces: Vec<Piece>,
+    /// How many of them are known to differ.
+    distinct: usize,
     cluster_bits: u32,
     /// Of all pieces there have been, for those who must not wait.
     filter: Arc<Filter>,
@@ -26,13 +28,16 @@ struct Piece {
 }
 
 /// What leads to a piece of metadata.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Field {
     Header,
     RefcountTable,
     RefcountBlock,
     L1Table,
     L2Table,
+    SnapshotTable,
+    SnapshotL1Table,
+    SnapshotL2Table,
 }
 
 impl Field {
@@ -43,6 +48,9 @@ impl Field {
             Self::RefcountBlock => "refcount_table entry",
             Self::L1Table => "l1_table_offset",
             Self::L2Table => "l1_table entry",
+            Self::SnapshotTable => "snapshots_offset",
+            Self::SnapshotL1Table => "l1_table_offset of a snapshot",
+            Self::SnapshotL2Table => "l1_table entry of a snapshot",
         }
     }
 
@@ -54,11 +62,20 @@ impl Field {
             Self::RefcountBlock => "refcount block",
             Self::L1Table => "active L1 table",
             Self::L2Table => "active L2 table",
+            Self::SnapshotTable => "snapshot table",
+            Self::SnapshotL1Table => "inactive L1 table",
+            Self::SnapshotL2Table => "inactive L2 table",
         }
     }
 }
 
 impl Piece {
+    /// Whether it is an L2 table that snapshots share with another of its kind.
+    fn is_shared_table(&self, first: &Self) -> bool {
+        let is_l2 = |piece: &Self| matches!(piece.field, Field::L2Table | Field::SnapshotL2Table);
+        self.first == first.first && self.field == Field::SnapshotL2Table && is_l2(first)
+    }
+
     fn end(&self) -> u64 {
         self.first + u64::from(self.clusters)
     }
@@ -77,6 +94,7 @@ impl Reserved {
     pub fn new(cluster_bits: u32) -> Self {
         Self {
             pieces: Vec::new(),
+            distinct: 0,
             cluster_bits,
             filter: Arc::new(Filter::new(0)),
         }
@@ -94,13 +112,30 @@ impl Reserved {
         }
     }
 
+    /// Forgets copies of L2 tables that snapshots share, when they have become many: a thousand
+    /// snapshots need no more memory than one.
+    pub fn merge_shared(&mut self) {
+        const FEW: usize = 1024;
+        if self.pieces.len() > FEW + 2 * self.distinct {
+            self.sort_pieces();
+        }
+    }
+
+    fn sort_pieces(&mut self) {
+        self.pieces
+            .sort_unstable_by_key(|piece| (piece.first, piece.field));
+        self.pieces
+            .dedup_by(|next, first| next.is_shared_table(first));
+        self.distinct = self.pieces.len();
+    }
+
     /// Puts the pieces in order, once all have been added.
     ///
     /// # Errors
     /// [`Error::Invalid`](crate::Error::Invalid) if two of them overlap: what two tables share
     /// could only be right for one of them.
     pub fn sort(&mut self, image: &ImageFile) -> Result<()> {
-        self.pieces.sort_unstable_by_key(|piece| piece.first);
+        self.sort_pieces();
         for pair in self.pieces.windows(2) {
             if pair[1].first < pair[0].end() {
                 let reason = format!(

@@ -19,7 +19,7 @@ use super::Qcow2;
 use super::entry::L2Entry;
 use super::geometry::ENTRY_SIZE;
 use super::header::{MAX_L1_SIZE, MAX_OFFSET};
-use super::mapping::Kind;
+use super::mapping::{Kind, Place};
 use super::placement::Placement;
 use super::reserved::Field;
 use super::zeroes::Zeroed;
@@ -48,6 +48,10 @@ impl Qcow2 {
     /// Refuses what cannot succeed.
     fn check_size(&self, new: u64) -> Result<()> {
         let wrong = |reason: &str| Err(Error::Option(reason.to_owned()));
+        if self.version < 3 && self.has_snapshots {
+            // Their table does not tell what size the disk had.
+            return wrong("Can't resize a v2 image which has snapshots");
+        }
         if !new.is_multiple_of(512) {
             return wrong("The new size must be a multiple of 512");
         }
@@ -159,10 +163,10 @@ impl Qcow2 {
             }
             let run = self.run_in_slice(at, end - at)?;
             at += match run.kind {
-                Kind::Data { .. } | Kind::Compressed { .. } | Kind::Zero { reserved: Some(_) } => {
+                Kind::Data(_) | Kind::Compressed { .. } | Kind::Zero(Some(_)) => {
                     self.change_whole(at, run.len, Zeroed::Unmapped)?
                 }
-                Kind::Zero { .. } | Kind::Unallocated => run.len,
+                Kind::Zero(None) | Kind::Unallocated => run.len,
             };
         }
         Ok(())
@@ -175,7 +179,6 @@ impl Qcow2 {
         while first < clusters.end {
             let slice_end = (g.slice(first) + 1) * g.slice_entries();
             let end = slice_end.min(clusters.end);
-            self.add_table(g.l1_index(first))?;
             self.change(first..end, |i, _| {
                 L2Entry::normal((first + i) << g.cluster_bits)
             })?;
@@ -193,16 +196,19 @@ impl Qcow2 {
             return Ok(());
         }
         match self.run_in_slice(start, len)?.kind {
-            Kind::Data { offset, .. } => {
+            Kind::Data(Place {
+                offset,
+                in_place: true,
+            }) => {
                 self.check_overlap(offset, len)?;
                 self.data().write_zeroes(offset, len, false)?;
                 self.data().sync()
             }
-            Kind::Compressed { .. } => {
+            Kind::Data(_) | Kind::Compressed { .. } => {
                 self.write_zeros_held(start, len)?;
                 self.write_back()
             }
-            Kind::Zero { .. } | Kind::Unallocated => Ok(()),
+            Kind::Zero(_) | Kind::Unallocated => Ok(()),
         }
     }
 
@@ -244,12 +250,7 @@ impl Qcow2 {
         let per_cluster = (self.geometry.cluster_size() / ENTRY_SIZE) as usize;
         entries.resize(entries.len().next_multiple_of(per_cluster), 0);
         self.image.write_bytes_at(&table::encode(entries), offset)?;
-        let counts = self.refcounts()?.write_counts(&self.image)?;
-        self.image.sync()?;
-        if !counts.blocks.is_empty() {
-            self.refcounts()?.link_blocks(&self.image, &counts.blocks)?;
-            self.image.sync()?;
-        }
+        self.write_counts()?;
         let mut fields = (size as u32).to_be_bytes().to_vec();
         fields.extend(offset.to_be_bytes());
         self.image.write_bytes_at(&fields, HEADER_L1_FIELDS)?;

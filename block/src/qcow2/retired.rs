@@ -26,8 +26,9 @@ pub(crate) type Batch = Vec<Freed>;
 pub(crate) enum Freed {
     /// Whole clusters.
     Clusters(Range<u64>),
-    /// A compressed cluster, which may share those that it lies in with others.
-    Compressed(Range<u64>),
+    /// A part of the image file that shares the clusters that it lies in with others: a compressed
+    /// cluster, or an L2 table that snapshots have too.
+    Shared(Range<u64>),
 }
 
 /// Clusters that have lost their mapping.
@@ -65,9 +66,10 @@ impl Retired {
         }
     }
 
-    /// The compressed cluster in `range` has lost its mapping, in memory.
-    pub fn add_compressed(&self, range: Range<u64>) {
-        self.push(&mut lock(&self.lists), Freed::Compressed(range));
+    /// What is in `range` of the image file, and shares its clusters with others, has lost its
+    /// mapping, in memory.
+    pub fn add_shared(&self, range: Range<u64>) {
+        self.push(&mut lock(&self.lists), Freed::Shared(range));
     }
 
     fn push(&self, lists: &mut Lists, freed: Freed) {

@@ -5,7 +5,7 @@
 //! and go back to the allocator.
 
 use super::Qcow2;
-use super::mapping::{Kind, Run};
+use super::mapping::{Kind, Place};
 use super::placement::Placement;
 use crate::buffers::Buffers;
 use crate::{Disk, Result};
@@ -42,11 +42,8 @@ impl Qcow2 {
                 }
                 let run = self.run_in_slice(offset + done, len - done)?;
                 done += match run.kind {
-                    Kind::Data {
-                        offset: data,
-                        in_place,
-                    } => self.zero_data(offset + done, run.len, data, in_place, zeroed)?,
-                    Kind::Zero { reserved: Some(_) } if unmap && !is_raw => {
+                    Kind::Data(place) => self.zero_data(offset + done, run.len, place, zeroed)?,
+                    Kind::Zero(Some(_)) if unmap && !is_raw => {
                         match self.whole_clusters(offset + done, run.len) {
                             0 => run.len.min(self.to_cluster_end(offset + done)),
                             whole => self.change_whole(offset + done, whole, zeroed)?,
@@ -61,7 +58,7 @@ impl Qcow2 {
                     Kind::Unallocated if self.backing_shows(offset + done) => {
                         self.hide_backing(offset + done, run.len)?
                     }
-                    Kind::Zero { .. } | Kind::Unallocated => run.len,
+                    Kind::Zero(_) | Kind::Unallocated => run.len,
                 };
             }
         }
@@ -98,7 +95,7 @@ impl Qcow2 {
             }
             let run = self.run_in_slice(at, end - at)?;
             at += match run.kind {
-                Kind::Data { .. } | Kind::Compressed { .. } | Kind::Zero { reserved: Some(_) } => {
+                Kind::Data(_) | Kind::Compressed { .. } | Kind::Zero(Some(_)) => {
                     match self.whole_clusters(at, run.len) {
                         // The disk has grown, and this is not its end any more.
                         0 => run.len,
@@ -111,7 +108,7 @@ impl Qcow2 {
                         _ => self.hide_backing(at, run.len)?,
                     }
                 }
-                Kind::Zero { .. } | Kind::Unallocated => run.len,
+                Kind::Zero(None) | Kind::Unallocated => run.len,
             };
         }
         Ok(())
@@ -141,7 +138,6 @@ impl Qcow2 {
         {
             return Ok(0);
         }
-        self.add_table(g.l1_index(clusters.start))?;
         self.map_nothing(clusters)?;
         Ok(whole)
     }
@@ -162,19 +158,9 @@ impl Qcow2 {
         self.write_held(offset, len, &mut Buffers::new(&zeros))
     }
 
-    /// Zeroes some of the `len` bytes at guest offset `offset`, which are stored at `data`, and
+    /// Zeroes some of the `len` bytes at guest offset `offset`, which are stored at `place`, and
     /// returns how many; none if another request has changed their mapping meanwhile.
-    fn zero_data(
-        &self,
-        offset: u64,
-        len: u64,
-        data: u64,
-        in_place: bool,
-        zeroed: Zeroed,
-    ) -> Result<u64> {
-        if !in_place {
-            return Err(self.image.unsupported("writing to a shared cluster"));
-        }
+    fn zero_data(&self, offset: u64, len: u64, place: Place, zeroed: Zeroed) -> Result<u64> {
         if let Placement::Raw(..) = self.placement {
             // The caller zeroes the data file; the mapping stays.
             return Ok(len);
@@ -185,10 +171,11 @@ impl Qcow2 {
         };
         match self.whole_clusters(offset, len) {
             whole if whole > 0 && by_mapping => self.change_whole(offset, whole, zeroed),
+            _ if !place.in_place => self.write_zeros(offset, len),
             _ => {
                 let len = len.min(self.to_cluster_end(offset));
-                self.check_overlap(data, len)?;
-                self.data().write_zeroes(data, len, false)?;
+                self.check_overlap(place.offset, len)?;
+                self.data().write_zeroes(place.offset, len, false)?;
                 Ok(len)
             }
         }
@@ -204,45 +191,26 @@ impl Qcow2 {
             // The disk ended in the last of them, and has grown.
             return Ok(0);
         }
-        let data = match self.run_in_slice(offset, len)? {
-            Run { len: now, .. } if now < len => return Ok(0),
-            Run {
-                kind:
-                    Kind::Data {
-                        offset,
-                        in_place: true,
-                    },
-                ..
-            } => offset,
-            Run {
-                kind: Kind::Data { .. },
-                ..
-            } => return Err(self.image.unsupported("discarding a shared cluster")),
-            Run {
-                kind: Kind::Zero {
-                    reserved: Some(data),
-                },
-                ..
-            } => data,
-            Run {
-                kind: Kind::Compressed { stored, .. },
-                ..
-            } => {
-                self.check_overlap(stored.offset, stored.len)?;
-                self.map_nothing(clusters)?;
-                self.retired.add_compressed(stored.range());
-                return Ok(len);
-            }
-            _ => return Ok(0),
+        let run = self.run_in_slice(offset, len)?;
+        if run.len < len {
+            return Ok(0);
+        }
+        if let Kind::Compressed { stored, .. } = run.kind {
+            self.check_overlap(stored.offset, stored.len)?;
+            self.map_nothing(clusters)?;
+            self.retired.add_shared(stored.range());
+            return Ok(len);
+        }
+        let Some(place) = run.kind.place() else {
+            return Ok(0);
         };
-        self.check_overlap(data, len)?;
-        match zeroed {
-            Zeroed::Reserved => self.map_zero(clusters)?,
-            Zeroed::Unmapped => {
-                let size = (clusters.end - clusters.start) << g.cluster_bits;
-                self.map_nothing(clusters)?;
-                self.retire(data, size);
-            }
+        self.check_overlap(place.offset, len)?;
+        if zeroed == Zeroed::Reserved && place.in_place {
+            self.map_zero(clusters)?;
+        } else {
+            let size = (clusters.end - clusters.start) << g.cluster_bits;
+            self.map_nothing(clusters)?;
+            self.retire(place.offset, size);
         }
         Ok(len)
     }

@@ -10,5 +10,6 @@ mod random;
 mod refusals;
 mod resize;
 mod shapes;
+mod snapshots;
 mod threads;
 mod widths;

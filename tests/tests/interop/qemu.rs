@@ -127,18 +127,26 @@ impl Image {
 
     /// What QEMU reads from the image.
     pub fn read_by_qemu(&self) -> Vec<u8> {
-        let raw = self.dir.path().join("converted");
+        self.convert_by_qemu(&self.path())
+    }
+
+    /// What QEMU reads once it has applied the internal snapshot `name`, to a copy.
+    pub fn snapshot_by_qemu(&self, name: &str) -> Vec<u8> {
+        let copy = self.dir.path().join("copy.qcow2");
+        std::fs::copy(self.path(), &copy).unwrap();
         run(
             "qemu-img",
-            &[
-                "convert",
-                "-f",
-                "qcow2",
-                "-O",
-                "raw",
-                self.path_str(),
-                raw.to_str().unwrap(),
-            ],
+            &["snapshot", "-a", name, copy.to_str().unwrap()],
+        );
+        self.convert_by_qemu(&copy)
+    }
+
+    fn convert_by_qemu(&self, image: &Path) -> Vec<u8> {
+        let raw = self.dir.path().join("converted");
+        let files = [image.to_str().unwrap(), raw.to_str().unwrap()];
+        run(
+            "qemu-img",
+            &[&["convert", "-f", "qcow2", "-O", "raw"], &files[..]].concat(),
         );
         std::fs::read(raw).unwrap()
     }

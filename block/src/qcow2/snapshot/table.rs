@@ -1,0 +1,213 @@
+//! The snapshot table (qcow2 specification, "Snapshots").
+
+use zerocopy::big_endian::{U16, U32, U64};
+use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
+
+use crate::Result;
+use crate::file::ImageFile;
+use crate::qcow2::geometry::{ENTRY_SIZE, Geometry};
+use crate::qcow2::header::{Header, MAX_L1_SIZE, MAX_OFFSET};
+
+/// Most bytes that the table may have.
+const MAX_TABLE_SIZE: u64 = 64 << 20;
+/// Most bytes of extra data that an entry may have.
+const MAX_EXTRA: u32 = 1024;
+/// Most bytes that the L1 tables of all snapshots may have together: opening an image for writing
+/// reads them.
+const MAX_L1_TABLES_SIZE: u64 = 1 << 30;
+/// What entries begin at multiples of.
+const ALIGNMENT: u64 = 8;
+/// The instruction count of a guest that was not counted.
+const NO_ICOUNT: u64 = u64::MAX;
+
+/// An entry of the table.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Snapshot {
+    /// Offset of its L1 table in the image file in bytes.
+    pub l1_table_offset: u64,
+    /// Entries of its L1 table.
+    pub l1_entries: u32,
+    /// Its ID, which no other has.
+    pub id: Vec<u8>,
+    /// Its name, which others may have.
+    pub name: Vec<u8>,
+    /// When it was taken, in seconds since 1970, and nanoseconds.
+    pub date_sec: u32,
+    /// See `date_sec`.
+    pub date_nsec: u32,
+    /// The guest's clock in nanoseconds.
+    pub vm_clock_nsec: u64,
+    /// Bytes of the state of a running machine, which lies behind the end of the disk.
+    pub vm_state_size: u64,
+    /// Size of the disk in bytes.
+    pub disk_size: u64,
+    /// Instructions that the guest has executed, if they were counted.
+    pub icount: Option<u64>,
+    /// Extra data that is not known.
+    pub unknown_extra: Vec<u8>,
+}
+
+/// What every entry begins with.
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+struct Fixed {
+    l1_table_offset: U64,
+    l1_size: U32,
+    id_len: U16,
+    name_len: U16,
+    date_sec: U32,
+    date_nsec: U32,
+    vm_clock_nsec: U64,
+    vm_state_size: U32,
+    extra_len: U32,
+}
+
+/// The extra data that is known. An entry may have less.
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+struct Extra {
+    vm_state_size: U64,
+    disk_size: U64,
+    icount: U64,
+}
+
+/// The snapshots of an image.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct SnapshotTable {
+    pub snapshots: Vec<Snapshot>,
+    /// Bytes of the table in the file.
+    pub len: u64,
+}
+
+/// Reads the table that `header` names.
+///
+/// # Errors
+/// [`Error::Invalid`](crate::Error::Invalid) for a table or an entry that is larger than the format allows, and for an L1
+/// table that is too large, unaligned, or cannot be in the file.
+pub(crate) fn read_table(image: &ImageFile, header: &Header) -> Result<SnapshotTable> {
+    let geometry = Geometry {
+        cluster_bits: header.cluster_bits,
+    };
+    let mut table = SnapshotTable::default();
+    let mut l1_bytes = 0;
+    for index in 0..header.nb_snapshots {
+        let (snapshot, len) =
+            read_entry(image, header, header.snapshots_offset + table.len, index)?;
+        check_l1_table(image, geometry, &snapshot, index)?;
+        l1_bytes += u64::from(snapshot.l1_entries) * ENTRY_SIZE;
+        table.snapshots.push(snapshot);
+        table.len += len.next_multiple_of(ALIGNMENT);
+        if table.len > MAX_TABLE_SIZE {
+            let reason = "Snapshot table is too big".to_owned();
+            return Err(image.invalid("snapshots_offset", header.snapshots_offset, reason));
+        }
+    }
+    if l1_bytes > MAX_L1_TABLES_SIZE {
+        let reason = format!("the L1 tables of the snapshots have {l1_bytes} bytes together");
+        return Err(image.invalid("nb_snapshots", header.nb_snapshots.into(), reason));
+    }
+    Ok(table)
+}
+
+fn read_entry(image: &ImageFile, header: &Header, at: u64, index: u32) -> Result<(Snapshot, u64)> {
+    let mut fixed = Fixed::new_zeroed();
+    image.read_bytes_at(fixed.as_mut_bytes(), at)?;
+    let extra_len = fixed.extra_len.get();
+    if extra_len > MAX_EXTRA {
+        let reason = format!("Too much extra metadata in snapshot table entry {index}");
+        return Err(image.invalid("extra_data_size", extra_len.into(), reason));
+    }
+    let id_len = usize::from(fixed.id_len.get());
+    let name_len = usize::from(fixed.name_len.get());
+    let mut rest = vec![0; extra_len as usize + id_len + name_len];
+    image.read_bytes_at(&mut rest, at + size_of::<Fixed>() as u64)?;
+    let len = (size_of::<Fixed>() + rest.len()) as u64;
+    let name = rest.split_off(extra_len as usize + id_len);
+    let id = rest.split_off(extra_len as usize);
+
+    let mut extra = Extra {
+        vm_state_size: u64::from(fixed.vm_state_size.get()).into(),
+        disk_size: header.size.into(),
+        icount: NO_ICOUNT.into(),
+    };
+    let known = extra.as_mut_bytes();
+    // A field that is there in part is not there.
+    let known_len = rest.len().min(known.len()) / 8 * 8;
+    known[..known_len].copy_from_slice(&rest[..known_len]);
+    let unknown_extra = rest.get(size_of::<Extra>()..).unwrap_or_default().to_vec();
+    let icount = extra.icount.get();
+    let snapshot = Snapshot {
+        l1_table_offset: fixed.l1_table_offset.get(),
+        l1_entries: fixed.l1_size.get(),
+        id,
+        name,
+        date_sec: fixed.date_sec.get(),
+        date_nsec: fixed.date_nsec.get(),
+        vm_clock_nsec: fixed.vm_clock_nsec.get(),
+        vm_state_size: extra.vm_state_size.get(),
+        disk_size: extra.disk_size.get(),
+        icount: (icount != NO_ICOUNT).then_some(icount),
+        unknown_extra,
+    };
+    Ok((snapshot, len))
+}
+
+fn check_l1_table(
+    image: &ImageFile,
+    geometry: Geometry,
+    snapshot: &Snapshot,
+    index: u32,
+) -> Result<()> {
+    let Snapshot {
+        l1_table_offset: offset,
+        l1_entries,
+        ..
+    } = *snapshot;
+    if u64::from(l1_entries) > MAX_L1_SIZE / ENTRY_SIZE {
+        let reason = format!("Snapshot L1 table too large (snapshot table entry {index})");
+        return Err(image.invalid("l1_size", l1_entries.into(), reason));
+    }
+    if geometry.in_cluster(offset) != 0 || offset >= MAX_OFFSET {
+        let reason = format!("Snapshot L1 table offset invalid (snapshot table entry {index})");
+        return Err(image.invalid("l1_table_offset", offset, reason));
+    }
+    Ok(())
+}
+
+/// The bytes of a table of `snapshots`.
+pub(crate) fn encode(snapshots: &[Snapshot]) -> Vec<u8> {
+    let mut table = Vec::new();
+    for snapshot in snapshots {
+        let extra = Extra {
+            vm_state_size: snapshot.vm_state_size.into(),
+            disk_size: snapshot.disk_size.into(),
+            icount: snapshot.icount.unwrap_or(NO_ICOUNT).into(),
+        };
+        let extra_len = size_of::<Extra>() + snapshot.unknown_extra.len();
+        let fixed = Fixed {
+            l1_table_offset: snapshot.l1_table_offset.into(),
+            l1_size: snapshot.l1_entries.into(),
+            id_len: (snapshot.id.len() as u16).into(),
+            name_len: (snapshot.name.len() as u16).into(),
+            date_sec: snapshot.date_sec.into(),
+            date_nsec: snapshot.date_nsec.into(),
+            vm_clock_nsec: snapshot.vm_clock_nsec.into(),
+            vm_state_size: u32::try_from(snapshot.vm_state_size).unwrap_or(0).into(),
+            extra_len: (extra_len as u32).into(),
+        };
+        table.extend_from_slice(fixed.as_bytes());
+        table.extend_from_slice(extra.as_bytes());
+        table.extend_from_slice(&snapshot.unknown_extra);
+        table.extend_from_slice(&snapshot.id);
+        table.extend_from_slice(&snapshot.name);
+        table.resize(table.len().next_multiple_of(ALIGNMENT as usize), 0);
+    }
+    table
+}
+
+impl Snapshot {
+    /// Clusters of its L1 table.
+    pub fn l1_clusters(&self, geometry: Geometry) -> u64 {
+        geometry.clusters(u64::from(self.l1_entries) * ENTRY_SIZE)
+    }
+}

@@ -94,6 +94,11 @@ impl Parsed {
         self.options.iter().any(|(found, _)| found == id)
     }
 
+    /// How often the option is there.
+    pub fn count(&self, id: &str) -> usize {
+        self.options.iter().filter(|(found, _)| found == id).count()
+    }
+
     /// The last value of an option.
     pub fn value(&self, id: &str) -> Option<&OsStr> {
         let (_, value) = self.options.iter().rfind(|(found, _)| found == id)?;

@@ -237,6 +237,18 @@ pub fn could_not_open(name: &OsStr, reason: &str) -> String {
     format!("Could not open '{}': {reason}", name.display())
 }
 
+/// A name for a terminal: an image must not be able to send it control sequences.
+pub fn printable(name: &OsStr) -> String {
+    name.to_string_lossy()
+        .chars()
+        .map(|c| match c {
+            '\t' => c.to_string(),
+            c if c.is_control() => c.escape_default().to_string(),
+            c => c.to_string(),
+        })
+        .collect()
+}
+
 /// Tells the format by what the file begins with; what is not known is raw.
 fn probe(file: &FileStorage) -> std::io::Result<Result<Format, String>> {
     let mut start = [0; 16];

@@ -11,9 +11,10 @@ use tandem_block::qcow2::{DataFileLayout, Info};
 
 use crate::failure::Failure;
 use crate::getopt::{self, Parsed, flag, value};
-use crate::image::{Format, Image, could_not_open, local_path};
+use crate::image::{Format, Image, could_not_open, local_path, printable};
 use crate::output::{self, Output};
 use crate::size;
+use crate::snapshot;
 
 /// Definition of the subcommand.
 pub fn command() -> Command {
@@ -140,6 +141,7 @@ impl Report<'_> {
                 printable(OsStr::from_bytes(format))
             );
         }
+        text += &snapshot::list(&info.snapshots);
         text += "Format specific information:\n";
         for (key, value) in specific(info) {
             let value = match value {
@@ -171,6 +173,10 @@ impl Report<'_> {
         add("children", json!([child]));
         if let Some(format) = self.info.and_then(|info| info.backing_format.as_ref()) {
             add("backing-filename-format", text(format));
+        }
+        if let Some(info) = self.info.filter(|info| !info.snapshots.is_empty()) {
+            let snapshots = info.snapshots.iter().map(snapshot::json);
+            add("snapshots", snapshots.collect());
         }
         add("virtual-size", self.size().into());
         add("filename", self.image.path.to_string_lossy().into());
@@ -250,16 +256,4 @@ fn specific(info: &Info) -> Map<String, Value> {
         Ok(Value::Object(map)) => map,
         _ => Map::new(),
     }
-}
-
-/// A name for a terminal: an image must not be able to send it control sequences.
-fn printable(name: &OsStr) -> String {
-    name.to_string_lossy()
-        .chars()
-        .map(|c| match c {
-            '\t' => c.to_string(),
-            c if c.is_control() => c.escape_default().to_string(),
-            c => c.to_string(),
-        })
-        .collect()
 }

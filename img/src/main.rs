@@ -18,6 +18,7 @@ mod options;
 mod output;
 mod resize;
 mod size;
+mod snapshot;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -32,7 +33,7 @@ struct Subcommand {
     run: fn(&Parsed) -> Result<(), Failure>,
 }
 
-const SUBCOMMANDS: [Subcommand; 7] = [
+const SUBCOMMANDS: [Subcommand; 8] = [
     Subcommand {
         command: amend::command,
         run: amend::run,
@@ -61,11 +62,15 @@ const SUBCOMMANDS: [Subcommand; 7] = [
         command: resize::command,
         run: resize::run,
     },
+    Subcommand {
+        command: snapshot::command,
+        run: snapshot::run,
+    },
 ];
 
 /// What `qemu-img` can do besides and this program cannot yet.
-const MISSING: [&str; 8] = [
-    "bench", "bitmap", "commit", "compare", "dd", "measure", "rebase", "snapshot",
+const MISSING: [&str; 7] = [
+    "bench", "bitmap", "commit", "compare", "dd", "measure", "rebase",
 ];
 
 fn main() -> ExitCode {
@@ -94,7 +99,8 @@ fn command() -> Command {
              tandem-img info --output=json disk.qcow2\n  \
              tandem-img check disk.qcow2\n  \
              tandem-img map disk.qcow2\n  \
-             tandem-img resize disk.qcow2 +10G",
+             tandem-img resize disk.qcow2 +10G\n  \
+             tandem-img snapshot -c before-upgrade disk.qcow2",
         )
 }
 

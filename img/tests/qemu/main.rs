@@ -18,3 +18,4 @@ mod info;
 mod map;
 mod resize;
 mod run;
+mod snapshot;

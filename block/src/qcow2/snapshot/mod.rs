@@ -93,6 +93,10 @@ impl Qcow2 {
             let reason = format!("the name of a snapshot can have {MAX_NAME} bytes at most");
             return Err(Error::Option(reason));
         }
+        if self.placement.data_file_layout().is_some() {
+            let reason = "an image with an external data file cannot have internal snapshots";
+            return Err(Error::Option(reason.to_owned()));
+        }
         self.change_snapshots(|change| change.create(name))
     }
 
@@ -115,10 +119,6 @@ impl Qcow2 {
 
     fn change_snapshots(self, change: impl FnOnce(&mut Change<'_>) -> Result<()>) -> Result<()> {
         self.check_writable()?;
-        if self.placement.data_file_layout().is_some() {
-            let reason = "an image with an external data file cannot have internal snapshots";
-            return Err(Error::Option(reason.to_owned()));
-        }
         // No request is running: the first time gives back all clusters, the second one writes
         // their counts.
         self.write_back()?;

@@ -440,6 +440,7 @@ fn qcow2_options(
             .number("refcount_bits")
             .and_then(|bits| bits.try_into().ok())
             .unwrap_or(u32::MAX),
+        extended_l2: options.is_on("extended_l2"),
     })
 }
 
@@ -447,7 +448,6 @@ fn qcow2_options(
 fn refuse_features(options: &Options, version: u32, cluster_size: u64) -> Result<(), String> {
     const VERSION: &str =
         "supported with compatibility level 1.1 and above (use version=v3 or greater)";
-    let later = |feature: &str| Err(format!("Unsupported qcow2 feature(s): {feature}"));
     let extended_l2 = options.is_on("extended_l2");
     if extended_l2 && version < 3 {
         return Err(format!("Extended L2 entries are only {VERSION}"));
@@ -476,9 +476,6 @@ fn refuse_features(options: &Options, version: u32, cluster_size: u64) -> Result
         }
         Some("zstd") => {}
         other => return Err(not_accepted("compression-type", other.unwrap_or_default())),
-    }
-    if extended_l2 {
-        return later("extended L2 entries");
     }
     Ok(())
 }

@@ -2,7 +2,7 @@
 //!
 //! The cache is set-associative: a slice can be in any of the [`WAYS`] frames of one set. A frame
 //! holds the entries of one slice as atomics, and a tag that says which slice, with a version that
-//! changes each time the frame is filled. A reader loads the tag, the entries and the tag again:
+//! changes each time the frame is filled or changed. A reader loads the tag, the entries and the tag again:
 //! the same tag twice means that the entries belong to the slice (a sequence lock). So a hit takes
 //! no lock and no reference count, and frames are never freed while the cache lives.
 //!
@@ -135,7 +135,9 @@ impl SliceCache {
         let set = self.set(slice);
         let mut state = lock(&set.state);
         let way = set.load(&mut state, slice, fill)?;
+        set.hide(way);
         change(set.words(way));
+        set.show(&mut state, way, slice);
         if !state.frames[way].dirty {
             state.frames[way].dirty = true;
             self.dirty.fetch_add(1, Ordering::Relaxed);
@@ -231,18 +233,28 @@ impl Set {
             return Ok(way);
         }
         let way = self.victim(state).ok_or(LoadError::Full)?;
-        // Readers must not see new entries under the old tag: the tag is cleared first, and the
-        // fence keeps the stores of `fill` behind it.
+        self.hide(way);
+        fill(self.words(way)).map_err(LoadError::Read)?;
+        self.show(state, way, slice);
+        Ok(way)
+    }
+
+    /// Keeps readers from a frame, whose words are about to change: they must not see new ones under
+    /// the old tag, nor of two words that belong together only one. The tag is cleared first, and
+    /// the fence keeps what is stored later behind it.
+    fn hide(&self, way: usize) {
         self.tags[way].store(0, Ordering::Relaxed);
         fence(Ordering::Release);
-        fill(self.words(way)).map_err(LoadError::Read)?;
+    }
+
+    /// The frame holds `slice` now.
+    fn show(&self, state: &mut SetState, way: usize, slice: u64) {
         let frame = &mut state.frames[way];
         frame.version = (frame.version + 1) & ((1 << VERSION_BITS) - 1);
         self.tags[way].store(
             (slice + 1) << VERSION_BITS | frame.version,
             Ordering::Release,
         );
-        Ok(way)
     }
 
     /// A frame that may be refilled: not dirty, and not used lately if there is such a one.

@@ -8,7 +8,7 @@
 use std::path::Path;
 
 use super::counters::Counters;
-use super::entry::{Cluster, L1Entry, L2Entry};
+use super::entry::{Cluster, Entry, L1Entry, L2Entry};
 use super::geometry::ENTRY_SIZE;
 use super::header::Header;
 use super::refcount_width::RefcountWidth;
@@ -271,9 +271,9 @@ impl<'a> Check<'a> {
     fn for_each_l2_table(
         &mut self,
         on_l1: fn(&mut Self, usize, L1Entry) -> bool,
-        on_l2: fn(&mut Self, u64, &[L2Entry]),
+        on_l2: fn(&mut Self, u64, &[Entry]),
     ) -> Result<()> {
-        let entries = self.header.l2_entries();
+        let g = self.header.geometry();
         for i in 0..self.l1_table.len() {
             let entry = L1Entry(self.l1_table[i]);
             let offset = entry.offset();
@@ -282,12 +282,9 @@ impl<'a> Check<'a> {
                 && offset < self.file_len
                 && self.references.get(self.cluster_of(offset)) <= MAX_REPEATS
             {
-                let table: Vec<_> = self
-                    .read_table(offset, entries)?
-                    .into_iter()
-                    .map(L2Entry)
-                    .collect();
-                on_l2(self, i as u64 * entries, &table);
+                let words = self.read_table(offset, g.l2_words())?;
+                let table: Vec<_> = Entry::all(&words, g).collect();
+                on_l2(self, i as u64 * g.l2_entries(), &table);
             }
         }
         Ok(())
@@ -309,9 +306,10 @@ impl<'a> Check<'a> {
     }
 
     /// Checks the L2 table whose first entry is that of guest cluster `first`.
-    fn check_l2_entries(&mut self, first: u64, table: &[L2Entry]) {
+    fn check_l2_entries(&mut self, first: u64, table: &[Entry]) {
         let mut expected = None;
         for (i, &entry) in table.iter().enumerate() {
+            let entry = entry.word;
             let cluster = entry.cluster(self.header.data_file_layout());
             if cluster != Cluster::Compressed && entry.reserved() != 0 {
                 let text = format!("ERROR found l2 entry with reserved bits set: {:x}", entry.0);
@@ -506,9 +504,9 @@ impl<'a> Check<'a> {
         true
     }
 
-    fn check_l2_copied(&mut self, _: u64, table: &[L2Entry]) {
+    fn check_l2_copied(&mut self, _: u64, table: &[Entry]) {
         let layout = self.header.data_file_layout();
-        for entry in table {
+        for entry in table.iter().map(|entry| entry.word) {
             let refcount = match entry.cluster(layout) {
                 Cluster::Normal(_) | Cluster::ZeroAlloc(_) if layout.is_some() => Some(1),
                 Cluster::Normal(offset) | Cluster::ZeroAlloc(offset) => self.refcount_at(offset),

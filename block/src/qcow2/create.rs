@@ -27,9 +27,13 @@ use super::header::{
 use super::parse::MAX_BACKING_FILE;
 use super::policy::is_same_file;
 use super::refcount_width::RefcountWidth;
+use super::subclusters::Subclusters;
 use super::table::TableWriter;
 use crate::new_file::{NewFile, Preallocation};
 use crate::{Error, Result};
+
+/// The smallest cluster whose subclusters are sectors.
+const MIN_EXTENDED_CLUSTER: u64 = 16 << 10;
 
 /// What a new image is to be like.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -61,6 +65,9 @@ pub struct CreateOptions {
     pub compression_type: CompressionType,
     /// Width of a refcount in bits: a power of two from 1 to 64, 16 in version 2.
     pub refcount_bits: u32,
+    /// Whether clusters, of 16 KiB at least, are divided into 32 subclusters each. A small write
+    /// then takes less from the backing file.
+    pub extended_l2: bool,
 }
 
 impl Default for CreateOptions {
@@ -78,6 +85,7 @@ impl Default for CreateOptions {
             lazy_refcounts: false,
             compression_type: CompressionType::Deflate,
             refcount_bits: 16,
+            extended_l2: false,
         }
     }
 }
@@ -127,6 +135,7 @@ struct Layout {
     size: u64,
     external: bool,
     packed: bool,
+    raw: bool,
     /// Whether all clusters of the disk are mapped.
     mapped: bool,
     refcount_table_clusters: u64,
@@ -152,6 +161,7 @@ impl Layout {
         let mapped = options.data_file_raw || options.preallocation != Preallocation::Off;
         let geometry = Geometry {
             cluster_bits: cluster_size.trailing_zeros(),
+            extended_l2: options.extended_l2,
         };
         let width = RefcountWidth {
             order: options.refcount_bits.trailing_zeros(),
@@ -185,6 +195,7 @@ impl Layout {
             size,
             external,
             packed: options.data_file_layout == DataFileLayout::Packed,
+            raw: options.data_file_raw,
             mapped,
             refcount_table_clusters,
             refcount_blocks,
@@ -219,6 +230,7 @@ impl Layout {
             snapshots_offset: 0,
             incompatible_features: flag(self.external, incompatible::DATA_FILE)
                 | flag(self.packed, incompatible::PACKED)
+                | flag(options.extended_l2, incompatible::EXTENDED_L2)
                 | flag(
                     options.compression_type != CompressionType::Deflate,
                     incompatible::COMPRESSION,
@@ -304,8 +316,18 @@ impl Layout {
             table + g.cluster_size()
         };
         let mut writer = TableWriter::new(file, table);
+        // As in QEMU, space is there for subclusters, and nothing is known of them; but a raw data
+        // file shows what it holds.
+        let subclusters = if self.raw {
+            Subclusters::ALL_ALLOCATED
+        } else {
+            Subclusters::default()
+        };
         for k in 0..count {
             writer.push(&L2Entry::normal(data + k * g.cluster_size()).0.to_be_bytes())?;
+            if g.extended_l2 {
+                writer.push(&subclusters.0.to_be_bytes())?;
+            }
         }
         writer.end_at(table + g.cluster_size())
     }
@@ -338,6 +360,17 @@ fn check_options(options: &CreateOptions) -> Result<()> {
              (use version=v3 or greater)",
         );
     }
+    if options.extended_l2 && is_v2 {
+        return wrong(
+            "Extended L2 entries are only supported with compatibility level 1.1 and above \
+             (use version=v3 or greater)",
+        );
+    }
+    if options.extended_l2 && options.cluster_size < MIN_EXTENDED_CLUSTER {
+        return wrong(
+            "Extended L2 entries are only supported with cluster sizes of at least 16384 bytes",
+        );
+    }
     if options.lazy_refcounts && is_v2 {
         return wrong(
             "Lazy refcounts only supported with compatibility level 1.1 and above \
@@ -361,7 +394,7 @@ fn check_options(options: &CreateOptions) -> Result<()> {
         if options.data_file_raw {
             return wrong("Backing file and data-file-raw cannot be used at the same time");
         }
-        if options.preallocation != Preallocation::Off {
+        if options.preallocation != Preallocation::Off && !options.extended_l2 {
             return wrong(
                 "Backing file and preallocation can only be used at the same time if extended_l2 \
                  is on",

@@ -1,6 +1,9 @@
 //! Entries of the L1 and L2 tables (qcow2 specification, "Cluster mapping").
 
 use super::DataFileLayout;
+use super::geometry::Geometry;
+use super::subclusters::Subclusters;
+use crate::sync::atomic::{AtomicU64, Ordering};
 
 /// Set in an L1 or L2 entry whose target has a refcount of exactly one and may be written in place.
 pub(crate) const COPIED: u64 = 1 << 63;
@@ -37,7 +40,7 @@ impl L1Entry {
     }
 }
 
-/// One standard entry of an L2 table: where a guest cluster is.
+/// An entry of an L2 table, or the first word of an extended one: where a guest cluster is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct L2Entry(pub u64);
 
@@ -57,19 +60,19 @@ pub(crate) enum Cluster {
 }
 
 impl L2Entry {
-    /// An entry of a cluster that nothing is known of.
-    pub const UNALLOCATED: Self = Self(0);
-    /// An entry of a cluster that reads as zero and has no place.
-    pub const ZERO_PLAIN: Self = Self(ZERO);
+    /// The first word of an extended entry: there, the states of subclusters have taken the place of
+    /// the zero flag.
+    fn extended(word: u64) -> Self {
+        if word & COMPRESSED != 0 {
+            Self(word)
+        } else {
+            Self(word & !ZERO)
+        }
+    }
 
     /// An entry for data at `offset`, whose cluster belongs to this entry alone.
     pub fn normal(offset: u64) -> Self {
         Self(offset | COPIED)
-    }
-
-    /// This entry, reading as zero from now on; the cluster stays reserved.
-    pub fn zeroed(self) -> Self {
-        Self(self.0 | ZERO)
     }
 
     /// Whether the cluster may be written in place.
@@ -115,6 +118,85 @@ impl L2Entry {
     }
 }
 
+/// An L2 entry of either size.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Entry {
+    pub word: L2Entry,
+    /// Of no meaning in a standard entry.
+    pub subclusters: Subclusters,
+}
+
+impl Entry {
+    /// That of guest cluster `cluster` among the `words` of its slice.
+    pub fn load(words: &[AtomicU64], geometry: Geometry, cluster: u64) -> Self {
+        let index = geometry.slice_index(cluster);
+        let load = |index: usize| words[index].load(Ordering::Acquire);
+        if !geometry.extended_l2 {
+            return Self {
+                word: L2Entry(load(index)),
+                subclusters: Subclusters::default(),
+            };
+        }
+        Self {
+            word: L2Entry::extended(load(index)),
+            subclusters: Subclusters(load(index + 1)),
+        }
+    }
+
+    /// Puts it among the `words` of its slice.
+    pub fn store(self, words: &[AtomicU64], geometry: Geometry, cluster: u64) {
+        let index = geometry.slice_index(cluster);
+        if geometry.extended_l2 {
+            words[index + 1].store(self.subclusters.0, Ordering::Relaxed);
+        }
+        // Whoever reads the new entry finds the data behind it.
+        words[index].store(self.word.0, Ordering::Release);
+    }
+
+    /// The entries of a table, or a part of one, with these words.
+    pub fn all(words: &[u64], geometry: Geometry) -> impl Iterator<Item = Self> + '_ {
+        words
+            .chunks(geometry.l2_entry_words())
+            .map(|entry| match entry {
+                [word, subclusters] => Self {
+                    word: L2Entry::extended(*word),
+                    subclusters: Subclusters(*subclusters),
+                },
+                _ => Self {
+                    word: L2Entry(entry[0]),
+                    subclusters: Subclusters::default(),
+                },
+            })
+    }
+
+    /// This entry, reading as zero from now on; the cluster stays reserved.
+    pub fn zeroed(self, geometry: Geometry) -> Self {
+        Self {
+            word: if geometry.extended_l2 {
+                self.word
+            } else {
+                L2Entry(self.word.0 | ZERO)
+            },
+            subclusters: Subclusters::ALL_ZERO,
+        }
+    }
+
+    /// An entry of a cluster that reads as zero and has no place.
+    pub fn zero_plain(geometry: Geometry) -> Self {
+        Self {
+            word: L2Entry(0),
+            subclusters: Subclusters::default(),
+        }
+        .zeroed(geometry)
+    }
+
+    /// An entry of a cluster that nothing is known of.
+    pub const UNALLOCATED: Self = Self {
+        word: L2Entry(0),
+        subclusters: Subclusters(0),
+    };
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -142,7 +224,8 @@ mod tests {
         let normal = L2Entry::normal(0x5_0000);
         assert_eq!(normal.cluster(None), Cluster::Normal(0x5_0000));
         assert!(normal.is_copied());
-        assert_eq!(normal.zeroed().cluster(None), Cluster::ZeroAlloc(0x5_0000));
+        let zeroed = L2Entry(normal.0 | ZERO);
+        assert_eq!(zeroed.cluster(None), Cluster::ZeroAlloc(0x5_0000));
         assert_eq!(L2Entry(ZERO).cluster(None), Cluster::ZeroPlain);
         assert_eq!(
             L2Entry(COMPRESSED | 0x5_0000).cluster(None),

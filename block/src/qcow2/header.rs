@@ -7,6 +7,7 @@ use zerocopy::IntoBytes;
 use super::DataFileLayout;
 use super::compressed::CompressionType;
 use super::extension::{Extensions, FeatureNames};
+use super::geometry::Geometry;
 use super::parse::{LENGTH_V2, LENGTH_V3, Layout, MAGIC, Purpose};
 use super::refcount_width::RefcountWidth;
 use crate::{Error, Result, Storage};
@@ -183,6 +184,14 @@ impl Header {
         }
     }
 
+    /// Sizes that follow from the header.
+    pub fn geometry(&self) -> Geometry {
+        Geometry {
+            cluster_bits: self.cluster_bits,
+            extended_l2: self.has_extended_l2(),
+        }
+    }
+
     /// Bytes in a cluster.
     pub fn cluster_size(&self) -> u64 {
         1 << self.cluster_bits
@@ -282,7 +291,6 @@ impl Header {
         }
         let bitmaps = self.extensions.bitmaps.is_some() || self.extensions.stale_bitmaps;
         let missing = [
-            (has(incompatible::EXTENDED_L2), "extended L2 entries"),
             (self.crypt_method != 0, "encryption"),
             (bitmaps && !read_only, "writing with persistent bitmaps"),
             (
@@ -403,11 +411,10 @@ pub(super) mod tests {
                 .map_err(|e| e.to_string())
         };
         assert_eq!(refused(&|_| (), false), Ok(()));
-        let extended: &dyn Fn(&mut Header) =
-            &|h| h.incompatible_features |= incompatible::EXTENDED_L2;
+        let encrypted: &dyn Fn(&mut Header) = &|h| h.crypt_method = 2;
         assert_eq!(
-            refused(extended, true).unwrap_err(),
-            "'disk.qcow2': Unsupported qcow2 feature(s): extended L2 entries"
+            refused(encrypted, true).unwrap_err(),
+            "'disk.qcow2': Unsupported qcow2 feature(s): encryption"
         );
         let snapshots: &dyn Fn(&mut Header) = &|h| h.nb_snapshots = 1;
         assert!(

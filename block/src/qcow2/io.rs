@@ -2,6 +2,7 @@
 
 use crate::sync::atomic::Ordering;
 use crate::sync::sleep;
+use std::ops::Range;
 use std::time::Duration;
 
 use vm_memory::VolatileSlice;
@@ -157,7 +158,7 @@ impl Qcow2 {
                 Ok(())
             }
             Kind::Compressed { stored, skip } => self.read_compressed(stored, skip as usize, bufs),
-            Kind::Unallocated => self.read_backing(bufs, offset, total_len(bufs)),
+            Kind::Unallocated(_) => self.read_backing(bufs, offset, total_len(bufs)),
         }
     }
 
@@ -216,9 +217,10 @@ impl Qcow2 {
         };
         let allocated = (place.clusters << g.cluster_bits) - g.in_cluster(offset);
         let len = run.len.min(allocated);
+        let whole = self.whole(offset..offset + len, run.kind);
         let mapped = self
             .write_filled(offset, len, &place, run.kind, buffers)
-            .and_then(|()| self.map_data(first..first + place.clusters, place.offset));
+            .and_then(|()| self.map_data(whole, place.offset));
         if mapped.is_err() && reserved.is_none() {
             self.release(&place);
         }
@@ -234,6 +236,16 @@ impl Qcow2 {
         Ok(len)
     }
 
+    /// The clusters, or subclusters, that get data of their own when those of `range` are written,
+    /// which are mapped as `old`: all of a cluster that was compressed.
+    fn whole(&self, range: Range<u64>, old: Kind) -> Range<u64> {
+        let unit = match old {
+            Kind::Compressed { .. } => self.geometry.cluster_size(),
+            _ => self.geometry.grain_size(),
+        };
+        range.start / unit * unit..range.end.next_multiple_of(unit)
+    }
+
     /// Writes `len` bytes for guest offset `offset` to the clusters of `place`, and to the rest of
     /// the first and the last of them what shows there before, which is mapped as `old`, in one
     /// piece: a cluster is written once, and no later than its data.
@@ -246,56 +258,84 @@ impl Qcow2 {
         buffers: &mut Buffers<'_, '_>,
     ) -> Result<()> {
         let g = self.geometry;
-        let head = g.in_cluster(offset);
-        let tail = self.tail(offset + len)?;
+        let end = offset + len;
+        let whole = self.whole(offset..end, old);
+        // What other subclusters have moves with them.
+        let moved = match old.place() {
+            Some(Place {
+                in_place: false, ..
+            }) => whole.start - g.in_cluster(whole.start)..end.next_multiple_of(g.cluster_size()),
+            _ => whole.clone(),
+        };
+        let tail_end = end + self.tail(end, whole.end)?;
         let shows = match old {
-            Kind::Unallocated => self.backing_shows(offset - head),
+            Kind::Unallocated(_) => self.backing_shows(whole.start),
             Kind::Compressed { .. } | Kind::Data(_) => true,
             Kind::Zero(_) => false,
         };
-        if place.zeroed && !shows || head + tail == 0 {
-            return buffers.take(len, |piece, at| {
-                self.data().write_at(piece, place.offset + head + at)
-            });
+        let has_edges = (whole.start, tail_end) != (offset, end);
+        let is_filled = !has_edges || place.zeroed && !shows;
+        if is_filled && moved == whole {
+            let at = place.offset + g.in_cluster(offset);
+            return buffers.take(len, |piece, done| self.data().write_at(piece, at + done));
         }
-        let (mut before, mut after) = (vec![0; head as usize], vec![0; tail as usize]);
-        let before = VolatileSlice::from(&mut before[..]);
-        let after = VolatileSlice::from(&mut after[..]);
-        if shows {
-            for (buf, at) in [(before, offset - head), (after, offset + len)] {
-                match old {
-                    Kind::Compressed { stored, .. } => {
-                        self.read_compressed(stored, g.in_cluster(at) as usize, &[buf])?;
-                    }
-                    Kind::Data(shared) => {
-                        self.data().read_at(&[buf], shared.offset + at - offset)?;
-                    }
-                    _ => self.read_backing(&[buf], at, buf.len() as u64)?,
-                }
+        let mut edges = [
+            moved.start..whole.start,
+            whole.start..offset,
+            end..tail_end,
+            whole.end..moved.end,
+        ]
+        .map(|range| (range.start, vec![0; (range.end - range.start) as usize]));
+        let mut pieces = Vec::new();
+        for (i, (at, bytes)) in edges.iter_mut().enumerate() {
+            let buf = VolatileSlice::from(&mut bytes[..]);
+            let keeps = i == 0 || i == 3;
+            if !buf.is_empty() && (shows || keeps) {
+                self.read_old(old, offset, *at, buf, keeps)?;
             }
+            pieces.push(buf);
         }
-        let mut pieces = vec![before];
+        let after = pieces.split_off(2);
         buffers.take(len, |piece, _| {
             pieces.extend_from_slice(piece);
             Ok::<_, Error>(())
         })?;
-        pieces.push(after);
-        self.data().write_at(&pieces, place.offset)
+        pieces.extend(after);
+        let at = place.offset + g.in_cluster(moved.start);
+        self.data().write_at(&pieces, at)
     }
 
-    /// Bytes from `end` to the end of its cluster, as far as they exist: an external data file is
-    /// not extended beyond the disk, and what it holds there is cleared.
-    fn tail(&self, end: u64) -> Result<u64> {
-        let g = self.geometry;
-        let cluster_end = end.next_multiple_of(g.cluster_size());
+    /// Fills `buf` with what there is at guest offset `at` of a cluster that is mapped as `old` from
+    /// `offset` on: what shows there or, if the rest of it only `moves`, what lies there.
+    fn read_old(
+        &self,
+        old: Kind,
+        offset: u64,
+        at: u64,
+        buf: VolatileSlice<'_>,
+        moves: bool,
+    ) -> Result<()> {
+        match (old, old.place()) {
+            (Kind::Compressed { stored, .. }, _) => {
+                let skip = self.geometry.in_cluster(at);
+                self.read_compressed(stored, skip as usize, &[buf])
+            }
+            (Kind::Unallocated(_), _) if !moves => self.read_backing(&[buf], at, buf.len() as u64),
+            (_, Some(place)) => self.data().read_at(&[buf], place.offset + at - offset),
+            (_, None) => Ok(()),
+        }
+    }
+
+    /// Bytes from `end` to `whole_end`, where its cluster or subcluster ends, as far as they exist: an
+    /// external data file is not extended beyond the disk, and what it holds there is cleared.
+    fn tail(&self, end: u64, whole_end: u64) -> Result<u64> {
         let size = self.size();
         let is_shared = matches!(self.placement, Placement::Internal | Placement::Packed(_));
-        if cluster_end <= size || is_shared {
-            return Ok(cluster_end - end);
+        if whole_end <= size || is_shared {
+            return Ok(whole_end - end);
         }
-        Ok(cluster_end
-            .min(self.data().size()?.max(size))
-            .saturating_sub(end))
+        let file_end = self.data().size()?.max(size);
+        Ok(whole_end.min(file_end).saturating_sub(end))
     }
 
     /// Waits until clusters have come back that have lost their mapping, unless some have since

@@ -1,20 +1,17 @@
-//! Where guest clusters are, and changing it.
+//! Where guest clusters are.
 
 use crate::sync::atomic::{AtomicU64, Ordering};
-use std::ops::Range;
 
-use super::allocator::Allocation;
 use super::cache::LoadError;
 use super::compressed::Stored;
-use super::entry::{Cluster, L2Entry};
-use super::geometry::ENTRY_SIZE;
-use super::placement::{Passthrough, Placement};
+use super::entry::{Cluster, Entry, L2Entry};
+use super::placement::Placement;
 use super::refcount::Refcounts;
-use super::reserved::Field;
+use super::subclusters::Subcluster;
 use super::{DataFileLayout, Qcow2, table};
 use crate::file::ImageFile;
 use crate::sync::{MutexGuard, lock_whole};
-use crate::{Disk, Error, Extent, ExtentKind, Result};
+use crate::{Error, Extent, ExtentKind, Result};
 
 /// Most L2 slices that are looked at for one extent.
 const EXTENT_SLICES: usize = 4096;
@@ -37,8 +34,9 @@ pub(super) enum Kind {
     Zero(Option<Place>),
     /// From `skip` bytes on in a compressed cluster.
     Compressed { stored: Stored, skip: u64 },
-    /// Reads as what the backing file has there, or zero.
-    Unallocated,
+    /// Reads as what the backing file has there, or zero; space may be reserved for it if its
+    /// cluster has other subclusters.
+    Unallocated(Option<Place>),
 }
 
 /// Where guest bytes have their place in the file that holds guest data.
@@ -64,6 +62,7 @@ enum Problem {
     NotGuestOffset,
     PastEnd,
     ZeroInVersion2,
+    Subclusters,
 }
 
 impl Kind {
@@ -74,23 +73,26 @@ impl Kind {
             Cluster::Normal(offset) => Self::Data(place(offset)),
             Cluster::ZeroAlloc(offset) => Self::Zero(Some(place(offset))),
             Cluster::ZeroPlain => Self::Zero(None),
-            Cluster::Unallocated => Self::Unallocated,
+            Cluster::Unallocated => Self::Unallocated(None),
         }
     }
 
     /// Where it has its place, written or not.
     pub(super) fn place(self) -> Option<Place> {
         match self {
-            Self::Data(place) | Self::Zero(Some(place)) => Some(place),
-            Self::Zero(None) | Self::Compressed { .. } | Self::Unallocated => None,
+            Self::Data(place) => Some(place),
+            Self::Zero(place) | Self::Unallocated(place) => place,
+            Self::Compressed { .. } => None,
         }
     }
 
     /// Whether it is stored as `expected`; whether it may be overwritten does not matter.
     fn continues(self, expected: Self) -> bool {
+        let offset = |place: Option<Place>| place.map(|place| place.offset);
         match (self, expected) {
             (Self::Data(place), Self::Data(next)) => place.offset == next.offset,
-            (Self::Zero(Some(place)), Self::Zero(Some(next))) => place.offset == next.offset,
+            (Self::Zero(place), Self::Zero(next))
+            | (Self::Unallocated(place), Self::Unallocated(next)) => offset(place) == offset(next),
             _ => self == expected,
         }
     }
@@ -100,11 +102,11 @@ impl Kind {
         match self {
             Self::Data(place) => Self::Data(place.advanced(bytes)),
             Self::Zero(place) => Self::Zero(place.map(|place| place.advanced(bytes))),
+            Self::Unallocated(place) => Self::Unallocated(place.map(|place| place.advanced(bytes))),
             Self::Compressed { stored, skip } => Self::Compressed {
                 stored,
                 skip: skip + bytes,
             },
-            Self::Unallocated => Self::Unallocated,
         }
     }
 }
@@ -159,11 +161,17 @@ impl Qcow2 {
         let len = len.min(g.slice_end(offset) - offset);
         if self.l1.get(g.l1_index(cluster)).offset() == 0 {
             return Ok(Run {
-                kind: Kind::Unallocated,
+                kind: Kind::Unallocated(None),
                 len,
             });
         }
-        let scan = |entries: &[AtomicU64]| self.scan(entries, offset, len);
+        let scan = |words: &[AtomicU64]| {
+            if g.extended_l2 {
+                self.scan_subclusters(words, offset, len)
+            } else {
+                self.scan(words, offset, len)
+            }
+        };
         let found = match self.l2.read(slice, scan) {
             Some(found) => found,
             None => {
@@ -193,7 +201,10 @@ impl Qcow2 {
             Some(Kind::Data(place)) => (ExtentKind::Data, Some(place.offset)),
             Some(Kind::Zero(place)) => (ExtentKind::Zero, place.map(|place| place.offset)),
             Some(Kind::Compressed { .. }) => (ExtentKind::Compressed, None),
-            Some(Kind::Unallocated) | None => (ExtentKind::Unallocated, None),
+            Some(Kind::Unallocated(place)) => {
+                (ExtentKind::Unallocated, place.map(|place| place.offset))
+            }
+            None => (ExtentKind::Unallocated, None),
         };
         Ok(Extent {
             len: end,
@@ -226,6 +237,60 @@ impl Qcow2 {
             kind: whole.advanced(skip),
             len: len.min(end - skip),
         })
+    }
+
+    /// As [`scan`](Self::scan), of extended entries. What it says of an entry that changes
+    /// meanwhile may be anything.
+    fn scan_subclusters(
+        &self,
+        words: &[AtomicU64],
+        offset: u64,
+        len: u64,
+    ) -> std::result::Result<Run, BadEntry> {
+        let (kind, mut end) = self.subcluster_run(words, offset)?;
+        while end < len {
+            match self.subcluster_run(words, offset + end) {
+                Ok((next, more)) if next == kind.advanced(end) => end += more,
+                _ => break,
+            }
+        }
+        Ok(Run {
+            kind,
+            len: len.min(end),
+        })
+    }
+
+    /// What the subcluster at `offset` is mapped as from there on, and how many bytes of its cluster
+    /// are.
+    fn subcluster_run(
+        &self,
+        words: &[AtomicU64],
+        offset: u64,
+    ) -> std::result::Result<(Kind, u64), BadEntry> {
+        let g = self.geometry;
+        let cluster = g.cluster(offset);
+        let entry = Entry::load(words, g, cluster);
+        let kind = self.kind(entry.word, cluster)?;
+        let skip = g.in_cluster(offset);
+        if let Kind::Compressed { .. } = kind {
+            return Ok((kind.advanced(skip), g.cluster_size() - skip));
+        }
+        let place = kind.place();
+        if !entry.subclusters.is_valid(place.is_some()) {
+            return Err(BadEntry {
+                cluster,
+                entry: entry.subclusters.0,
+                problem: Problem::Subclusters,
+            });
+        }
+        let (state, count) = entry.subclusters.run(g.subcluster(offset));
+        let kind = match (state, place) {
+            (Subcluster::Allocated, Some(place)) => Kind::Data(place),
+            (Subcluster::Zero, place) => Kind::Zero(place),
+            (_, place) => Kind::Unallocated(place),
+        };
+        let len = u64::from(count) * g.grain_size() - g.in_grain(offset);
+        Ok((kind.advanced(skip), len))
     }
 
     /// What `entry` says of guest cluster `cluster`, after everything about it has been verified
@@ -271,6 +336,12 @@ impl Qcow2 {
         Ok(Kind::new(found, in_place, stored))
     }
 
+    /// How the whole of guest cluster `cluster` is mapped by `entry`, which subclusters have no part
+    /// in.
+    pub(super) fn cluster_kind(&self, entry: L2Entry, cluster: u64) -> Result<Kind> {
+        self.kind(entry, cluster).map_err(|bad| self.bad_entry(bad))
+    }
+
     fn bad_entry(&self, bad: BadEntry) -> Error {
         let guest = bad.cluster << self.geometry.cluster_bits;
         let reason = match bad.problem {
@@ -288,6 +359,9 @@ impl Qcow2 {
             Problem::PastEnd => {
                 format!("Cluster lies past the end of the file (guest offset: {guest:#x})")
             }
+            Problem::Subclusters => {
+                format!("Invalid cluster entry found (guest offset: {guest:#x})")
+            }
             Problem::ZeroInVersion2 => {
                 format!("Zero cluster entry found in pre-v3 image (guest offset: {guest:#x})")
             }
@@ -296,7 +370,7 @@ impl Qcow2 {
     }
 
     /// Reads a slice of an existing L2 table.
-    fn fill_slice(&self, slice: u64, words: &[AtomicU64]) -> Result<()> {
+    pub(super) fn fill_slice(&self, slice: u64, words: &[AtomicU64]) -> Result<()> {
         // Keeps the table from being used again, if it is replaced meanwhile.
         let _running = self.requests.begin();
         let table = self.l1.get(self.geometry.slice_l1_index(slice)).offset();
@@ -311,7 +385,7 @@ impl Qcow2 {
     }
 
     /// Calls `attempt` until the cache has room for what it loads.
-    fn retry_when_full<R>(
+    pub(super) fn retry_when_full<R>(
         &self,
         mut attempt: impl FnMut() -> std::result::Result<R, LoadError<Error>>,
     ) -> Result<R> {
@@ -322,283 +396,5 @@ impl Qcow2 {
                 Err(LoadError::Read(e)) => return Err(e),
             }
         }
-    }
-
-    /// Finds room for up to `clusters` guest clusters from `first` on, behind the one before them
-    /// where possible.
-    pub(super) fn allocate(&self, first: u64, clusters: u64) -> Result<Allocation> {
-        let offset = first << self.geometry.cluster_bits;
-        match &self.placement {
-            Placement::Internal => {
-                // Before the lock: it may take others.
-                let goal = self.goal(first);
-                let mut refcounts = self.refcounts()?;
-                let place = refcounts.allocate(&self.image, goal, clusters)?;
-                let end = place.offset + (place.clusters << self.geometry.cluster_bits);
-                self.data_end.fetch_max(end, Ordering::Relaxed);
-                Ok(place)
-            }
-            Placement::Packed(packed) => {
-                let goal = self.goal(first);
-                let place = packed.clusters()?.allocate(&packed.file, goal, clusters)?;
-                let end = place.offset + (place.clusters << self.geometry.cluster_bits);
-                self.data_end.fetch_max(end, Ordering::Relaxed);
-                Ok(place)
-            }
-            Placement::External(external) | Placement::Raw(external, _) => {
-                let end = offset + (clusters << self.geometry.cluster_bits);
-                // A request that found a mapping that is gone can still fill a hole.
-                let zeroed = self.retired.is_empty() && external.reads_zero(offset..end)?;
-                Ok(Allocation {
-                    offset,
-                    clusters,
-                    zeroed,
-                })
-            }
-        }
-    }
-
-    /// Where guest cluster `first` would continue the one before it, as far as that can be told
-    /// without another L2 slice.
-    fn goal(&self, first: u64) -> Option<u64> {
-        let g = self.geometry;
-        if g.slice_index(first) == 0 {
-            return None;
-        }
-        match self.run_in_slice((first - 1) << g.cluster_bits, 1) {
-            Ok(Run {
-                kind: Kind::Data(place),
-                ..
-            }) => Some(place.offset + g.cluster_size()),
-            _ => None,
-        }
-    }
-
-    /// Gives back clusters that were allocated and not mapped. That can only leak them if it
-    /// fails, and it follows an error that is reported.
-    pub(super) fn release(&self, place: &Allocation) {
-        match &self.placement {
-            Placement::Internal => {
-                let freed = self
-                    .refcounts()
-                    .and_then(|mut r| r.free(&self.image, place.offset, place.clusters));
-                drop(freed);
-            }
-            Placement::External(external) | Placement::Raw(external, _) => external.forget_hole(),
-            Placement::Packed(packed) => {
-                if let Ok(mut all) = packed.clusters() {
-                    all.free(place.offset, place.clusters);
-                }
-            }
-        }
-    }
-
-    /// Gives the range of the L1 entry at `index` an L2 table that belongs to it alone, if it has
-    /// none: an empty one, or a copy of the one that it shares with snapshots.
-    pub(super) fn own_table(&self, index: usize) -> Result<()> {
-        let shared = self.l1.own_table(index, |old| {
-            let table = self
-                .refcounts()?
-                .allocate_metadata(&self.image, Field::L2Table, 1)?;
-            let made = match old {
-                0 => self.clear_table(&table),
-                _ => self.copy_table(old, table.offset),
-            };
-            if let Err(e) = made {
-                self.refcounts()?.free(&self.image, table.offset, 1)?;
-                return Err(e);
-            }
-            Ok(table.offset)
-        })?;
-        if let Some(old) = shared {
-            // After the entry has changed: what is written back before leaves the old one in use.
-            let size = self.geometry.cluster_size();
-            self.retired.add_shared(old..old + size);
-        }
-        Ok(())
-    }
-
-    /// Copies an L2 table that nobody changes: a shared one is never written, so what the cache
-    /// has of it is on disk.
-    fn copy_table(&self, old: u64, new: u64) -> Result<()> {
-        let mut table = vec![0; self.geometry.cluster_size() as usize];
-        self.image.read_bytes_at(&mut table, old)?;
-        self.image.write_bytes_at(&table, new)
-    }
-
-    /// Makes a cluster an empty L2 table, and the file reach to its end: the L1 entry must not lead
-    /// out of the file, whether anything will be mapped in the table or not.
-    fn clear_table(&self, table: &Allocation) -> Result<()> {
-        let size = self.geometry.cluster_size();
-        if !table.zeroed {
-            self.image.write_zeroes(table.offset, size, false)?;
-        }
-        let last_entry = table.offset + size - ENTRY_SIZE;
-        self.image
-            .write_bytes_at(&[0; ENTRY_SIZE as usize], last_entry)
-    }
-
-    /// Maps `clusters`, which lie in one slice and have no data yet, to the data at `offset`.
-    pub(super) fn map_data(&self, clusters: Range<u64>, offset: u64) -> Result<()> {
-        let cluster_size = self.geometry.cluster_size();
-        let publish = || {
-            self.change(clusters.clone(), |i, _| {
-                L2Entry::normal(offset + i * cluster_size)
-            })
-        };
-        match &self.placement {
-            Placement::Raw(_, tables) => {
-                let table = self.geometry.l1_index(clusters.start);
-                tables.add_mapped(table, clusters.end - clusters.start, publish)
-            }
-            _ => publish(),
-        }
-    }
-
-    /// Lets `clusters`, which lie in one slice and have data, read as zero.
-    pub(super) fn map_zero(&self, clusters: Range<u64>) -> Result<()> {
-        if let Placement::External(external) = &self.placement {
-            // Data that was written stays in the file and is mapped no longer.
-            external.forget_hole();
-        }
-        self.change(clusters, |_, old| old.zeroed())
-    }
-
-    /// Lets `clusters`, which lie in one slice, read as zero without a place.
-    pub(super) fn map_nothing(&self, clusters: Range<u64>) -> Result<()> {
-        let entry = if self.version < 3 {
-            L2Entry::UNALLOCATED
-        } else {
-            L2Entry::ZERO_PLAIN
-        };
-        self.change(clusters, |_, _| entry)
-    }
-
-    /// The `len` bytes at `offset` of the data have lost their mapping. The caller holds the range
-    /// of their guest clusters.
-    pub(super) fn retire(&self, offset: u64, len: u64) {
-        self.retired.add(offset..offset + len);
-        if let Placement::External(external) = &self.placement {
-            // The place belongs to its guest clusters for good, so its space can be released at
-            // once; a crash may bring the old mapping back, which finds the old data or zeros. An
-            // error only leaves space in use.
-            drop(external.file.discard(offset, len));
-        }
-    }
-
-    /// Gives back a range of clusters that nothing can lead to any more. An error leaks them.
-    pub(super) fn give_back(&self, range: Range<u64>) -> Result<()> {
-        match &self.placement {
-            Placement::Internal => self.release_clusters(range),
-            Placement::External(external) | Placement::Raw(external, _) => {
-                // A request that had found the old mapping may have written there since.
-                external.forget_hole();
-                Ok(())
-            }
-            Placement::Packed(packed) => {
-                let len = range.end - range.start;
-                packed.file.discard(range.start, len)?;
-                let clusters = self.geometry.cluster(len);
-                packed.clusters()?.free(range.start, clusters);
-                Ok(())
-            }
-        }
-    }
-
-    /// Takes a reference from each of the clusters of the image file that `range` lies in, and
-    /// releases the space of those that have no other.
-    pub(super) fn release_clusters(&self, range: Range<u64>) -> Result<()> {
-        let g = self.geometry;
-        let (mut cluster, end) = (g.cluster(range.start), g.clusters(range.end));
-        while cluster < end {
-            let offset = cluster << g.cluster_bits;
-            let alike = self
-                .refcounts()?
-                .run_alike(&self.image, cluster, end - cluster)?;
-            if alike.exclusive {
-                self.image
-                    .discard(offset, alike.clusters << g.cluster_bits)?;
-            }
-            self.refcounts()?
-                .free(&self.image, offset, alike.clusters)?;
-            cluster += alike.clusters;
-        }
-        Ok(())
-    }
-
-    /// Replaces the entries of `clusters`, all of them or, after an error, none.
-    pub(super) fn change(
-        &self,
-        clusters: Range<u64>,
-        entry: impl Fn(u64, L2Entry) -> L2Entry,
-    ) -> Result<()> {
-        let g = self.geometry;
-        self.own_table(g.l1_index(clusters.start))?;
-        let slice = g.slice(clusters.start);
-        self.retry_when_full(|| {
-            self.l2.update(
-                slice,
-                |words| self.fill_slice(slice, words),
-                |words| {
-                    let first = g.slice_index(clusters.start);
-                    for (i, word) in (0..clusters.end - clusters.start).zip(&words[first..]) {
-                        let old = L2Entry(word.load(Ordering::Relaxed));
-                        // Whoever reads the new entry finds the data behind it.
-                        word.store(entry(i, old).0, Ordering::Release);
-                    }
-                },
-            )
-        })
-    }
-
-    /// The data file, if the bytes of the range lie there at their guest offset, every one of
-    /// them, and always will. The range lies within the disk.
-    pub(super) fn passthrough(&self, offset: u64, len: u64) -> Result<Option<&ImageFile>> {
-        let Placement::Raw(external, tables) = &self.placement else {
-            return Ok(None);
-        };
-        if len == 0 {
-            return Ok(None);
-        }
-        let g = self.geometry;
-        for table in g.l1_index(g.cluster(offset))..=g.l1_index(g.cluster(offset + len - 1)) {
-            if !tables.is_complete(table) {
-                self.examine(table, tables)?;
-                if !tables.is_complete(table) {
-                    return Ok(None);
-                }
-            }
-        }
-        Ok(Some(&external.file))
-    }
-
-    /// Looks at a table of a raw disk, the first time that it is asked for.
-    fn examine(&self, table: usize, tables: &Passthrough) -> Result<()> {
-        let g = self.geometry;
-        tables.examine(table, || {
-            let table_size = g.l2_entries() * g.cluster_size();
-            let mut at = table as u64 * table_size;
-            let end = self.size().min(at + table_size);
-            let mut missing = 0;
-            while at < end {
-                at += match self.run(at, end - at) {
-                    Ok(Run {
-                        kind: Kind::Data(_),
-                        len,
-                    }) => len,
-                    Ok(run) => {
-                        missing += run.len.div_ceil(g.cluster_size());
-                        run.len
-                    }
-                    // A bad entry fails the requests that meet it, not those around it.
-                    Err(Error::Invalid { .. }) => {
-                        missing += 1;
-                        g.cluster_size()
-                    }
-                    Err(e) => return Err(e),
-                };
-            }
-            Ok(missing)
-        })
     }
 }

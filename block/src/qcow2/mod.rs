@@ -4,10 +4,10 @@
 //!
 //! | module | what it knows |
 //! | --- | --- |
-//! | `header`, `parse`, `extension`, `entry`, `table`, `refcount_width` | the format on disk |
+//! | `header`, `parse`, `extension`, `entry`, `subclusters`, `table`, `refcount_width` | the format on disk |
 //! | `policy` | which files an image may name |
 //! | `open` | from files to a [`Qcow2`] |
-//! | `mapping` | guest offset → place, and changing it |
+//! | `mapping`, `remap` | guest offset → place, and changing it |
 //! | `io` | reads and writes on top of that |
 //! | `compressed` | compressed clusters |
 //! | `zeroes` | writing zeroes, and discarding |
@@ -74,11 +74,13 @@ mod policy;
 mod ranges;
 mod refcount;
 mod refcount_width;
+mod remap;
 mod requests;
 mod reserved;
 mod resize;
 mod retired;
 mod snapshot;
+mod subclusters;
 mod table;
 mod words;
 mod zeroes;

@@ -141,9 +141,7 @@ impl Qcow2 {
         let Found { image, header } = found;
         let Files { data, backing } = files;
         let read_only = options.read_only;
-        let geometry = Geometry {
-            cluster_bits: header.cluster_bits,
-        };
+        let geometry = header.geometry();
         let l1 = L1Table::open(&image, geometry, header.l1_table_offset, header.l1_size)?;
         let refcounts = if read_only {
             None
@@ -186,7 +184,7 @@ impl Qcow2 {
             has_snapshots: header.nb_snapshots != 0,
             read_only,
             l1,
-            l2: SliceCache::new(geometry.slice_entries() as usize, options.l2_cache_size),
+            l2: SliceCache::new(geometry.slice_words(), options.l2_cache_size),
             metadata,
             incompatible_features: header.incompatible_features,
             compression_type: header.compression(),

@@ -13,7 +13,7 @@
 //! clusters: 128 TiB of that size.
 
 use super::allocator::Allocation;
-use super::entry::{Cluster, L2Entry};
+use super::entry::{Cluster, Entry, L2Entry};
 use super::free_map::FreeMap;
 use super::geometry::Geometry;
 use super::l1::L1Table;
@@ -70,9 +70,10 @@ impl Packed {
             clusters: file_clusters.min(MAX_CLUSTERS),
         };
         for table in l1.tables() {
-            let entries = geometry.l2_entries() as usize;
-            for entry in table::read(image, "l1_table entry", table, entries)? {
-                used.add(image, geometry, L2Entry(entry))?;
+            let words = geometry.l2_words() as usize;
+            let words = table::read(image, "l1_table entry", table, words)?;
+            for entry in Entry::all(&words, geometry) {
+                used.add(image, geometry, entry.word)?;
             }
         }
         let capacity = file.capacity()?.map(|bytes| geometry.cluster(bytes));

@@ -5,14 +5,15 @@ use crate::sync::atomic::Ordering;
 use std::collections::HashMap;
 use std::ops::Range;
 
-use super::DataFileLayout;
 use super::geometry::ENTRY_SIZE;
 use super::header::MAX_L1_SIZE;
+use super::mapping::{Kind, Run};
 use super::packed::Packed;
 use super::words::Words;
-use crate::Result;
+use super::{DataFileLayout, Qcow2};
 use crate::file::ImageFile;
 use crate::sync::lock;
+use crate::{Disk, Error, Result};
 
 /// How guest clusters find their place.
 pub(crate) enum Placement {
@@ -110,7 +111,7 @@ pub(crate) struct Passthrough {
     complete: TableSet,
     /// Looked at.
     examined: TableSet,
-    /// Tables that were seen to be incomplete: how many clusters are missing.
+    /// Tables that were seen to be incomplete: how many clusters, or subclusters, are missing.
     incomplete: Mutex<HashMap<usize, u64>>,
 }
 
@@ -156,7 +157,7 @@ impl Passthrough {
         }
     }
 
-    /// Runs `publish`, which maps `clusters` more clusters of `table`.
+    /// Runs `publish`, which maps `clusters` more clusters, or subclusters, of `table`.
     pub fn add_mapped(
         &self,
         table: usize,
@@ -180,5 +181,58 @@ impl Passthrough {
             }
         }
         Ok(())
+    }
+}
+
+impl Qcow2 {
+    /// The data file, if the bytes of the range lie there at their guest offset, every one of
+    /// them, and always will. The range lies within the disk.
+    pub(super) fn passthrough(&self, offset: u64, len: u64) -> Result<Option<&ImageFile>> {
+        let Placement::Raw(external, tables) = &self.placement else {
+            return Ok(None);
+        };
+        if len == 0 {
+            return Ok(None);
+        }
+        let g = self.geometry;
+        for table in g.l1_index(g.cluster(offset))..=g.l1_index(g.cluster(offset + len - 1)) {
+            if !tables.is_complete(table) {
+                self.examine(table, tables)?;
+                if !tables.is_complete(table) {
+                    return Ok(None);
+                }
+            }
+        }
+        Ok(Some(&external.file))
+    }
+
+    /// Looks at a table of a raw disk, the first time that it is asked for.
+    fn examine(&self, table: usize, tables: &Passthrough) -> Result<()> {
+        let g = self.geometry;
+        tables.examine(table, || {
+            let table_size = g.l2_entries() * g.cluster_size();
+            let mut at = table as u64 * table_size;
+            let end = self.size().min(at + table_size);
+            let mut missing = 0;
+            while at < end {
+                at += match self.run(at, end - at) {
+                    Ok(Run {
+                        kind: Kind::Data(_),
+                        len,
+                    }) => len,
+                    Ok(run) => {
+                        missing += run.len.div_ceil(g.grain_size());
+                        run.len
+                    }
+                    // A bad entry fails the requests that meet it, not those around it.
+                    Err(Error::Invalid { .. }) => {
+                        missing += g.cluster_size() / g.grain_size();
+                        g.cluster_size()
+                    }
+                    Err(e) => return Err(e),
+                };
+            }
+            Ok(missing)
+        })
     }
 }

@@ -16,12 +16,13 @@ use crate::sync::atomic::Ordering;
 use std::ops::Range;
 
 use super::Qcow2;
-use super::entry::L2Entry;
+use super::entry::{Entry, L2Entry};
 use super::geometry::ENTRY_SIZE;
 use super::header::{MAX_L1_SIZE, MAX_OFFSET};
 use super::mapping::{Kind, Place};
 use super::placement::Placement;
 use super::reserved::Field;
+use super::subclusters::Subclusters;
 use super::zeroes::Zeroed;
 use super::{DataFileLayout, table};
 use crate::sync::{lock, lock_whole};
@@ -153,21 +154,16 @@ impl Qcow2 {
     /// Removes the mapping of `clusters`, which lie behind the end of the disk.
     fn unmap_clusters(&self, clusters: Range<u64>) -> Result<()> {
         let g = self.geometry;
-        let (mut at, end) = (
-            clusters.start << g.cluster_bits,
-            clusters.end << g.cluster_bits,
-        );
-        while at < end {
+        let mut first = clusters.start;
+        while first < clusters.end {
             if self.wants_write_back() {
                 self.write_back()?;
             }
-            let run = self.run_in_slice(at, end - at)?;
-            at += match run.kind {
-                Kind::Data(_) | Kind::Compressed { .. } | Kind::Zero(Some(_)) => {
-                    self.change_whole(at, run.len, Zeroed::Unmapped)?
-                }
-                Kind::Zero(None) | Kind::Unallocated => run.len,
-            };
+            let slice_end = (g.slice(first) + 1) * g.slice_entries();
+            let end = slice_end.min(clusters.end);
+            let _held = self.ranges.lock(first..end);
+            self.zero_clusters(first..end, Zeroed::Behind)?;
+            first = end;
         }
         Ok(())
     }
@@ -179,8 +175,10 @@ impl Qcow2 {
         while first < clusters.end {
             let slice_end = (g.slice(first) + 1) * g.slice_entries();
             let end = slice_end.min(clusters.end);
-            self.change(first..end, |i, _| {
-                L2Entry::normal((first + i) << g.cluster_bits)
+            self.change(first..end, |cluster, _| {
+                let word = L2Entry::normal(cluster << g.cluster_bits);
+                let subclusters = Subclusters::ALL_ALLOCATED;
+                Entry { word, subclusters }
             })?;
             first = end;
         }
@@ -208,7 +206,7 @@ impl Qcow2 {
                 self.write_zeros_held(start, len)?;
                 self.write_back()
             }
-            Kind::Zero(_) | Kind::Unallocated => Ok(()),
+            Kind::Zero(_) | Kind::Unallocated(_) => Ok(()),
         }
     }
 

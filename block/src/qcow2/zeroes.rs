@@ -1,10 +1,13 @@
 //! Writing zeroes, and discarding.
 //!
 //! In a raw data file both become zeros in the file, and the mapping stays, so that the file
-//! remains a faithful raw image. Elsewhere whole clusters get the zero flag, or lose their mapping
-//! and go back to the allocator.
+//! remains a faithful raw image. Elsewhere whole clusters, and subclusters, read as zero by their
+//! mapping, or lose it and go back to the allocator.
+
+use std::ops::Range;
 
 use super::Qcow2;
+use super::entry::Entry;
 use super::mapping::{Kind, Place};
 use super::placement::Placement;
 use crate::buffers::Buffers;
@@ -18,53 +21,53 @@ pub(super) enum Zeroed {
     Reserved,
     /// Zero or unallocated, their space given back.
     Unmapped,
+    /// As that, and they lie behind the end of the disk: the backing file does not show.
+    Behind,
 }
 
 impl Qcow2 {
     /// Makes a range read as zero.
     pub(super) fn zero(&self, offset: u64, len: u64, unmap: bool) -> Result<()> {
-        let passthrough = self.passthrough(offset, len)?;
-        if passthrough.is_none() {
-            let mut running = self.requests.begin();
-            let zeroed = if unmap {
-                Zeroed::Unmapped
-            } else {
-                Zeroed::Reserved
-            };
-            let is_raw = matches!(self.placement, Placement::Raw(..));
-            let mut done = 0;
-            while done < len {
-                if self.wants_write_back() {
-                    // A request waits for itself: what it unmapped comes back after it.
-                    drop(running);
-                    self.write_back()?;
-                    running = self.requests.begin();
-                }
-                let run = self.run_in_slice(offset + done, len - done)?;
-                done += match run.kind {
-                    Kind::Data(place) => self.zero_data(offset + done, run.len, place, zeroed)?,
-                    Kind::Zero(Some(_)) if unmap && !is_raw => {
-                        match self.whole_clusters(offset + done, run.len) {
-                            0 => run.len.min(self.to_cluster_end(offset + done)),
-                            whole => self.change_whole(offset + done, whole, zeroed)?,
-                        }
-                    }
-                    Kind::Compressed { .. } => match self.whole_clusters(offset + done, run.len) {
-                        whole if whole > 0 && self.can_unmap() => {
-                            self.change_whole(offset + done, whole, Zeroed::Unmapped)?
-                        }
-                        _ => self.write_zeros(offset + done, run.len)?,
-                    },
-                    Kind::Unallocated if self.backing_shows(offset + done) => {
-                        self.hide_backing(offset + done, run.len)?
-                    }
-                    Kind::Zero(_) | Kind::Unallocated => run.len,
-                };
-            }
-        }
         if let Placement::Raw(external, _) = &self.placement {
+            if self.passthrough(offset, len)?.is_none() {
+                self.check_mapping(offset, len)?;
+            }
             // What reads as zero by its mapping must be zero in the raw file too.
-            external.file.write_zeroes(offset, len, unmap)?;
+            return external.file.write_zeroes(offset, len, unmap);
+        }
+        let zeroed = if unmap {
+            Zeroed::Unmapped
+        } else {
+            Zeroed::Reserved
+        };
+        let by_mapping = match zeroed {
+            Zeroed::Reserved => self.version >= 3,
+            Zeroed::Unmapped | Zeroed::Behind => self.can_unmap(),
+        };
+        let mut running = self.requests.begin();
+        let mut done = 0;
+        while done < len {
+            if self.wants_write_back() {
+                // A request waits for itself: what it unmapped comes back after it.
+                drop(running);
+                self.write_back()?;
+                running = self.requests.begin();
+            }
+            let (at, left) = (offset + done, len - done);
+            done += match self.whole_clusters(at, left) {
+                whole if whole > 0 && by_mapping => self.zero_whole(at, whole, zeroed)?,
+                _ => self.zero_part(at, left.min(self.to_cluster_end(at)))?,
+            };
+        }
+        Ok(())
+    }
+
+    /// Fails if an entry of a range is bad.
+    fn check_mapping(&self, offset: u64, len: u64) -> Result<()> {
+        let _running = self.requests.begin();
+        let mut done = 0;
+        while done < len {
+            done += self.run(offset + done, len - done)?.len;
         }
         Ok(())
     }
@@ -93,22 +96,10 @@ impl Qcow2 {
                 self.write_back()?;
                 running = self.requests.begin();
             }
-            let run = self.run_in_slice(at, end - at)?;
-            at += match run.kind {
-                Kind::Data(_) | Kind::Compressed { .. } | Kind::Zero(Some(_)) => {
-                    match self.whole_clusters(at, run.len) {
-                        // The disk has grown, and this is not its end any more.
-                        0 => run.len,
-                        whole => self.change_whole(at, whole, Zeroed::Unmapped)?,
-                    }
-                }
-                Kind::Unallocated if self.backing_shows(at) => {
-                    match self.whole_clusters(at, run.len) {
-                        0 => run.len,
-                        _ => self.hide_backing(at, run.len)?,
-                    }
-                }
-                Kind::Zero(None) | Kind::Unallocated => run.len,
+            at += match self.whole_clusters(at, end - at) {
+                // The disk has grown, and this is not its end any more.
+                0 => end - at,
+                whole => self.zero_whole(at, whole, Zeroed::Unmapped)?,
             };
         }
         Ok(())
@@ -120,33 +111,141 @@ impl Qcow2 {
         self.version >= 3 || self.backing.is_none()
     }
 
-    /// Makes some of the `len` bytes at `offset`, where nothing is mapped, read as zero instead of
-    /// what the backing file holds, and returns how many; none if another request has mapped
-    /// something there meanwhile.
-    fn hide_backing(&self, offset: u64, len: u64) -> Result<u64> {
+    /// Makes the `len` bytes at `offset`, whole clusters of one slice, read as zero by their
+    /// mapping. Returns `len`, or 0 if the disk has another end by now.
+    fn zero_whole(&self, offset: u64, len: u64, zeroed: Zeroed) -> Result<u64> {
         let g = self.geometry;
-        let whole = self.whole_clusters(offset, len);
-        if whole == 0 || self.version < 3 {
-            return self.write_zeros(offset, len);
-        }
-        let clusters = g.cluster(offset)..g.cluster(offset + whole - 1) + 1;
+        let clusters = g.cluster(offset)..g.clusters(offset + len);
         let _held = self.ranges.lock(clusters.clone());
-        let run = self.run_in_slice(offset, whole)?;
-        if run.kind != Kind::Unallocated
-            || run.len != whole
-            || self.whole_clusters(offset, whole) != whole
-        {
+        if self.whole_clusters(offset, len) != len {
             return Ok(0);
         }
-        self.map_nothing(clusters)?;
-        Ok(whole)
+        self.zero_clusters(clusters, zeroed)?;
+        Ok(len)
     }
 
-    /// Gives the first cluster of the `len` bytes at `offset` data, zeros in the range and what shows
-    /// now around it, and returns how many bytes of the range that are; none if another request has
-    /// given it data meanwhile.
+    /// Makes `clusters`, which lie in one slice and are held, read as zero by their mapping: those
+    /// that could read as anything else, or are to lose the space that they have.
+    pub(super) fn zero_clusters(&self, clusters: Range<u64>, zeroed: Zeroed) -> Result<()> {
+        let g = self.geometry;
+        let mut lost = Lost::default();
+        let mut changed = clusters.end..clusters.start;
+        let old = self.entries(clusters.clone())?;
+        for (cluster, entry) in clusters.zip(old) {
+            let kind = self.cluster_kind(entry.word, cluster)?;
+            let new = self.zeroed_entry(entry, cluster, kind, zeroed);
+            if new == entry {
+                continue;
+            }
+            changed = changed.start.min(cluster)..cluster + 1;
+            if let Kind::Compressed { stored, .. } = kind {
+                self.check_overlap(stored.offset, stored.len)?;
+                lost.compressed.push(stored.range());
+            } else if let Some(place) = kind.place() {
+                self.check_overlap(place.offset, g.cluster_size())?;
+                if new.word != entry.zeroed(g).word {
+                    lost.add(place.offset..place.offset + g.cluster_size());
+                }
+            }
+        }
+        if changed.is_empty() {
+            return Ok(());
+        }
+        if let Placement::External(external) = &self.placement {
+            // Data that was written stays in the file and is mapped no longer.
+            external.forget_hole();
+        }
+        self.change(changed, |cluster, old| {
+            match self.cluster_kind(old.word, cluster) {
+                Ok(kind) => self.zeroed_entry(old, cluster, kind, zeroed),
+                Err(_) => old,
+            }
+        })?;
+        for range in lost.clusters {
+            self.retire(range.start, range.end - range.start);
+        }
+        for range in lost.compressed {
+            self.retired.add_shared(range);
+        }
+        Ok(())
+    }
+
+    /// What `entry` of a cluster of this kind becomes.
+    fn zeroed_entry(&self, entry: Entry, cluster: u64, kind: Kind, zeroed: Zeroed) -> Entry {
+        let g = self.geometry;
+        let shows = zeroed != Zeroed::Behind && self.backing_shows(cluster << g.cluster_bits);
+        match kind {
+            Kind::Zero(_) if zeroed == Zeroed::Reserved => entry,
+            Kind::Data(place) if zeroed == Zeroed::Reserved && place.in_place => entry.zeroed(g),
+            _ if entry == Entry::UNALLOCATED && !shows => entry,
+            _ if self.version < 3 => Entry::UNALLOCATED,
+            _ => Entry::zero_plain(g),
+        }
+    }
+
+    /// Zeroes some of the `len` bytes at `offset`, which lie in one cluster, and returns how many;
+    /// none if another request has changed their mapping meanwhile.
+    fn zero_part(&self, offset: u64, len: u64) -> Result<u64> {
+        let run = self.run_in_slice(offset, len)?;
+        let reads_zero = match run.kind {
+            Kind::Zero(_) => true,
+            Kind::Unallocated(_) => !self.backing_shows(offset),
+            Kind::Data(_) | Kind::Compressed { .. } => false,
+        };
+        if reads_zero {
+            return Ok(run.len);
+        }
+        let whole = self.whole_subclusters(offset, run.len);
+        if !whole.is_empty() && !matches!(run.kind, Kind::Compressed { .. }) {
+            return match whole.start - offset {
+                0 => self.zero_subclusters(whole, run.kind),
+                head => self.zero_bytes(offset, head, run.kind),
+            };
+        }
+        self.zero_bytes(offset, run.len, run.kind)
+    }
+
+    /// Makes whole subclusters of one cluster, mapped as `kind`, read as zero by their mapping.
+    /// Returns how many bytes they have; 0 if another request was faster.
+    fn zero_subclusters(&self, range: Range<u64>, kind: Kind) -> Result<u64> {
+        let g = self.geometry;
+        let len = range.end - range.start;
+        let cluster = g.cluster(range.start);
+        let _held = self.ranges.lock(cluster..cluster + 1);
+        let now = self.run_in_slice(range.start, len)?;
+        if now.len < len || now.kind != kind || self.size() < range.end {
+            return Ok(0);
+        }
+        if let Placement::External(external) = &self.placement {
+            external.forget_hole();
+        }
+        self.change(cluster..cluster + 1, |_, old| {
+            let subclusters = old.subclusters.zeroed(g.subclusters(cluster, &range));
+            Entry { subclusters, ..old }
+        })?;
+        Ok(len)
+    }
+
+    /// Zeroes some of the `len` bytes at `offset`, which are mapped as `kind`, by writing zeros, and
+    /// returns how many; none if another request has changed their mapping meanwhile.
+    fn zero_bytes(&self, offset: u64, len: u64, kind: Kind) -> Result<u64> {
+        match kind {
+            Kind::Data(Place {
+                offset: data,
+                in_place: true,
+            }) => {
+                self.check_overlap(data, len)?;
+                self.data().write_zeroes(data, len, false)?;
+                Ok(len)
+            }
+            _ => self.write_zeros(offset, len),
+        }
+    }
+
+    /// Gives the `len` bytes at `offset`, which lie in one cluster, zeros, and keeps what shows now
+    /// around them. Returns how many bytes that are; none if another request has given it data
+    /// meanwhile.
     fn write_zeros(&self, offset: u64, len: u64) -> Result<u64> {
-        let len = len.min(self.to_cluster_end(offset));
         let (len, _held) = self.hold(offset, len);
         self.write_zeros_held(offset, len)
     }
@@ -156,63 +255,6 @@ impl Qcow2 {
         let mut zeros = vec![0; len as usize];
         let zeros = [VolatileSlice::from(&mut zeros[..])];
         self.write_held(offset, len, &mut Buffers::new(&zeros))
-    }
-
-    /// Zeroes some of the `len` bytes at guest offset `offset`, which are stored at `place`, and
-    /// returns how many; none if another request has changed their mapping meanwhile.
-    fn zero_data(&self, offset: u64, len: u64, place: Place, zeroed: Zeroed) -> Result<u64> {
-        if let Placement::Raw(..) = self.placement {
-            // The caller zeroes the data file; the mapping stays.
-            return Ok(len);
-        }
-        let by_mapping = match zeroed {
-            Zeroed::Reserved => self.version >= 3,
-            Zeroed::Unmapped => self.can_unmap(),
-        };
-        match self.whole_clusters(offset, len) {
-            whole if whole > 0 && by_mapping => self.change_whole(offset, whole, zeroed),
-            _ if !place.in_place => self.write_zeros(offset, len),
-            _ => {
-                let len = len.min(self.to_cluster_end(offset));
-                self.check_overlap(place.offset, len)?;
-                self.data().write_zeroes(place.offset, len, false)?;
-                Ok(len)
-            }
-        }
-    }
-
-    /// Changes the mapping of the `len` bytes at `offset`, which are whole clusters of one slice
-    /// with data or reserved space. Returns `len`, or 0 if another request was faster.
-    pub(super) fn change_whole(&self, offset: u64, len: u64, zeroed: Zeroed) -> Result<u64> {
-        let g = self.geometry;
-        let clusters = g.cluster(offset)..g.cluster(offset + len - 1) + 1;
-        let _held = self.ranges.lock(clusters.clone());
-        if self.whole_clusters(offset, len) != len {
-            // The disk ended in the last of them, and has grown.
-            return Ok(0);
-        }
-        let run = self.run_in_slice(offset, len)?;
-        if run.len < len {
-            return Ok(0);
-        }
-        if let Kind::Compressed { stored, .. } = run.kind {
-            self.check_overlap(stored.offset, stored.len)?;
-            self.map_nothing(clusters)?;
-            self.retired.add_shared(stored.range());
-            return Ok(len);
-        }
-        let Some(place) = run.kind.place() else {
-            return Ok(0);
-        };
-        self.check_overlap(place.offset, len)?;
-        if zeroed == Zeroed::Reserved && place.in_place {
-            self.map_zero(clusters)?;
-        } else {
-            let size = (clusters.end - clusters.start) << g.cluster_bits;
-            self.map_nothing(clusters)?;
-            self.retire(place.offset, size);
-        }
-        Ok(len)
     }
 
     /// How many of the `len` bytes at `offset` are whole clusters of one L2 slice. The part of a
@@ -231,8 +273,35 @@ impl Qcow2 {
         whole_end - offset
     }
 
+    /// The whole subclusters in the `len` bytes at `offset`, if clusters have any.
+    fn whole_subclusters(&self, offset: u64, len: u64) -> Range<u64> {
+        let g = self.geometry;
+        if !g.extended_l2 {
+            return offset..offset;
+        }
+        let end = offset + len;
+        offset.next_multiple_of(g.grain_size())..end - g.in_grain(end)
+    }
+
     /// Bytes from `offset` to the end of its cluster.
     fn to_cluster_end(&self, offset: u64) -> u64 {
         self.geometry.cluster_size() - self.geometry.in_cluster(offset)
+    }
+}
+
+/// What loses its mapping.
+#[derive(Default)]
+struct Lost {
+    /// Whole clusters of the file that holds guest data.
+    clusters: Vec<Range<u64>>,
+    compressed: Vec<Range<u64>>,
+}
+
+impl Lost {
+    fn add(&mut self, range: Range<u64>) {
+        match self.clusters.last_mut() {
+            Some(last) if last.end == range.start => last.end = range.end,
+            _ => self.clusters.push(range),
+        }
     }
 }

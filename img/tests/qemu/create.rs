@@ -254,10 +254,6 @@ fn a_failure_changes_nothing() {
             "External data files are only supported",
         ),
         (
-            "data_file=d,extended_l2=on",
-            "Unsupported qcow2 feature(s): extended L2 entries",
-        ),
-        (
             "data_file=d,encryption=on",
             "Option 'encryption' is not supported yet",
         ),

@@ -60,11 +60,15 @@ fn ops(size: u64, cluster_size: u64) -> impl Strategy<Value = Vec<Op>> {
 /// Runs `ops` on an image of `kind`, which QEMU has filled in part where `prefilled`.
 fn run(kind: Kind, cluster_size: u64, size: u64, prefilled: bool, ops: &[Op]) {
     let image = Image::create(kind, cluster_size, size);
+    run_prefilled(&image, cluster_size, size, prefilled, ops);
+}
+
+fn run_prefilled(image: &Image, cluster_size: u64, size: u64, prefilled: bool, ops: &[Op]) {
     let mut model = vec![0u8; size as usize];
     if prefilled {
-        fill_by_qemu(&image, &mut model);
+        fill_by_qemu(image, &mut model);
     }
-    run_on(&image, cluster_size, model, true, ops);
+    run_on(image, cluster_size, model, true, ops);
 }
 
 /// Runs `ops` on `image`, which shows `model`. Whole clusters that are discarded read as zero, or
@@ -169,6 +173,28 @@ fn clusters_of_2_mib() {
     cases(2 << 20, (33 << 20) + 512, 4);
 }
 
+/// Extended L2 entries: QEMU writes parts of clusters, and we others.
+#[test]
+fn subclusters() {
+    for (cluster_size, size, cases) in [
+        (16 << 10, (3 << 20) + 512, 8),
+        (64 << 10, (12 << 20) + 1536, 8),
+        (2 << 20, (17 << 20) + 512, 3),
+    ] {
+        let config = ProptestConfig {
+            cases,
+            failure_persistence: None,
+            ..Default::default()
+        };
+        proptest!(config, |(ops in ops(size, cluster_size), prefilled in any::<bool>())| {
+            for kind in [Kind::Internal, Kind::External, Kind::Raw] {
+                let image = Image::with_options(kind, cluster_size, size, ",extended_l2=on");
+                run_prefilled(&image, cluster_size, size, prefilled, &ops);
+            }
+        });
+    }
+}
+
 /// Images of compressed clusters, made by QEMU: several of them in one host cluster, which are taken up
 /// and given back one by one.
 #[test]
@@ -186,6 +212,7 @@ fn compressed_clusters() {
         ),
         (64 << 10, Kind::Internal, ""),
         (64 << 10, Kind::Internal, ",compression_type=zstd"),
+        (64 << 10, Kind::Internal, ",extended_l2=on"),
         (64 << 10, Kind::InternalV2, ""),
         (2 << 20, Kind::Internal, ""),
     ] {
@@ -242,17 +269,23 @@ fn backing_chains() {
         failure_persistence: None,
         ..Default::default()
     };
-    for (cluster_size, size) in [
-        (512, (7 << 20) + 512),
-        (64 << 10, (7 << 20) + 1536),
-        (2 << 20, 5 << 20),
+    for (cluster_size, size, more) in [
+        (512, (7 << 20) + 512, ""),
+        (64 << 10, (7 << 20) + 1536, ""),
+        (2 << 20, 5 << 20, ""),
+        (16 << 10, (7 << 20) + 1536, ",extended_l2=on"),
+        (128 << 10, 7 << 20, ",extended_l2=on"),
+        (128 << 10, 7 << 20, ",extended_l2=on,preallocation=metadata"),
     ] {
         proptest!(config.clone(), |(ops in ops(size, cluster_size))| {
             for kind in [Kind::Internal, Kind::InternalV2, Kind::External] {
+                if kind == Kind::InternalV2 && !more.is_empty() {
+                    continue;
+                }
                 let mut model = Vec::new();
                 let image = Image::prepared(kind, cluster_size, size, |dir| {
                     model = make_chain(dir);
-                    ",backing_file=middle,backing_fmt=qcow2".to_owned()
+                    format!(",backing_file=middle,backing_fmt=qcow2{more}")
                 });
                 model.resize(size as usize, 0);
                 let before = ["base", "middle"].map(|name| fs::read(image.path().with_file_name(name)).unwrap());

@@ -199,11 +199,6 @@ fn unknown_autoclear_bits_are_cleared_when_writing() {
 #[test]
 fn features_that_are_not_implemented() {
     let incompatible = |bits: u64| move |b: &mut Vec<u8>| put64(b, 72, bits);
-    refuse(
-        Kind::Internal,
-        incompatible(1 << 4),
-        &["extended L2 entries"],
-    );
     refuse(Kind::Internal, incompatible(1 << 1), &["corrupt"]);
     refuse(Kind::Internal, incompatible(1), &["dirty"]);
     refuse(
@@ -222,7 +217,8 @@ fn features_that_are_not_implemented() {
         },
         &["backing file", "does not tell its format", "backing-format"],
     );
-    refuse(Kind::Internal, |b| put32(b, 60, 1), &["snapshots"]);
+    refuse(Kind::Internal, |b| put32(b, 60, 1), &["Snapshot L1 table"]);
+    refuse(Kind::External, |b| put32(b, 60, 1), &["internal snapshots"]);
 }
 
 /// Backing files that are missing, below themselves, elsewhere, or no local files.

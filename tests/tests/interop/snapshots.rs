@@ -232,6 +232,11 @@ proptest! {
     }
 
     #[test]
+    fn subclusters(ops in ops(8192)) {
+        run(Kind::Internal, 65536, ",extended_l2=on", 3 << 20, &ops);
+    }
+
+    #[test]
     fn narrow_refcounts(ops in ops(4096)) {
         run(Kind::Internal, 512, ",refcount_bits=8", 1 << 20, &ops);
     }

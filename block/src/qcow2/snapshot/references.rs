@@ -3,7 +3,7 @@
 use crate::Result;
 use crate::file::ImageFile;
 use crate::qcow2::compressed::Stored;
-use crate::qcow2::entry::{Cluster, L1Entry, L2Entry};
+use crate::qcow2::entry::{Cluster, Entry, L1Entry, L2Entry};
 use crate::qcow2::geometry::Geometry;
 use crate::qcow2::refcount::Refcounts;
 use crate::qcow2::table;
@@ -106,9 +106,9 @@ impl<'a> References<'a> {
                 continue;
             }
             *raw = self.with_flag(*raw, offset)?;
-            let mut entries = self.read_l2_table(offset)?;
+            let mut words = self.read_l2_table(offset)?;
             let mut changed = false;
-            for word in &mut entries {
+            for word in words.iter_mut().step_by(self.geometry.l2_entry_words()) {
                 if let Cluster::Normal(offset) | Cluster::ZeroAlloc(offset) =
                     L2Entry(*word).cluster(None)
                 {
@@ -118,7 +118,7 @@ impl<'a> References<'a> {
                 }
             }
             if changed {
-                self.image.write_bytes_at(&table::encode(entries), offset)?;
+                self.image.write_bytes_at(&table::encode(words), offset)?;
             }
         }
         Ok(())
@@ -147,11 +147,11 @@ impl<'a> References<'a> {
             if table == 0 {
                 continue;
             }
-            for word in self.read_l2_table(table)? {
-                let entry = L2Entry(word);
+            for entry in Entry::all(&self.read_l2_table(table)?, g) {
+                let entry = entry.word;
                 match entry.cluster(None) {
                     Cluster::Normal(offset) | Cluster::ZeroAlloc(offset) => {
-                        self.check_aligned("l2_table entry", word, offset)?;
+                        self.check_aligned("l2_table entry", entry.0, offset)?;
                         f(self, g.cluster(offset))?;
                     }
                     Cluster::Compressed => {
@@ -171,8 +171,8 @@ impl<'a> References<'a> {
 
     fn read_l2_table(&self, offset: u64) -> Result<Vec<u64>> {
         self.check_aligned("l1_table entry", offset, offset)?;
-        let entries = self.geometry.l2_entries() as usize;
-        table::read(self.image, "l1_table entry", offset, entries)
+        let words = self.geometry.l2_words() as usize;
+        table::read(self.image, "l1_table entry", offset, words)
     }
 
     fn check_aligned(&self, field: &'static str, value: u64, offset: u64) -> Result<()> {

@@ -85,9 +85,7 @@ pub(crate) struct SnapshotTable {
 /// [`Error::Invalid`](crate::Error::Invalid) for a table or an entry that is larger than the format allows, and for an L1
 /// table that is too large, unaligned, or cannot be in the file.
 pub(crate) fn read_table(image: &ImageFile, header: &Header) -> Result<SnapshotTable> {
-    let geometry = Geometry {
-        cluster_bits: header.cluster_bits,
-    };
+    let geometry = header.geometry();
     let mut table = SnapshotTable::default();
     let mut l1_bytes = 0;
     for index in 0..header.nb_snapshots {

@@ -60,7 +60,12 @@ fn read(disk: &dyn Disk, offset: u64, len: u64) -> Vec<u8> {
 }
 
 fn assert_clean(path: &Path) {
-    let report = check(path, &mut |finding| panic!("{}", finding.text)).unwrap();
+    let report = check(
+        path,
+        &tandem_block::qcow2::CheckOptions::default(),
+        &mut |finding| panic!("{}", finding.text),
+    )
+    .unwrap();
     assert_eq!((report.leaks, report.corruptions), (0, 0));
 }
 

@@ -116,14 +116,24 @@ fn an_image_can_be_opened_after_its_data_could_not_be_written() {
         assert!(matches!(write(&disk, 0), Err(Error::Io { .. })));
         disk.flush().unwrap();
         drop(disk);
-        let report = check(&path, &mut |finding| panic!("{}", finding.text)).unwrap();
+        let report = check(
+            &path,
+            &tandem_block::qcow2::CheckOptions::default(),
+            &mut |finding| panic!("{}", finding.text),
+        )
+        .unwrap();
         assert_eq!(report.allocated_clusters, 0);
 
         let disk = Qcow2::open(&path, &OpenOptions::default()).unwrap();
         write(&disk, 0).unwrap();
         disk.flush().unwrap();
         drop(disk);
-        let report = check(&path, &mut |finding| panic!("{}", finding.text)).unwrap();
+        let report = check(
+            &path,
+            &tandem_block::qcow2::CheckOptions::default(),
+            &mut |finding| panic!("{}", finding.text),
+        )
+        .unwrap();
         assert_eq!(report.allocated_clusters, 1);
     }
 }
@@ -142,7 +152,12 @@ fn a_sync_that_fails_is_final() {
     for external in [false, true] {
         let (_dir, path, data) = image(external);
         fails_for_good(&open(&path, data.as_deref(), &faults));
-        let report = check(&path, &mut |_| ()).unwrap();
+        let report = check(
+            &path,
+            &tandem_block::qcow2::CheckOptions::default(),
+            &mut |_| (),
+        )
+        .unwrap();
         assert_eq!((report.corruptions, report.allocated_clusters), (0, 0));
     }
     let dir = tempfile::tempdir().unwrap();

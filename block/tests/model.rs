@@ -215,9 +215,15 @@ impl Setup {
 
     fn left_in(&self, [image, data]: [Vec<u8>; 2]) -> Qcow2 {
         let image = Memory::new(image);
-        check_storage(Path::new("image"), &image, &mut |finding| {
-            assert_eq!(finding.kind, FindingKind::Leak, "{}", finding.text);
-        })
+        check_storage(
+            Path::new("image"),
+            &image,
+            None,
+            tandem_block::qcow2::Repair::Nothing,
+            &mut |finding| {
+                assert_eq!(finding.kind, FindingKind::Leak, "{}", finding.text);
+            },
+        )
         .unwrap();
         let data = self.data.as_ref().map(|_| Memory::new(data));
         let options = OpenOptions {

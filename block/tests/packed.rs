@@ -266,8 +266,13 @@ fn places_that_cannot_be_are_refused() {
         drop(disk);
         assert_eq!(image.content(), before);
         let mut found = 0;
-        let report =
-            tandem_block::qcow2::check_storage("image".as_ref(), &image, &mut |_| found += 1);
+        let report = tandem_block::qcow2::check_storage(
+            "image".as_ref(),
+            &image,
+            None,
+            tandem_block::qcow2::Repair::Nothing,
+            &mut |_| found += 1,
+        );
         // The check of storage has not seen the data file.
         let unseen = entry == COPIED | (7 * CLUSTER);
         assert_eq!(
@@ -379,7 +384,7 @@ proptest! {
         }
         prop_assert!(read(&disk, 0, size) == model);
         drop(disk);
-        check(&path, &mut |finding| panic!("{}", finding.text)).unwrap();
+        check(&path, &tandem_block::qcow2::CheckOptions::default(), &mut |finding| panic!("{}", finding.text)).unwrap();
         prop_assert!(read(&open(), 0, size) == model);
         prop_assert!(std::fs::metadata(&data).unwrap().len() <= size);
     }

@@ -1,12 +1,13 @@
 //! `tandem-img check`
 
 use clap::Command;
+use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
-use tandem_block::qcow2::{self, CheckReport};
+use tandem_block::qcow2::{self, CheckOptions, CheckReport, Follow, Repair};
 
 use crate::failure::Failure;
 use crate::getopt::{self, Parsed, flag, value};
-use crate::image::{Format, Image, could_not_open};
+use crate::image::{Format, Image, could_not_open, follow, follow_option};
 use crate::output::{self, Output};
 
 /// Exit status: the image has errors.
@@ -19,9 +20,9 @@ const UNSUPPORTED: u8 = 63;
 /// Definition of the subcommand.
 pub fn command() -> Command {
     Command::new("check")
-        .about("Checks the metadata of an image; the image is only read")
+        .about("Checks the metadata of an image, and repairs it with -r")
         .disable_help_flag(true)
-        .override_usage("tandem-img check [-f FMT] [--output human|json] [-q] [-U] FILENAME")
+        .override_usage("tandem-img check [-f FMT] [--output human|json] [-r leaks|all] [-q] [-U] FILENAME")
         .args([
             getopt::help(),
             flag("quiet", Some('q'), "Print nothing but errors"),
@@ -37,7 +38,13 @@ pub fn command() -> Command {
                 Some('U'),
                 "Accepted for compatibility: no lock is taken",
             ),
-            value("repair", Some('r'), "leaks|all", "Not supported yet").hide(true),
+            value(
+                "repair",
+                Some('r'),
+                "leaks|all",
+                "Repair leaked clusters only, or all that can be without loss of data",
+            ),
+            follow_option(),
             value("cache", Some('T'), "MODE", "Not supported yet").hide(true),
             value("object", None, "DEFINITION", "Not supported yet").hide(true),
             flag("image-opts", None, "Not supported yet").hide(true),
@@ -45,8 +52,11 @@ pub fn command() -> Command {
         .after_help(
             "Exit status: 0 no errors, 1 the check failed, 2 errors, 3 only leaked clusters, \
              63 the format has no checks.\n\n\
+             No other program may use an image that is repaired. A repair that was interrupted can be \
+             repeated.\n\n\
              Examples:\n  \
              tandem-img check disk.qcow2\n  \
+             tandem-img check -r all disk.qcow2\n  \
              tandem-img check --output=json disk.qcow2",
         )
 }
@@ -62,9 +72,13 @@ struct Json<'a> {
     total_clusters: u64,
     #[serde(skip_serializing_if = "is_zero")]
     corruptions: u64,
+    #[serde(skip_serializing_if = "is_zero")]
+    corruptions_fixed: u64,
     check_errors: u64,
     #[serde(skip_serializing_if = "is_zero")]
     leaks: u64,
+    #[serde(skip_serializing_if = "is_zero")]
+    leaks_fixed: u64,
     #[serde(skip_serializing_if = "is_zero")]
     allocated_clusters: u64,
     filename: &'a str,
@@ -81,16 +95,21 @@ fn is_zero(value: &u64) -> bool {
 /// Runs the subcommand.
 pub fn run(args: &Parsed) -> Result<(), Failure> {
     let output = Output::from_args(args)?;
-    if let Some(mode) = args.value("repair")
-        && mode != "leaks"
-        && mode != "all"
+    let repair = match args
+        .value("repair")
+        .map(|mode| mode.to_string_lossy())
+        .as_deref()
     {
-        return Err(args.name.usage(&format!(
-            "--repair (-r) expects 'leaks' or 'all' not '{}'",
-            mode.display()
-        )));
-    }
-    args.refuse(&["repair", "cache", "object", "image-opts"])?;
+        None => Repair::Nothing,
+        Some("leaks") => Repair::Leaks,
+        Some("all") => Repair::All,
+        Some(other) => {
+            return Err(args.name.usage(&format!(
+                "--repair (-r) expects 'leaks' or 'all' not '{other}'"
+            )));
+        }
+    };
+    args.refuse(&["cache", "object", "image-opts"])?;
     let image = Image::from_args(args)?;
     if image.format == Format::Raw {
         let failure = args.name.error("This image format does not support checks");
@@ -99,8 +118,16 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
             ..failure
         });
     }
-    let report = qcow2::check(image.path, &mut |finding| eprintln!("{}", finding.text))
-        .map_err(|e| args.name.error(&could_not_open(image.name, &e.reason())))?;
+    let follow = follow(args)?;
+    let mut report = check(args, &image, repair, follow)?;
+    if report.corruptions_fixed > 0 || report.leaks_fixed > 0 {
+        if output == Output::Human && !args.has("quiet") {
+            output::print(&repaired(&report));
+        }
+        let (corruptions_fixed, leaks_fixed) = (report.corruptions_fixed, report.leaks_fixed);
+        report = check(args, &image, Repair::Nothing, follow)?;
+        (report.corruptions_fixed, report.leaks_fixed) = (corruptions_fixed, leaks_fixed);
+    }
     if !args.has("quiet") {
         match output {
             Output::Human => output::print(&human(&report)),
@@ -109,8 +136,10 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
                 compressed_clusters: report.compressed_clusters,
                 total_clusters: report.total_clusters,
                 corruptions: report.corruptions,
+                corruptions_fixed: report.corruptions_fixed,
                 check_errors: report.check_errors,
                 leaks: report.leaks,
+                leaks_fixed: report.leaks_fixed,
                 allocated_clusters: report.allocated_clusters,
                 filename: &image.path.to_string_lossy(),
                 format: image.format.name(),
@@ -134,6 +163,47 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
         CheckReport { leaks: 1.., .. } => silent(LEAKS),
         _ => Ok(()),
     }
+}
+
+/// Checks `image`, and shows on a terminal how far that has come.
+fn check(
+    args: &Parsed,
+    image: &Image<'_>,
+    repair: Repair,
+    follow: Follow,
+) -> Result<CheckReport, Failure> {
+    let bar = if args.has("quiet") {
+        ProgressBar::hidden()
+    } else {
+        // It is drawn on standard error, and only if that is a terminal.
+        let style = ProgressStyle::with_template("{bar:40} {percent:>3}% {eta}");
+        ProgressBar::new(0).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+    };
+    let progress = |done, total| {
+        bar.set_length(total);
+        bar.set_position(done);
+    };
+    let options = CheckOptions {
+        repair,
+        follow,
+        progress: Some(&progress),
+        ..CheckOptions::default()
+    };
+    let report = qcow2::check(image.path, &options, &mut |finding| {
+        bar.suspend(|| eprintln!("{}", finding.text));
+    });
+    bar.finish_and_clear();
+    report.map_err(|e| args.name.error(&could_not_open(image.name, &e.reason())))
+}
+
+/// What has been repaired, for people.
+fn repaired(report: &CheckReport) -> String {
+    format!(
+        "The following inconsistencies were found and repaired:\n\n    \
+         {} leaked clusters\n    {} corruptions\n\n\
+         Double checking the fixed image now...\n",
+        report.leaks_fixed, report.corruptions_fixed
+    )
 }
 
 fn human(report: &CheckReport) -> String {

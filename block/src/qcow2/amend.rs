@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use std::os::unix::ffi::OsStrExt;
 
+use super::backing::Found;
 use super::header::{Header, autoclear, compatible};
 use crate::file::ImageFile;
 use crate::{Error, Result};
@@ -30,9 +31,7 @@ pub struct AmendOptions {
 /// long for the cluster size; as [`Qcow2::open`](super::Qcow2::open) for an image that cannot be
 /// written.
 pub fn amend(path: &Path, options: &AmendOptions) -> Result<()> {
-    let image = ImageFile::open(path, false)?;
-    let mut header = Header::read(&*image.storage, path)?;
-    header.check_supported(path, false)?;
+    let Found { image, mut header } = Found::new(ImageFile::open(path, false)?, false)?;
     apply(&mut header, options)?;
     let new = header.encode(path)?;
     let mut old = vec![0; new.len()];

@@ -12,7 +12,7 @@ use vm_memory::VolatileSlice;
 
 use super::header::Header;
 use super::policy;
-use super::{OpenOptions, Qcow2};
+use super::{OpenOptions, Qcow2, check};
 use crate::buffers::{Buffers, fill_zero};
 use crate::error::system_text;
 use crate::file::ImageFile;
@@ -56,10 +56,20 @@ pub(super) struct Found {
 }
 
 impl Found {
-    /// Reads the header of `image`, and refuses what is not implemented.
+    /// Reads the header of `image`, and refuses what is not implemented. If refcounts may be wrong,
+    /// and the image is to be written, it is repaired first.
     pub fn new(image: ImageFile, read_only: bool) -> Result<Self> {
-        let header = Header::read(&*image.storage, &image.path)?;
-        header.check_supported(&image.path, read_only)?;
+        let read = || {
+            let header = Header::read(&*image.storage, &image.path)?;
+            header.check_supported(&image.path, read_only)?;
+            header.check_snapshots(&image.path)?;
+            Ok(header)
+        };
+        let mut header = read()?;
+        if header.is_dirty() && !read_only {
+            check::repair_dirty(&image)?;
+            header = read()?;
+        }
         Ok(Self { image, header })
     }
 

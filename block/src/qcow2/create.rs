@@ -615,10 +615,11 @@ mod tests {
                             ..options(size)
                         };
                         create(&image, &options).unwrap();
-                        let report = super::super::check(&image, &mut |finding| {
-                            panic!("{options:?}: {}", finding.text);
-                        })
-                        .unwrap();
+                        let report =
+                            super::super::check(&image, &Default::default(), &mut |finding| {
+                                panic!("{options:?}: {}", finding.text);
+                            })
+                            .unwrap();
                         let mapped = data_file_raw || preallocation != Preallocation::Off;
                         let expected = if mapped { report.total_clusters } else { 0 };
                         assert_eq!(report.allocated_clusters, expected, "{options:?}");

@@ -80,6 +80,11 @@ impl L2Entry {
         self.0 & COPIED != 0
     }
 
+    /// Whether its cluster is compressed.
+    pub fn is_compressed(self) -> bool {
+        self.0 & COMPRESSED != 0
+    }
+
     /// Offset of a compressed cluster in bytes, and its length up to the end of its last sector.
     pub fn compressed(self, cluster_bits: u32) -> (u64, u64) {
         let sector_bits = cluster_bits - 8;
@@ -151,6 +156,14 @@ impl Entry {
         }
         // Whoever reads the new entry finds the data behind it.
         words[index].store(self.word.0, Ordering::Release);
+    }
+
+    /// Stores it in the words that an entry has on disk.
+    pub fn write(self, words: &mut [u64]) {
+        words[0] = self.word.0;
+        if let Some(second) = words.get_mut(1) {
+            *second = self.subclusters.0;
+        }
     }
 
     /// The entries of a table, or a part of one, with these words.

@@ -56,7 +56,7 @@ impl Info {
         let image = ImageFile::open(path, true)?;
         let header = Header::read(&*image.storage, path)?;
         header.check_tellable(path)?;
-        let table = read_table(&image, &header)?;
+        let table = read_table(&*image.storage, path, &header)?;
         let incompatible = |bit| header.incompatible_features & bit != 0;
         Ok(Self {
             size: header.disk_size(),

@@ -198,9 +198,10 @@ impl Qcow2 {
             (Kind::Data(_), Some(Place { in_place: true, .. })) => return Ok(0),
             // What it leaves will be given back.
             (Kind::Compressed { stored, .. }, _) => {
-                self.check_overlap(stored.offset, stored.len)?;
+                self.check_leaving(stored.offset, stored.len)?;
             }
-            (_, Some(place)) => self.check_overlap(place.offset, run.len)?,
+            (_, Some(place)) if place.in_place => self.check_overlap(place.offset, run.len)?,
+            (_, Some(place)) => self.check_leaving(place.offset, run.len)?,
             (_, None) => {}
         }
         self.own_table(g.l1_index(first))?;

@@ -23,7 +23,7 @@
 //! | `snapshot` | internal snapshots: their table, taking, applying and deleting them |
 //! | `create`, `amend` | making new images, and changing options of others |
 //! | `info` | what a user wants to know of an image |
-//! | `check`, `counters` | checking an image that is not open |
+//! | `check` | checking and repairing an image that is not open |
 //!
 //! # Lock order
 //! A thread that holds one of these takes only ones further down:
@@ -53,7 +53,6 @@ mod backing;
 mod cache;
 mod check;
 mod compressed;
-mod counters;
 mod create;
 mod entry;
 mod extension;
@@ -105,7 +104,7 @@ use crate::file::ImageFile;
 
 pub use amend::{AmendOptions, amend};
 pub use backing::{BackingFormat, path_of as backing_path};
-pub use check::{CheckReport, Finding, FindingKind, check, check_storage};
+pub use check::{CheckOptions, CheckReport, Finding, FindingKind, Repair, check, check_storage};
 pub use compressed::CompressionType;
 pub use create::{CreateOptions, create};
 pub use info::Info;

@@ -245,7 +245,8 @@ fn reserve_snapshots(
     reserved: &mut Reserved,
 ) -> Result<()> {
     let file_size = image.size()?;
-    let table = snapshot::read_table(image, header)?;
+    let table = snapshot::read_table(&*image.storage, &image.path, header)?;
+    table.check_l1_tables(&image.path, geometry)?;
     let first = geometry.cluster(header.snapshots_offset);
     reserved.push(Field::SnapshotTable, first, geometry.clusters(table.len));
     for snapshot in table.snapshots {
@@ -275,7 +276,11 @@ fn clear_unknown_autoclear(image: &ImageFile, header: &Header) -> Result<()> {
     image.sync()
 }
 
-fn open_data_file(image: &Path, header: &Header, options: &OpenOptions) -> Result<ImageFile> {
+pub(super) fn open_data_file(
+    image: &Path,
+    header: &Header,
+    options: &OpenOptions,
+) -> Result<ImageFile> {
     let path = match (&options.data_file, &header.extensions.data_file) {
         (Some(path), _) => path.clone(),
         (None, Some(name)) => policy::resolve_data_file(image, name, options.follow)?,

@@ -63,13 +63,34 @@ impl Qcow2 {
     /// Clusters become metadata only while they are free, and those that data is mapped to are not,
     /// unless the image is damaged.
     pub(super) fn check_overlap(&self, offset: u64, len: u64) -> Result<()> {
+        self.check_clusters(offset, len, |_| Ok(false))
+    }
+
+    /// As [`check_overlap`](Self::check_overlap), of a place that is about to lose its mapping, and
+    /// is not written. Metadata may lie there if that has a reference of its own, as after a repair.
+    pub(super) fn check_leaving(&self, offset: u64, len: u64) -> Result<()> {
+        self.check_clusters(offset, len, |cluster| {
+            Ok(self.refcounts()?.count(&self.image, cluster)? > 1)
+        })
+    }
+
+    fn check_clusters(
+        &self,
+        offset: u64,
+        len: u64,
+        is_allowed: impl Fn(u64) -> Result<bool>,
+    ) -> Result<()> {
         let Some(filter) = &self.metadata else {
             return Ok(());
         };
         let g = self.geometry;
         for cluster in g.cluster(offset)..g.clusters(offset + len) {
-            if filter.may_contain(cluster)
-                && let Some(structure) = self.refcounts()?.metadata_at(cluster)
+            if !filter.may_contain(cluster) {
+                continue;
+            }
+            let structure = self.refcounts()?.metadata_at(cluster);
+            if let Some(structure) = structure
+                && !is_allowed(cluster)?
             {
                 let reason = format!("Preventing invalid write on {structure}");
                 let place = cluster << g.cluster_bits;

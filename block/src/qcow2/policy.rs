@@ -172,15 +172,6 @@ pub(crate) fn resolve_data_file(image: &Path, name: &[u8], follow: Follow) -> Re
     }
 }
 
-/// The data file named in `image`, which exists, wherever it is, for a use that does not look into
-/// it.
-pub(crate) fn find_data_file(image: &Path, name: Option<&[u8]>) -> Result<PathBuf> {
-    let name =
-        name.ok_or_else(|| data_file_error(image, "'data-file' is required for this image"))?;
-    let mut found = find_candidates(image, &directory_of(image)?, name)?;
-    Ok(found.swap_remove(0))
-}
-
 /// The one or two different files that `name` may mean, symbolic links resolved.
 fn find_candidates(image: &Path, root: &Path, name: &[u8]) -> Result<Vec<PathBuf>> {
     let name = Path::new(OsStr::from_bytes(name));

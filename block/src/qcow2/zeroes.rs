@@ -139,10 +139,14 @@ impl Qcow2 {
             }
             changed = changed.start.min(cluster)..cluster + 1;
             if let Kind::Compressed { stored, .. } = kind {
-                self.check_overlap(stored.offset, stored.len)?;
+                self.check_leaving(stored.offset, stored.len)?;
                 lost.compressed.push(stored.range());
             } else if let Some(place) = kind.place() {
-                self.check_overlap(place.offset, g.cluster_size())?;
+                if place.in_place {
+                    self.check_overlap(place.offset, g.cluster_size())?;
+                } else {
+                    self.check_leaving(place.offset, g.cluster_size())?;
+                }
                 if new.word != entry.zeroed(g).word {
                     lost.add(place.offset..place.offset + g.cluster_size());
                 }

@@ -219,9 +219,13 @@ pub fn open_with(image: &Memory, data: Option<&Memory>, options: &OpenOptions) -
 
 /// Asserts that a check finds nothing, leaks included.
 pub fn assert_clean(image: &Memory) {
-    check_storage(Path::new("image"), image, &mut |finding| {
-        panic!("{}", finding.text)
-    })
+    check_storage(
+        Path::new("image"),
+        image,
+        None,
+        tandem_block::qcow2::Repair::Nothing,
+        &mut |finding| panic!("{}", finding.text),
+    )
     .unwrap();
 }
 

@@ -2,9 +2,25 @@
 
 use std::fs;
 
-use crate::run::{Both, Place, words};
+use crate::run::{Both, Place, len, words};
 
 const KINDS: [&str; 3] = ["", ",data_file=d", ",data_file=d,data_file_raw=on"];
+
+/// What only `tandem-img` looks for.
+const ADDED: [&str; 3] = [
+    "is not at its guest offset",
+    "Raw data file has data where the disk reads as zero",
+    " data file has ",
+];
+
+/// What only `qemu-img` says.
+fn is_qemus(line: &str) -> bool {
+    line.starts_with("qcow2: Image is corrupt:")
+}
+
+fn is_added(line: &str) -> bool {
+    ADDED.iter().any(|added| line.contains(added))
+}
 
 /// An image `t` of a kind with a bit of everything in it.
 fn image(place: &Place, cluster_size: u64, kind: &str) {
@@ -27,6 +43,21 @@ fn image(place: &Place, cluster_size: u64, kind: &str) {
     place.qemu_io("t", &commands);
 }
 
+/// As [`image`], an internal one with snapshots, of which one is like the disk no more.
+fn image_with_snapshots(place: &Place, cluster_size: u64) {
+    image(place, cluster_size, "");
+    place.make("snapshot -c first t");
+    place.qemu_io(
+        "t",
+        &[&format!("write {} {}", 5 * cluster_size, 40 * cluster_size)],
+    );
+    place.make("snapshot -c second t");
+    place.qemu_io(
+        "t",
+        &[&format!("write {} {}", 8 * cluster_size, cluster_size)],
+    );
+}
+
 #[test]
 fn sound_images() {
     for cluster_size in [512, 65536, 2 << 20] {
@@ -37,6 +68,10 @@ fn sound_images() {
             }
         }
     }
+    let both = Both::new(|place| image_with_snapshots(place, 4096));
+    both.same("check t");
+    let both = Both::new(|place| image(place, 65536, ",extended_l2=on"));
+    both.same("check t");
 }
 
 #[test]
@@ -65,39 +100,123 @@ fn fails_the_same() {
     }
 }
 
+/// Places of both programs, with equal sound images of each kind.
+fn sound_places() -> Vec<(Both, String)> {
+    let mut places = Vec::new();
+    for cluster_size in [512, 4096] {
+        for kind in KINDS {
+            let both = Both::new(|place| image(place, cluster_size, kind));
+            places.push((both, format!("{cluster_size}{kind}")));
+        }
+        let both = Both::new(|place| image_with_snapshots(place, cluster_size));
+        places.push((both, format!("{cluster_size} with snapshots")));
+    }
+    let both = Both::new(|place| image(place, 16384, ",extended_l2=on"));
+    places.push((both, "subclusters".to_owned()));
+    // The dates of snapshots differ.
+    for (both, _) in &places {
+        fs::copy(both.qemu.path("t"), both.tandem.path("t")).unwrap();
+    }
+    places
+}
+
 /// Random damage to the tables: the findings are those of `qemu-img`, line for line.
 #[test]
 fn random_damage() {
     let mut random = Random(0x7461_6e64_656d);
-    for cluster_size in [512, 4096] {
-        for kind in KINDS {
-            let Both { qemu, tandem } = Both::new(|place| image(place, cluster_size, kind));
-            let sound = fs::read(qemu.path("t")).unwrap();
-            for _ in 0..40 {
-                let (damaged, what) = damage(&sound, &mut random);
-                for place in [&qemu, &tandem] {
-                    fs::write(place.path("t"), &damaged).unwrap();
-                }
-                compare(&qemu, &tandem, &format!("{cluster_size}{kind}: {what}"));
-                assert_eq!(fs::read(tandem.path("t")).unwrap(), damaged);
+    for (Both { qemu, tandem }, kind) in sound_places() {
+        let sound = fs::read(qemu.path("t")).unwrap();
+        for _ in 0..40 {
+            let (damaged, what) = damage(&sound, &mut random);
+            for place in [&qemu, &tandem] {
+                fs::write(place.path("t"), &damaged).unwrap();
             }
+            compare(&qemu, &tandem, &format!("{kind}: {what}"));
+            assert_eq!(fs::read(tandem.path("t")).unwrap(), damaged);
         }
     }
+}
+
+/// What a repair leaves is what `qemu-img check` finds then, nothing if it says so, and the guest's
+/// data is as it was.
+#[test]
+fn repairs_of_random_damage() {
+    let mut random = Random(0x7265_7061_6972);
+    for (Both { qemu, tandem }, kind) in sound_places() {
+        let sound = fs::read(qemu.path("t")).unwrap();
+        let data = fs::read(tandem.path("d")).ok();
+        let mut clean = 0;
+        for round in 0..40 {
+            let (damaged, what) = damage(&sound, &mut random);
+            let what = format!("{kind}: {what}");
+            fs::write(tandem.path("t"), &damaged).unwrap();
+            if let Some(data) = &data {
+                fs::write(tandem.path("d"), data).unwrap();
+            }
+            let before = content(&tandem);
+            let mode = if round % 4 == 0 { "leaks" } else { "all" };
+            let repaired = tandem.run(&["check", "-q", "-r", mode, "-f", "qcow2", "t"]);
+            assert_ne!(repaired.status, None, "{what}");
+            let left = tandem.run(&words("check -q -f qcow2 t"));
+            assert_eq!(left.status, repaired.status, "{what}: {}", left.stderr);
+            compare_left(&tandem, &left.stderr, &what);
+            // QEMU may stop at what it had not met before.
+            if let Some(before) = before
+                && mode == "all"
+            {
+                assert!(
+                    content(&tandem) == Some(before),
+                    "{what}: {:?}",
+                    tandem.qemu_img(&words("convert -f qcow2 -O raw t converted"))
+                );
+            }
+            clean += usize::from(left.status == Some(0));
+            // Whatever QEMU makes of it, we find no more than QEMU.
+            fs::write(qemu.path("t"), &damaged).unwrap();
+            let by_qemu = qemu.run(&words("check -q -r all -f qcow2 t"));
+            // It can leave terabytes.
+            if by_qemu.status == Some(0) && len(&qemu, "t") < 16 << 20 {
+                let found = fs::copy(qemu.path("t"), tandem.path("t"))
+                    .map(|_| tandem.run(&words("check -q -f qcow2 t")).stderr)
+                    .unwrap();
+                let found: Vec<_> = found.lines().filter(|line| !is_added(line)).collect();
+                assert!(found.is_empty(), "{what}: after QEMU's repair: {found:?}");
+            }
+        }
+        assert!(clean > 10, "{kind}: {clean} of 40 repaired");
+    }
+}
+
+/// The disk as QEMU reads it, if it can.
+fn content(place: &Place) -> Option<Vec<u8>> {
+    let converted = place.qemu_img(&words("convert -f qcow2 -O raw t converted"));
+    (converted.status == Some(0)).then(|| fs::read(place.path("converted")).unwrap())
+}
+
+/// `qemu-img check` finds what `left` says, but for what only one program looks at.
+fn compare_left(place: &Place, left: &str, what: &str) {
+    let expected = place.qemu_img(&words("check -q -f qcow2 t")).stderr;
+    let lines = |text: &str| -> Vec<String> {
+        let lines = text
+            .lines()
+            .filter(|line| !is_added(line) && !is_qemus(line));
+        lines.map(str::to_owned).collect()
+    };
+    assert_eq!(lines(left), lines(&expected), "{what}");
 }
 
 /// Compares the results of a check, all but what is found on purpose by one of the programs.
 fn compare(qemu: &Place, tandem: &Place, what: &str) {
     let args = words("check -f qcow2 t");
     let (expected, found) = (qemu.run(&args), tandem.run(&args));
-    let added = "is not at its guest offset";
     let lines = |text: &str| -> Vec<String> {
         text.lines()
-            .filter(|line| !line.contains(added) && !line.starts_with("qcow2: Image is corrupt:"))
+            .filter(|line| !is_added(line) && !is_qemus(line))
             .map(str::to_owned)
             .collect()
     };
     assert_eq!(lines(&found.stderr), lines(&expected.stderr), "{what}");
-    if found.stderr.contains(added) {
+    if found.stderr.lines().any(is_added) {
         assert_eq!(
             found.status,
             expected

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
-use tandem_block::qcow2::{FindingKind, OpenOptions, Qcow2, check_storage};
+use tandem_block::qcow2::{FindingKind, OpenOptions, Qcow2, Repair, check_storage};
 use tandem_block::{Disk, Raw};
 use vm_memory::VolatileSlice;
 
@@ -304,11 +304,17 @@ impl Explorer {
 /// `check` finds leaks at most.
 fn check(image: &Memory) -> Result<(), String> {
     let mut worst = None;
-    let report = check_storage(Path::new("image"), image, &mut |finding| {
-        if finding.kind != FindingKind::Leak {
-            worst = Some(finding.text);
-        }
-    });
+    let report = check_storage(
+        Path::new("image"),
+        image,
+        None,
+        Repair::Nothing,
+        &mut |finding| {
+            if finding.kind != FindingKind::Leak {
+                worst = Some(finding.text);
+            }
+        },
+    );
     match (report, worst) {
         (Err(e), _) => Err(format!("check fails: {e}")),
         (Ok(_), Some(text)) => Err(format!("check finds: {text}")),

@@ -205,7 +205,12 @@ fn packed() {
     };
     assert!(is_full(&full.unwrap_err()));
     drop(disk);
-    check(&path, &mut |finding| panic!("{}", finding.text)).unwrap();
+    check(
+        &path,
+        &tandem_block::qcow2::CheckOptions::default(),
+        &mut |finding| panic!("{}", finding.text),
+    )
+    .unwrap();
 
     let disk = Qcow2::open(&path, &options).unwrap();
     for i in 0..SIZE / CLUSTER {

@@ -69,7 +69,12 @@ fn images_of_every_width_are_made() {
             model[1 << 20..2 << 20].fill(7);
             drop(disk);
             image.expect(&model);
-            let report = check(&image.path(), &mut |finding| panic!("{}", finding.text)).unwrap();
+            let report = check(
+                &image.path(),
+                &tandem_block::qcow2::CheckOptions::default(),
+                &mut |finding| panic!("{}", finding.text),
+            )
+            .unwrap();
             assert_eq!(report.leaks, 0);
         }
     }

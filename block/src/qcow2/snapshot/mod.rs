@@ -77,7 +77,7 @@ impl Qcow2 {
     /// [`Error::Invalid`] for a table that the format does not allow; [`Error::Io`].
     pub fn snapshots(&self) -> Result<Vec<SnapshotInfo>> {
         let header = Header::read(&*self.image.storage, &self.image.path)?;
-        let table = read_table(&self.image, &header)?;
+        let table = read_table(&*self.image.storage, &self.image.path, &header)?;
         Ok(table.snapshots.into_iter().map(Into::into).collect())
     }
 
@@ -124,7 +124,7 @@ impl Qcow2 {
         self.write_back()?;
         self.write_back()?;
         let header = Header::read(&*self.image.storage, &self.image.path)?;
-        let table = read_table(&self.image, &header)?;
+        let table = read_table(&*self.image.storage, &self.image.path, &header)?;
         let (offset, size) = self.l1.place();
         let mut state = Change {
             disk: &self,
@@ -368,5 +368,6 @@ fn taken_now() -> Snapshot {
         disk_size: 0,
         icount: Some(0),
         unknown_extra: Vec::new(),
+        is_complete: true,
     }
 }

@@ -1,12 +1,13 @@
 //! The snapshot table (qcow2 specification, "Snapshots").
 
+use std::path::Path;
+
 use zerocopy::big_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
-use crate::Result;
-use crate::file::ImageFile;
 use crate::qcow2::geometry::{ENTRY_SIZE, Geometry};
 use crate::qcow2::header::{Header, MAX_L1_SIZE, MAX_OFFSET};
+use crate::{Error, Result, Storage};
 
 /// Most bytes that the table may have.
 const MAX_TABLE_SIZE: u64 = 64 << 20;
@@ -45,6 +46,8 @@ pub(crate) struct Snapshot {
     pub icount: Option<u64>,
     /// Extra data that is not known.
     pub unknown_extra: Vec<u8>,
+    /// Whether the entry tells all that version 3 asks for.
+    pub is_complete: bool,
 }
 
 /// What every entry begins with.
@@ -82,43 +85,56 @@ pub(crate) struct SnapshotTable {
 /// Reads the table that `header` names.
 ///
 /// # Errors
-/// [`Error::Invalid`](crate::Error::Invalid) for a table or an entry that is larger than the format allows, and for an L1
-/// table that is too large, unaligned, or cannot be in the file.
-pub(crate) fn read_table(image: &ImageFile, header: &Header) -> Result<SnapshotTable> {
-    let geometry = header.geometry();
+/// [`Error::Invalid`] for a table or an entry that is larger than the format allows; [`Error::Io`].
+pub(crate) fn read_table(
+    image: &dyn Storage,
+    file: &Path,
+    header: &Header,
+) -> Result<SnapshotTable> {
     let mut table = SnapshotTable::default();
-    let mut l1_bytes = 0;
     for index in 0..header.nb_snapshots {
-        let (snapshot, len) =
-            read_entry(image, header, header.snapshots_offset + table.len, index)?;
-        check_l1_table(image, geometry, &snapshot, index)?;
-        l1_bytes += u64::from(snapshot.l1_entries) * ENTRY_SIZE;
+        let (snapshot, len) = read_entry(
+            image,
+            file,
+            header,
+            header.snapshots_offset + table.len,
+            index,
+        )?;
         table.snapshots.push(snapshot);
         table.len += len.next_multiple_of(ALIGNMENT);
         if table.len > MAX_TABLE_SIZE {
             let reason = "Snapshot table is too big".to_owned();
-            return Err(image.invalid("snapshots_offset", header.snapshots_offset, reason));
+            let offset = header.snapshots_offset;
+            return Err(Error::invalid(file, "snapshots_offset", offset, reason));
         }
-    }
-    if l1_bytes > MAX_L1_TABLES_SIZE {
-        let reason = format!("the L1 tables of the snapshots have {l1_bytes} bytes together");
-        return Err(image.invalid("nb_snapshots", header.nb_snapshots.into(), reason));
     }
     Ok(table)
 }
 
-fn read_entry(image: &ImageFile, header: &Header, at: u64, index: u32) -> Result<(Snapshot, u64)> {
+fn read_entry(
+    image: &dyn Storage,
+    file: &Path,
+    header: &Header,
+    at: u64,
+    index: u32,
+) -> Result<(Snapshot, u64)> {
+    let read = |buf: &mut [u8], at| {
+        image
+            .read_bytes_at(buf, at)
+            .map_err(|e| Error::io_at(file, "read", at, e))
+    };
     let mut fixed = Fixed::new_zeroed();
-    image.read_bytes_at(fixed.as_mut_bytes(), at)?;
+    read(fixed.as_mut_bytes(), at)?;
     let extra_len = fixed.extra_len.get();
     if extra_len > MAX_EXTRA {
         let reason = format!("Too much extra metadata in snapshot table entry {index}");
-        return Err(image.invalid("extra_data_size", extra_len.into(), reason));
+        let len = extra_len.into();
+        return Err(Error::invalid(file, "extra_data_size", len, reason));
     }
     let id_len = usize::from(fixed.id_len.get());
     let name_len = usize::from(fixed.name_len.get());
     let mut rest = vec![0; extra_len as usize + id_len + name_len];
-    image.read_bytes_at(&mut rest, at + size_of::<Fixed>() as u64)?;
+    read(&mut rest, at + size_of::<Fixed>() as u64)?;
     let len = (size_of::<Fixed>() + rest.len()) as u64;
     let name = rest.split_off(extra_len as usize + id_len);
     let id = rest.split_off(extra_len as usize);
@@ -146,30 +162,40 @@ fn read_entry(image: &ImageFile, header: &Header, at: u64, index: u32) -> Result
         disk_size: extra.disk_size.get(),
         icount: (icount != NO_ICOUNT).then_some(icount),
         unknown_extra,
+        is_complete: known_len >= 16,
     };
     Ok((snapshot, len))
 }
 
-fn check_l1_table(
-    image: &ImageFile,
-    geometry: Geometry,
-    snapshot: &Snapshot,
-    index: u32,
-) -> Result<()> {
-    let Snapshot {
-        l1_table_offset: offset,
-        l1_entries,
-        ..
-    } = *snapshot;
-    if u64::from(l1_entries) > MAX_L1_SIZE / ENTRY_SIZE {
-        let reason = format!("Snapshot L1 table too large (snapshot table entry {index})");
-        return Err(image.invalid("l1_size", l1_entries.into(), reason));
+impl SnapshotTable {
+    /// Checks where the L1 tables of the snapshots are.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for one that is too large, unaligned, or cannot be in the file, and if they
+    /// are too large together.
+    pub fn check_l1_tables(&self, file: &Path, geometry: Geometry) -> Result<()> {
+        let mut bytes = 0;
+        for (index, snapshot) in self.snapshots.iter().enumerate() {
+            let entries = u64::from(snapshot.l1_entries);
+            let offset = snapshot.l1_table_offset;
+            if entries > MAX_L1_SIZE / ENTRY_SIZE {
+                let reason = format!("Snapshot L1 table too large (snapshot table entry {index})");
+                return Err(Error::invalid(file, "l1_size", entries, reason));
+            }
+            if geometry.in_cluster(offset) != 0 || offset >= MAX_OFFSET {
+                let reason =
+                    format!("Snapshot L1 table offset invalid (snapshot table entry {index})");
+                return Err(Error::invalid(file, "l1_table_offset", offset, reason));
+            }
+            bytes += entries * ENTRY_SIZE;
+        }
+        if bytes > MAX_L1_TABLES_SIZE {
+            let count = self.snapshots.len() as u64;
+            let reason = format!("the L1 tables of the snapshots have {bytes} bytes together");
+            return Err(Error::invalid(file, "nb_snapshots", count, reason));
+        }
+        Ok(())
     }
-    if geometry.in_cluster(offset) != 0 || offset >= MAX_OFFSET {
-        let reason = format!("Snapshot L1 table offset invalid (snapshot table entry {index})");
-        return Err(image.invalid("l1_table_offset", offset, reason));
-    }
-    Ok(())
 }
 
 /// The bytes of a table of `snapshots`.

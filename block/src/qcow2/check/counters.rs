@@ -1,6 +1,6 @@
 //! A counter for each cluster of a file.
 
-use super::refcount_width::RefcountWidth;
+use crate::qcow2::refcount_width::RefcountWidth;
 
 /// Counters as wide as the refcounts of an image. Memory is taken in pages, and only for those that
 /// are not all zero.

@@ -1,0 +1,141 @@
+//! The external data file: as long as the disk, and in a raw one zero where the mapping says so.
+
+use super::{Check, Repair};
+use crate::qcow2::DataFileLayout;
+use crate::qcow2::entry::{Cluster, Entry, L1Entry};
+use crate::qcow2::subclusters::{SUBCLUSTERS, Subcluster};
+use crate::{Error, Result};
+
+/// Bytes of the data file that are looked at in one piece.
+const PIECE: u64 = 1 << 20;
+
+impl Check<'_> {
+    /// Length of the data file, if it is known.
+    pub(super) fn data_file_len(&self) -> Option<u64> {
+        let (_, data) = self.files.data?;
+        data.size().ok()
+    }
+
+    pub(super) fn check_data_file(&mut self) -> Result<()> {
+        let size = self.header.disk_size();
+        let layout = self.header.data_file_layout();
+        let (Some((path, data)), Some(DataFileLayout::Standard)) = (self.files.data, layout) else {
+            return Ok(());
+        };
+        let len = data
+            .size()
+            .map_err(|e| Error::io(path, "get the size of", e))?;
+        let repairs = self.repair == Repair::All;
+        if len < size
+            && self.repairs(repairs, |word| {
+                format!("{word} data file has {len} bytes, and the disk {size}")
+            })
+        {
+            data.set_len(size)
+                .map_err(|e| Error::io(path, "resize", e))?;
+        }
+        if self.header.data_file_is_raw() {
+            self.check_raw(size)?;
+        }
+        match repairs {
+            true => data.sync().map_err(|e| Error::io(path, "sync", e)),
+            false => Ok(()),
+        }
+    }
+
+    /// Checks that a raw data file is zero where the disk reads as zero.
+    fn check_raw(&mut self, size: u64) -> Result<()> {
+        let g = self.geometry;
+        let table_size = g.l2_entries() << g.cluster_bits;
+        let tables = size.div_ceil(table_size);
+        for i in 0..tables {
+            let start = i * table_size;
+            let entry = L1Entry(self.l1_table.get(i as usize).copied().unwrap_or(0));
+            let words = match entry.offset() {
+                0 => None,
+                offset => self.read_l2_table(offset)?,
+            };
+            let Some(words) = words else {
+                self.check_zero(start, size.min(start + table_size))?;
+                continue;
+            };
+            let mut zero = start..start;
+            for (k, entry) in Entry::all(&words, g).enumerate() {
+                let at = start + ((k as u64) << g.cluster_bits);
+                for part in self.zero_parts(entry) {
+                    let part = at + part.start..(at + part.end).min(size);
+                    if part.start != zero.end {
+                        self.check_zero(zero.start, zero.end)?;
+                        zero.start = part.start;
+                    }
+                    zero.end = part.end.max(zero.start);
+                }
+            }
+            self.check_zero(zero.start, zero.end)?;
+        }
+        Ok(())
+    }
+
+    /// The parts of a cluster that read as zero without looking at the data file, in bytes.
+    fn zero_parts(&self, entry: Entry) -> Vec<std::ops::Range<u64>> {
+        let g = self.geometry;
+        match entry.word.cluster(Some(DataFileLayout::Standard)) {
+            Cluster::Normal(_) if !g.extended_l2 => Vec::new(),
+            Cluster::Normal(_) => {
+                let mut parts = Vec::new();
+                let mut index = 0;
+                while index < SUBCLUSTERS {
+                    let (state, count) = entry.subclusters.run(index);
+                    if state != Subcluster::Allocated {
+                        let bytes = |index: u32| u64::from(index) * g.grain_size();
+                        parts.push(bytes(index)..bytes(index + count));
+                    }
+                    index += count;
+                }
+                parts
+            }
+            Cluster::Compressed => Vec::new(),
+            Cluster::Unallocated | Cluster::ZeroPlain | Cluster::ZeroAlloc(_) => {
+                std::iter::once(0..g.cluster_size()).collect()
+            }
+        }
+    }
+
+    /// Checks that the data file has no data but zeros from `start` to `end`.
+    fn check_zero(&mut self, start: u64, end: u64) -> Result<()> {
+        let Some((path, data)) = self.files.data else {
+            return Ok(());
+        };
+        let mut buffer = vec![0; PIECE.min(end.saturating_sub(start)) as usize];
+        let mut at = start;
+        while at < end {
+            let next = data
+                .next_data(at)
+                .map_err(|e| Error::io_at(path, "look for data in", at, e))?;
+            at = match next {
+                Some(next) if next < end => next,
+                _ => return Ok(()),
+            };
+            let piece = &mut buffer[..PIECE.min(end - at) as usize];
+            data.read_bytes_at(piece, at)
+                .map_err(|e| Error::io_at(path, "read", at, e))?;
+            let len = piece.len() as u64;
+            if let Some(found) = piece.iter().position(|byte| *byte != 0) {
+                let found = at + found as u64;
+                let repaired = self.repairs(self.repair == Repair::All, |word| {
+                    format!(
+                        "{word} offset={found:x}: Raw data file has data where the disk reads as \
+                         zero"
+                    )
+                });
+                if !repaired {
+                    return Ok(());
+                }
+                data.write_zeroes(at, len, true)
+                    .map_err(|e| Error::io_at(path, "zero", at, e))?;
+            }
+            at += len;
+        }
+        Ok(())
+    }
+}

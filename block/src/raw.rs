@@ -80,6 +80,7 @@ impl Disk for Raw {
         Limits {
             block_size: 512,
             read_only: self.read_only,
+            write_cache: true,
         }
     }
 

@@ -27,6 +27,7 @@ impl Disk for Qcow2 {
         Limits {
             block_size: 512,
             read_only: self.read_only,
+            write_cache: true,
         }
     }
 

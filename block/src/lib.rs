@@ -47,6 +47,7 @@ pub mod qcow2;
 mod raw;
 mod storage;
 mod sync;
+mod vectored;
 
 pub use disk::{Disk, Extent, ExtentKind, Limits, extent_in_chain};
 pub use error::{Error, Result};

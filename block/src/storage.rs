@@ -10,7 +10,8 @@ use std::path::Path;
 use rustix::fs::{FallocateFlags, SeekFrom};
 use vm_memory::VolatileSlice;
 
-use crate::vectored;
+use crate::lock::{self, Access};
+use crate::{Locking, Result, vectored};
 
 /// One host file below a disk: image metadata, guest data, or both.
 ///
@@ -77,23 +78,33 @@ pub trait Storage: Debug + Send + Sync {
 pub struct FileStorage {
     file: File,
     is_block_device: bool,
+    is_locked: bool,
 }
 
 /// Zeros are written from a buffer of this many bytes where the file system cannot zero a range.
 const ZERO_BUFFER: usize = 64 << 10;
 
 impl FileStorage {
-    /// Opens the file or block device at `path`, for reading only or for both.
+    /// Opens the file or block device at `path`, for reading only or for both. No lock is taken.
     ///
     /// # Errors
     /// As [`new`](FileStorage::new); a pipe is refused without waiting for its other end.
     pub fn open(path: &Path, read_only: bool) -> io::Result<Self> {
-        let file = OpenOptions::new()
+        Self::new(Self::open_file(path, read_only)?)
+    }
+
+    /// Opens whatever is at `path`, without waiting for the other end of a pipe.
+    pub(crate) fn open_file(path: &Path, read_only: bool) -> io::Result<File> {
+        OpenOptions::new()
             .read(true)
             .write(!read_only)
             .custom_flags(libc::O_NONBLOCK)
-            .open(path)?;
-        Self::new(file)
+            .open(path)
+    }
+
+    /// The open file.
+    pub(crate) fn file(&self) -> &File {
+        &self.file
     }
 
     /// Wraps an open file.
@@ -112,7 +123,15 @@ impl FileStorage {
         Ok(Self {
             file,
             is_block_device: kind.is_block_device(),
+            is_locked: false,
         })
+    }
+
+    /// Locks the file, which is called `path`, until this is dropped.
+    pub(crate) fn lock(&mut self, path: &Path, access: Access, locking: Locking) -> Result<()> {
+        lock::acquire(&self.file, path, access, locking)?;
+        self.is_locked = true;
+        Ok(())
     }
 
     fn fallocate(&self, flags: FallocateFlags, offset: u64, len: u64) -> rustix::io::Result<()> {
@@ -142,13 +161,33 @@ impl FileStorage {
     }
 }
 
+impl Drop for FileStorage {
+    fn drop(&mut self) {
+        if self.is_locked {
+            lock::release(&self.file);
+        }
+    }
+}
+
 impl Storage for FileStorage {
     fn read_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> io::Result<()> {
-        vectored::transfer(self.file.as_fd(), bufs, offset, 1, vectored::Direction::Read)
+        vectored::transfer(
+            self.file.as_fd(),
+            bufs,
+            offset,
+            1,
+            vectored::Direction::Read,
+        )
     }
 
     fn write_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> io::Result<()> {
-        vectored::transfer(self.file.as_fd(), bufs, offset, 1, vectored::Direction::Write)
+        vectored::transfer(
+            self.file.as_fd(),
+            bufs,
+            offset,
+            1,
+            vectored::Direction::Write,
+        )
     }
 
     fn read_bytes_at(&self, mut buf: &mut [u8], mut offset: u64) -> io::Result<()> {

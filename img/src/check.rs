@@ -2,11 +2,14 @@
 
 use clap::Command;
 use serde::Serialize;
-use tandem_block::qcow2::{self, CheckReport};
+use tandem_block::FileOptions;
+use tandem_block::qcow2::{self, CheckReport, Finding};
 
 use crate::failure::Failure;
 use crate::getopt::{self, Parsed, flag, value};
-use crate::image::{Format, Image, could_not_open};
+use crate::image::{
+    Format, Image, cache, cache_option, could_not_open, force_share_option, locking,
+};
 use crate::output::{self, Output};
 
 /// Exit status: the image has errors.
@@ -21,7 +24,9 @@ pub fn command() -> Command {
     Command::new("check")
         .about("Checks the metadata of an image; the image is only read")
         .disable_help_flag(true)
-        .override_usage("tandem-img check [-f FMT] [--output human|json] [-q] [-U] FILENAME")
+        .override_usage(
+            "tandem-img check [-f FMT] [--output human|json] [-q] [-T MODE] [-U] FILENAME",
+        )
         .args([
             getopt::help(),
             flag("quiet", Some('q'), "Print nothing but errors"),
@@ -32,13 +37,9 @@ pub fn command() -> Command {
                 "Format of the image: qcow2 or raw (default: told by its first bytes)",
             ),
             value("output", None, "human|json", "How to print the result"),
-            flag(
-                "force-share",
-                Some('U'),
-                "Accepted for compatibility: no lock is taken",
-            ),
+            force_share_option(),
+            cache_option("source-cache", 'T', "the image"),
             value("repair", Some('r'), "leaks|all", "Not supported yet").hide(true),
-            value("cache", Some('T'), "MODE", "Not supported yet").hide(true),
             value("object", None, "DEFINITION", "Not supported yet").hide(true),
             flag("image-opts", None, "Not supported yet").hide(true),
         ])
@@ -90,7 +91,11 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
             mode.display()
         )));
     }
-    args.refuse(&["repair", "cache", "object", "image-opts"])?;
+    let files = FileOptions {
+        locking: locking(args),
+        cache: cache(args, "source-cache")?,
+    };
+    args.refuse(&["repair", "object", "image-opts"])?;
     let image = Image::from_args(args)?;
     if image.format == Format::Raw {
         let failure = args.name.error("This image format does not support checks");
@@ -99,7 +104,8 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
             ..failure
         });
     }
-    let report = qcow2::check(image.path, &mut |finding| eprintln!("{}", finding.text))
+    let mut print = |finding: Finding| eprintln!("{}", finding.text);
+    let report = qcow2::check_with(image.path, files, &mut print)
         .map_err(|e| args.name.error(&could_not_open(image.name, &e.reason())))?;
     if !args.has("quiet") {
         match output {

@@ -11,7 +11,7 @@ use tandem_block::qcow2::{DataFileLayout, Info};
 
 use crate::failure::Failure;
 use crate::getopt::{self, Parsed, flag, value};
-use crate::image::{Format, Image, could_not_open, local_path};
+use crate::image::{Format, Image, could_not_open, force_share_option, local_path, locking};
 use crate::output::{self, Output};
 use crate::size;
 
@@ -30,11 +30,7 @@ pub fn command() -> Command {
                 "Format of the image: qcow2 or raw (default: told by its first bytes)",
             ),
             value("output", None, "human|json", "How to print the result"),
-            flag(
-                "force-share",
-                Some('U'),
-                "Accepted for compatibility: no lock is taken",
-            ),
+            force_share_option(),
             flag("backing-chain", Some('b'), "Not supported yet").hide(true),
             value("object", None, "DEFINITION", "Not supported yet").hide(true),
             flag("image-opts", None, "Not supported yet").hide(true),
@@ -55,7 +51,7 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
     let info = match image.format {
         Format::Raw => None,
         Format::Qcow2 => Some(
-            Info::read(image.path)
+            Info::read_with(image.path, locking(args))
                 .map_err(|e| args.name.error(&could_not_open(image.name, &e.reason())))?,
         ),
     };

@@ -13,7 +13,11 @@ use super::geometry::ENTRY_SIZE;
 use super::header::Header;
 use super::refcount_width::RefcountWidth;
 use super::{DataFileLayout, packed, policy, table};
-use crate::{Error, FileStorage, Result, Storage};
+#[cfg(doc)]
+use crate::Locking;
+use crate::file::{FileOptions, ImageFile};
+use crate::lock::Access;
+use crate::{Error, Result, Storage};
 
 /// What a check found, in total.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -72,11 +76,24 @@ const MAX_REPEATS: u64 = 1024;
 ///
 /// # Errors
 /// Whatever makes the header unusable; [`Error::Unsupported`] if the image uses a feature that is
-/// not implemented; [`Error::Io`].
+/// not implemented; [`Error::Locked`] if another program writes to the image; [`Error::Io`].
 pub fn check(path: &Path, found: &mut dyn FnMut(Finding)) -> Result<CheckReport> {
-    let file = FileStorage::open(path, true).map_err(|e| Error::io(path, "open", e))?;
-    let header = read_header(path, &file)?;
-    let mut check = Check::new(path, &file, &header, found)?;
+    check_with(path, FileOptions::default(), found)
+}
+
+/// As [`check`], with a say in how the image is used. With [`Locking::ForceShare`] there may be
+/// findings that come from another program's changes.
+///
+/// # Errors
+/// As [`check`].
+pub fn check_with(
+    path: &Path,
+    options: FileOptions,
+    found: &mut dyn FnMut(Finding),
+) -> Result<CheckReport> {
+    let image = ImageFile::open(path, Access::Read, options)?;
+    let header = read_header(path, &*image.storage)?;
+    let mut check = Check::new(path, &*image.storage, &header, found)?;
     if header.has_data_file() {
         let data_file = policy::find_data_file(path, header.extensions.data_file.as_deref())?;
         let metadata = data_file

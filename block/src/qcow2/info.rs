@@ -4,7 +4,11 @@ use std::path::Path;
 
 use super::DataFileLayout;
 use super::header::{Header, compatible, incompatible};
-use crate::{Error, FileStorage, Result};
+#[cfg(doc)]
+use crate::Error;
+use crate::Result;
+use crate::file::{FileOptions, ImageFile};
+use crate::lock::{Access, Locking};
 
 /// What an image is like, as told by its header.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -47,10 +51,24 @@ impl Info {
     ///
     /// # Errors
     /// [`Error::NotQcow2`], [`Error::Invalid`], [`Error::Io`]; [`Error::Unsupported`] for unknown
-    /// features, and for internal snapshots, bitmaps and encryption, which it could not tell.
+    /// features, and for internal snapshots, bitmaps and encryption, which it could not tell;
+    /// [`Error::Locked`] if another program writes to the image.
     pub fn read(path: &Path) -> Result<Self> {
-        let file = FileStorage::open(path, true).map_err(|e| Error::io(path, "open", e))?;
-        let header = Header::read(&file, path)?;
+        Self::read_with(path, Locking::On)
+    }
+
+    /// As [`read`](Info::read). Unless `locking` is [`On`](Locking::On), the header may be read while
+    /// another program changes it.
+    ///
+    /// # Errors
+    /// As [`read`](Info::read).
+    pub fn read_with(path: &Path, locking: Locking) -> Result<Self> {
+        let options = FileOptions {
+            locking,
+            ..FileOptions::default()
+        };
+        let image = ImageFile::open(path, Access::Look, options)?;
+        let header = Header::read(&*image.storage, path)?;
         header.check_tellable(path)?;
         let incompatible = |bit| header.incompatible_features & bit != 0;
         Ok(Self {

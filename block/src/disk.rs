@@ -12,14 +12,17 @@ pub struct Limits {
     pub block_size: u32,
     /// Whether every writing call fails with [`Error::ReadOnly`](crate::Error::ReadOnly).
     pub read_only: bool,
+    /// Whether a completed write needs a [`flush`](Disk::flush) to be durable.
+    pub write_cache: bool,
 }
 
 impl Limits {
-    /// For a disk that is addressed in blocks of `block_size` bytes.
+    /// For a disk that is addressed in blocks of `block_size` bytes and has a write cache.
     pub fn new(block_size: u32, read_only: bool) -> Self {
         Self {
             block_size,
             read_only,
+            write_cache: true,
         }
     }
 }
@@ -62,7 +65,8 @@ pub enum ExtentKind {
 ///   to overlapping ranges may take effect in any order, sector by sector.
 /// * A failed write may have changed any part of its own range and nothing else.
 /// * What a completed write stored is seen by every later read. It survives a power failure once a
-///   [`flush`](Disk::flush) that began after the write had completed has returned `Ok`.
+///   [`flush`](Disk::flush) that began after the write had completed has returned `Ok`; if
+///   [`limits`](Disk::limits) tells of no write cache, at once.
 /// * Buffers may be guest memory that changes during the call: an implementation passes it to the
 ///   system call or copies it once, and never bases a decision on its content.
 pub trait Disk: Send + Sync {

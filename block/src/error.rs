@@ -70,6 +70,22 @@ pub enum Error {
         cluster_size: u64,
     },
 
+    /// Another program uses the file, or another disk in this one.
+    #[error(
+        "'{}': failed to get {}\"{permission}\" lock; is another process using it?",
+        file.display(),
+        if *shared { "shared " } else { "" }
+    )]
+    Locked {
+        /// The file.
+        file: PathBuf,
+        /// Name of the permission in question: "write", "resize" or "consistent read".
+        permission: &'static str,
+        /// Whether the other one has the permission, which could not be shared with it here.
+        /// Otherwise it is the other one who does not share it.
+        shared: bool,
+    },
+
     /// The external data file named in an image may not or cannot be used.
     #[error("'{}': {reason} (data-file=PATH decides which file is used)", file.display())]
     DataFile {
@@ -160,6 +176,15 @@ impl Error {
                 "Could not {action} '{}': {}",
                 file.display(),
                 system_text(source)
+            ),
+            Self::Locked {
+                file,
+                permission,
+                shared,
+            } => format!(
+                "Failed to get {}\"{permission}\" lock\nIs another process using the image [{}]?",
+                if *shared { "shared " } else { "" },
+                file.display()
             ),
             Self::NotQcow2 { .. } => "Image is not in qcow2 format".to_owned(),
             Self::Invalid { reason, .. } | Self::DataFile { reason, .. } => reason.clone(),

@@ -1,11 +1,29 @@
 //! A file below a disk: storage with a name for error messages, and a memory for failed syncs.
 
 use crate::sync::{Mutex, lock};
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use vm_memory::VolatileSlice;
 
+use crate::cache_mode::CacheMode;
+use crate::direct::Direct;
+use crate::lock::{Access, Locking};
 use crate::{Error, FileStorage, Result, Storage};
+
+/// How the files of a disk are used: the image, its data file, and those below it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FileOptions {
+    /// Whether they are locked.
+    pub locking: Locking,
+    /// Which caches there are between the guest and the medium.
+    pub cache: CacheMode,
+}
+
+/// Attempts to open a file while others replace it.
+const ATTEMPTS: usize = 16;
 
 /// The image file, the external data file, or a raw disk.
 #[derive(Debug)]
@@ -14,21 +32,53 @@ pub(crate) struct ImageFile {
     pub path: PathBuf,
     /// A sync failed: what had been written before it may be lost, and no later sync can tell.
     sync_failed: Mutex<bool>,
+    cache: CacheMode,
 }
 
 impl ImageFile {
-    pub fn new(storage: Box<dyn Storage>, path: &Path) -> Self {
+    /// Storage that is called `path`. Of `cache`, only what is done above the storage counts.
+    pub fn new(storage: Box<dyn Storage>, path: &Path, cache: CacheMode) -> Self {
         Self {
             storage,
             path: path.to_owned(),
             sync_failed: Mutex::new(false),
+            cache,
         }
     }
 
-    /// Opens the file or block device at `path`.
-    pub fn open(path: &Path, read_only: bool) -> Result<Self> {
-        let storage = FileStorage::open(path, read_only).map_err(|e| Error::io(path, "open", e))?;
-        Ok(Self::new(Box::new(storage), path))
+    /// Opens and locks the file or block device at `path`.
+    pub fn open(path: &Path, access: Access, options: FileOptions) -> Result<Self> {
+        let open = || {
+            FileStorage::open_file(path, access.is_read_only())
+                .map_err(|e| Error::io(path, "open", e))
+        };
+        Self::open_with(path, open, access, options)
+    }
+
+    /// As [`open`](Self::open), with a function that opens what is at `path`. It may be called more
+    /// than once.
+    pub fn open_with(
+        path: &Path,
+        open: impl Fn() -> Result<File>,
+        access: Access,
+        options: FileOptions,
+    ) -> Result<Self> {
+        let failed = |e| Error::io(path, "open", e);
+        for _ in 0..ATTEMPTS {
+            let mut storage = FileStorage::new(open()?).map_err(failed)?;
+            storage.lock(path, access, options.locking)?;
+            // Between the two, another program may have put a new file in this one's place; from
+            // now on it would meet the lock.
+            if is_at(storage.file(), path) {
+                let storage: Box<dyn Storage> = if options.cache.is_direct() {
+                    Box::new(Direct::new(storage, access.is_read_only()).map_err(failed)?)
+                } else {
+                    Box::new(storage)
+                };
+                return Ok(Self::new(storage, path, options.cache));
+            }
+        }
+        Err(failed(io::ErrorKind::ResourceBusy.into()))
     }
 
     pub fn read_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> Result<()> {
@@ -67,12 +117,20 @@ impl ImageFile {
             .map_err(|e| Error::io_at(&self.path, "release space of", offset, e))
     }
 
-    /// Makes completed writes durable.
+    /// Whether a write is to be durable when it completes.
+    pub fn is_write_through(&self) -> bool {
+        self.cache.is_write_through()
+    }
+
+    /// Makes completed writes durable, unless the mode of the cache gives up that.
     ///
     /// After a failure the system may have dropped what it could not write, and reports that only
     /// once. So no later call succeeds either: a caller would take it for a promise that nobody
     /// can keep.
     pub fn sync(&self) -> Result<()> {
+        if self.cache == CacheMode::Unsafe {
+            return Ok(());
+        }
         // Held meanwhile: of two syncs of one loss, the system fails only one.
         let mut sync_failed = lock(&self.sync_failed);
         self.check_not(*sync_failed)?;
@@ -143,5 +201,40 @@ impl ImageFile {
             value,
             reason,
         }
+    }
+}
+
+/// Whether `path` leads to `file`.
+pub(crate) fn is_at(file: &File, path: &Path) -> bool {
+    match (file.metadata(), path.metadata()) {
+        (Ok(file), Ok(found)) => (file.dev(), file.ino()) == (found.dev(), found.ino()),
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::cell::Cell;
+    use std::fs;
+
+    #[test]
+    fn a_file_that_is_replaced_before_it_is_locked_is_not_used() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, new) = (dir.path().join("disk"), dir.path().join("new"));
+        fs::write(&path, "old").unwrap();
+        fs::write(&new, "new").unwrap();
+        let opened = Cell::new(0);
+        let open = || {
+            let file = File::open(&path).unwrap();
+            if opened.replace(opened.get() + 1) == 0 {
+                fs::rename(&new, &path).unwrap();
+            }
+            Ok(file)
+        };
+        let file = ImageFile::open_with(&path, open, Access::Read, FileOptions::default());
+        let mut text = [0; 3];
+        file.unwrap().read_bytes_at(&mut text, 0).unwrap();
+        assert_eq!((&text, opened.get()), (b"new", 2));
     }
 }

@@ -9,8 +9,11 @@
 //!   ───────────── Disk ──────────────────────────────────────
 //!   Raw │ Qcow2             guest offset → extents of a file
 //!   ───────────── Storage ───────────────────────────────────
-//!   FileStorage             preadv, pwritev, fallocate, fdatasync
+//!   FileStorage             preadv, pwritev, fallocate, fdatasync; past the page cache, if asked
 //! ```
+//!
+//! Files that are opened by name are locked against other programs, QEMU's among them ([`Locking`]),
+//! and used by way of the caches that [`CacheMode`] tells.
 //!
 //! Buffers are lists of [`VolatileSlice`], so that guest memory goes to the system call as it is,
 //! without a copy.
@@ -39,17 +42,25 @@
 #![deny(missing_docs, clippy::missing_errors_doc)]
 
 mod buffers;
+mod cache_mode;
+mod direct;
 mod disk;
 mod error;
 mod file;
+mod lock;
 mod new_file;
 pub mod qcow2;
 mod raw;
 mod storage;
 mod sync;
+mod vectored;
+mod writers;
 
+pub use cache_mode::CacheMode;
 pub use disk::{Disk, Extent, ExtentKind, Limits, extent_in_chain};
 pub use error::{Error, Result};
+pub use file::FileOptions;
+pub use lock::Locking;
 pub use new_file::Preallocation;
 pub use raw::Raw;
 pub use storage::{FileStorage, Storage};

@@ -10,6 +10,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use rustix::fs::{AtFlags, CWD, FallocateFlags, RenameFlags};
 use rustix::io::Errno;
 
+use crate::file::is_at;
+use crate::lock::{self, Access, Locking};
 use crate::{Error, Result};
 
 /// How much of a new disk gets its space at once.
@@ -37,6 +39,10 @@ const FIRST_BLOCK: u64 = 4096;
 /// A regular file has no name while it grows, and takes its own, and the place of a file that is
 /// there already, in [`commit`](NewFile::commit). If it is dropped before, or the process ends,
 /// the directory is as it was. A block device is written in place.
+///
+/// Both files are locked until this is dropped. To replace a file that another program has open
+/// would let it go on with one that nobody finds any more, so only a file that nobody uses is
+/// replaced, and only the one that is locked.
 #[derive(Debug)]
 pub(crate) struct NewFile {
     /// The name that was asked for, for messages.
@@ -44,6 +50,8 @@ pub(crate) struct NewFile {
     /// Where the file goes: `name` with symbolic links resolved.
     target: PathBuf,
     file: File,
+    /// The regular file that is there already.
+    old: Option<File>,
     kind: Kind,
 }
 
@@ -86,9 +94,14 @@ impl NewFile {
     /// Starts to make the file `name`.
     ///
     /// # Errors
-    /// [`Error::Io`] if the file could not be created, or exists and may not be written.
+    /// [`Error::Io`] if the file could not be created, or exists and may not be written;
+    /// [`Error::Locked`] if another program uses it.
     pub fn begin(name: &Path) -> Result<Self> {
-        Self::begin_io(name).map_err(|e| Error::io(name, "create", e))
+        let new = Self::begin_io(name).map_err(|e| Error::io(name, "create", e))?;
+        for file in new.old.iter().chain([&new.file]) {
+            lock::acquire(file, name, Access::Replace, Locking::On)?;
+        }
+        Ok(new)
     }
 
     fn begin_io(name: &Path) -> io::Result<Self> {
@@ -113,6 +126,7 @@ impl NewFile {
                 name: name.to_owned(),
                 target: name.to_owned(),
                 file,
+                old: None,
                 kind: Kind::regular(temporary),
             });
         };
@@ -124,6 +138,7 @@ impl NewFile {
                 name: name.to_owned(),
                 target,
                 file: old,
+                old: None,
                 kind: Kind::BlockDevice {
                     size,
                     clear_start: false,
@@ -141,6 +156,7 @@ impl NewFile {
             name: name.to_owned(),
             target,
             file,
+            old: Some(old),
             kind: Kind::regular(temporary),
         };
         // Who may use the disk stays as it was, as far as this process may decide it.
@@ -237,7 +253,7 @@ impl NewFile {
         if let Kind::Regular { temporary, placed } = &mut self.kind
             && let Some(named) = temporary
         {
-            let done = replace(named, &self.target);
+            let done = replace(named, &self.target, self.old.as_ref());
             *placed = done.map_err(|e| Error::io(&self.name, "replace", e))?;
             if *placed != Placed::Exchanged {
                 *temporary = None;
@@ -318,6 +334,7 @@ impl Drop for NewFile {
         {
             let _ = std::fs::remove_file(temporary);
         }
+        self.old.iter().chain([&self.file]).for_each(lock::release);
     }
 }
 
@@ -343,15 +360,28 @@ fn create_unnamed(target: &Path, mode: u32) -> io::Result<(File, Option<PathBuf>
     }
 }
 
-/// Gives the name `target` to the file `new`.
-fn replace(new: &Path, target: &Path) -> io::Result<Placed> {
-    let placed = match exchange(new, target) {
-        Ok(()) => return Ok(Placed::Exchanged),
-        Err(Errno::NOENT) => Placed::Added,
-        Err(Errno::INVAL | Errno::NOSYS) => Placed::Replaced,
-        Err(e) => return Err(e.into()),
-    };
-    std::fs::rename(new, target).map(|()| placed)
+/// Gives the name `target` to the file `new`. If another file has it, that must be `old`.
+fn replace(new: &Path, target: &Path, old: Option<&File>) -> io::Result<Placed> {
+    if let Some(old) = old {
+        match exchange(new, target) {
+            Ok(()) if is_at(old, new) => return Ok(Placed::Exchanged),
+            Ok(()) => {
+                exchange(new, target)?;
+                let text = "another file has taken its place";
+                return Err(io::Error::new(io::ErrorKind::ResourceBusy, text));
+            }
+            Err(Errno::NOENT) => {}
+            Err(Errno::INVAL | Errno::NOSYS) => {
+                return std::fs::rename(new, target).map(|()| Placed::Replaced);
+            }
+            Err(e) => return Err(e.into()),
+        }
+    }
+    match rustix::fs::renameat_with(CWD, new, CWD, target, RenameFlags::NOREPLACE) {
+        Err(Errno::INVAL | Errno::NOSYS) => std::fs::rename(new, target)?,
+        renamed => renamed?,
+    }
+    Ok(Placed::Added)
 }
 
 fn exchange(a: &Path, b: &Path) -> rustix::io::Result<()> {
@@ -458,6 +488,7 @@ mod tests {
                 name: path.clone(),
                 target: path.clone(),
                 file,
+                old: None,
                 kind: Kind::regular(Some(temporary)),
             };
             if commit {
@@ -500,6 +531,42 @@ mod tests {
                 assert_eq!(names, old.iter().count());
             }
         }
+    }
+
+    #[test]
+    fn only_the_file_that_was_there_is_replaced() {
+        for old in [None, Some("old")] {
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join("disk");
+            if let Some(old) = old {
+                fs::write(&path, old).unwrap();
+            }
+            let new = NewFile::begin(&path).unwrap();
+            let other = dir.path().join("other");
+            fs::write(&other, "other").unwrap();
+            fs::rename(&other, &path).unwrap();
+            let error = NewFile::commit(vec![new]).unwrap_err().to_string();
+            assert!(error.contains("replace"), "{error}");
+            assert_eq!(fs::read(&path).unwrap(), b"other");
+            assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+        }
+    }
+
+    #[test]
+    fn a_file_in_use_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk");
+        fs::write(&path, "old").unwrap();
+        for access in [Access::Read, Access::Write, Access::WriteRaw] {
+            let options = crate::FileOptions::default();
+            let user = crate::file::ImageFile::open(&path, access, options).unwrap();
+            assert!(matches!(NewFile::begin(&path), Err(Error::Locked { .. })));
+            drop(user);
+            let first = NewFile::begin(&path).unwrap();
+            assert!(matches!(NewFile::begin(&path), Err(Error::Locked { .. })));
+            drop(first);
+        }
+        assert_eq!(fs::read(&path).unwrap(), b"old");
     }
 
     #[test]

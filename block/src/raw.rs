@@ -4,8 +4,10 @@ use std::path::Path;
 
 use vm_memory::VolatileSlice;
 
+use crate::cache_mode::CacheMode;
 use crate::disk::{check_range, total_len};
-use crate::file::ImageFile;
+use crate::file::{FileOptions, ImageFile};
+use crate::lock::Access;
 use crate::new_file::{NewFile, Preallocation};
 use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::sync::{Mutex, lock};
@@ -27,9 +29,19 @@ impl Raw {
     /// reads as zero, and a write to it makes the file longer.
     ///
     /// # Errors
-    /// [`Error::Io`] if the file cannot be opened, or is neither a regular file nor a block device.
+    /// [`Error::Io`] if the file cannot be opened, or is neither a regular file nor a block device;
+    /// [`Error::Locked`] if another program uses it.
     pub fn open(path: &Path, read_only: bool) -> Result<Self> {
-        Self::from_file(ImageFile::open(path, read_only)?, read_only)
+        Self::open_with(path, read_only, FileOptions::default())
+    }
+
+    /// As [`open`](Raw::open), with a say in how the file is used.
+    ///
+    /// # Errors
+    /// As [`open`](Raw::open).
+    pub fn open_with(path: &Path, read_only: bool, options: FileOptions) -> Result<Self> {
+        let file = ImageFile::open(path, Access::raw(read_only), options)?;
+        Self::from_file(file, read_only)
     }
 
     /// Creates a disk of `size` bytes, rounded up to whole sectors.
@@ -58,10 +70,13 @@ impl Raw {
     /// # Errors
     /// [`Error::Io`] if its size cannot be told.
     pub fn with_storage(name: &Path, storage: Box<dyn Storage>, read_only: bool) -> Result<Self> {
-        Self::from_file(ImageFile::new(storage, name), read_only)
+        Self::from_file(
+            ImageFile::new(storage, name, CacheMode::default()),
+            read_only,
+        )
     }
 
-    fn from_file(file: ImageFile, read_only: bool) -> Result<Self> {
+    pub(crate) fn from_file(file: ImageFile, read_only: bool) -> Result<Self> {
         Ok(Self {
             size: AtomicU64::new(file.size()?.next_multiple_of(512)),
             resizing: Mutex::default(),
@@ -80,6 +95,7 @@ impl Disk for Raw {
         Limits {
             block_size: 512,
             read_only: self.read_only,
+            write_cache: !self.file.is_write_through(),
         }
     }
 
@@ -91,19 +107,22 @@ impl Disk for Raw {
     fn write_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> Result<()> {
         self.check_writable()?;
         check_range(offset, total_len(bufs), self.size())?;
-        self.file.write_at(bufs, offset)
+        self.file.write_at(bufs, offset)?;
+        self.settle()
     }
 
     fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> Result<()> {
         self.check_writable()?;
         check_range(offset, len, self.size())?;
-        self.file.write_zeroes(offset, len, unmap)
+        self.file.write_zeroes(offset, len, unmap)?;
+        self.settle()
     }
 
     fn discard(&self, offset: u64, len: u64) -> Result<()> {
         self.check_writable()?;
         check_range(offset, len, self.size())?;
-        self.file.discard(offset, len)
+        self.file.discard(offset, len)?;
+        self.settle()
     }
 
     fn extent(&self, offset: u64, len: u64) -> Result<Extent> {
@@ -157,6 +176,14 @@ impl Disk for Raw {
 }
 
 impl Raw {
+    /// Ends a change: without a write cache, it is durable.
+    fn settle(&self) -> Result<()> {
+        if self.file.is_write_through() {
+            return self.file.sync();
+        }
+        Ok(())
+    }
+
     fn check_writable(&self) -> Result<()> {
         if self.read_only {
             Err(Error::ReadOnly)
@@ -169,6 +196,8 @@ impl Raw {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::FileStorage;
+    use std::io;
 
     #[test]
     fn serves_whole_sectors_within_range() {
@@ -198,6 +227,78 @@ mod tests {
         expected[..512].fill(0);
         expected[512..1024].fill(1);
         assert!(std::fs::read(&path).unwrap() == expected);
+    }
+
+    /// A file that cannot be synced.
+    #[derive(Debug)]
+    struct Unsynced(FileStorage);
+
+    impl Storage for Unsynced {
+        fn read_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> io::Result<()> {
+            self.0.read_at(bufs, offset)
+        }
+
+        fn write_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> io::Result<()> {
+            self.0.write_at(bufs, offset)
+        }
+
+        fn read_bytes_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+            self.0.read_bytes_at(buf, offset)
+        }
+
+        fn write_bytes_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+            self.0.write_bytes_at(buf, offset)
+        }
+
+        fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
+            self.0.write_zeroes(offset, len, unmap)
+        }
+
+        fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+            self.0.discard(offset, len)
+        }
+
+        fn next_data(&self, offset: u64) -> io::Result<Option<u64>> {
+            self.0.next_data(offset)
+        }
+
+        fn sync(&self) -> io::Result<()> {
+            Err(io::ErrorKind::Other.into())
+        }
+
+        fn size(&self) -> io::Result<u64> {
+            self.0.size()
+        }
+    }
+
+    #[test]
+    fn syncs_as_the_cache_mode_says() {
+        type Change = fn(&Raw) -> Result<()>;
+        let changes: [Change; 3] = [
+            |raw| raw.write_at(&[VolatileSlice::from(&mut [1; 512][..])], 512),
+            |raw| raw.write_zeroes(512, 512, false),
+            |raw| raw.discard(0, 512),
+        ];
+        for (cache, change_syncs, flush_syncs) in [
+            (CacheMode::Writeback, false, true),
+            (CacheMode::None, false, true),
+            (CacheMode::Writethrough, true, true),
+            (CacheMode::Directsync, true, true),
+            (CacheMode::Unsafe, false, false),
+        ] {
+            let raw = || {
+                let file = tempfile::tempfile().unwrap();
+                file.set_len(4096).unwrap();
+                let storage = Box::new(Unsynced(FileStorage::new(file).unwrap()));
+                let file = ImageFile::new(storage, Path::new("raw"), cache);
+                Raw::from_file(file, false).unwrap()
+            };
+            for change in changes {
+                assert_eq!(change(&raw()).is_err(), change_syncs, "{cache:?}");
+            }
+            assert_eq!(raw().flush().is_err(), flush_syncs, "{cache:?}");
+            assert_eq!(raw().limits().write_cache, !change_syncs, "{cache:?}");
+        }
     }
 
     #[test]

@@ -3,12 +3,15 @@
 use std::fmt::Debug;
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 
 use rustix::fs::{FallocateFlags, SeekFrom};
 use vm_memory::VolatileSlice;
+
+use crate::lock::{self, Access};
+use crate::{Locking, Result, vectored};
 
 /// One host file below a disk: image metadata, guest data, or both.
 ///
@@ -75,30 +78,33 @@ pub trait Storage: Debug + Send + Sync {
 pub struct FileStorage {
     file: File,
     is_block_device: bool,
+    is_locked: bool,
 }
-
-/// Segments handed to one system call. Linux takes up to 1024 (`UIO_MAXIOV`); requests of more are
-/// rare and go out in several calls.
-const MAX_IOV: usize = 128;
-
-/// Segments of an ordinary request.
-const FEW_IOV: usize = 8;
 
 /// Zeros are written from a buffer of this many bytes where the file system cannot zero a range.
 const ZERO_BUFFER: usize = 64 << 10;
 
 impl FileStorage {
-    /// Opens the file or block device at `path`, for reading only or for both.
+    /// Opens the file or block device at `path`, for reading only or for both. No lock is taken.
     ///
     /// # Errors
     /// As [`new`](FileStorage::new); a pipe is refused without waiting for its other end.
     pub fn open(path: &Path, read_only: bool) -> io::Result<Self> {
-        let file = OpenOptions::new()
+        Self::new(Self::open_file(path, read_only)?)
+    }
+
+    /// Opens whatever is at `path`, without waiting for the other end of a pipe.
+    pub(crate) fn open_file(path: &Path, read_only: bool) -> io::Result<File> {
+        OpenOptions::new()
             .read(true)
             .write(!read_only)
             .custom_flags(libc::O_NONBLOCK)
-            .open(path)?;
-        Self::new(file)
+            .open(path)
+    }
+
+    /// The open file.
+    pub(crate) fn file(&self) -> &File {
+        &self.file
     }
 
     /// Wraps an open file.
@@ -117,7 +123,15 @@ impl FileStorage {
         Ok(Self {
             file,
             is_block_device: kind.is_block_device(),
+            is_locked: false,
         })
+    }
+
+    /// Locks the file, which is called `path`, until this is dropped.
+    pub(crate) fn lock(&mut self, path: &Path, access: Access, locking: Locking) -> Result<()> {
+        lock::acquire(&self.file, path, access, locking)?;
+        self.is_locked = true;
+        Ok(())
     }
 
     fn fallocate(&self, flags: FallocateFlags, offset: u64, len: u64) -> rustix::io::Result<()> {
@@ -147,13 +161,33 @@ impl FileStorage {
     }
 }
 
+impl Drop for FileStorage {
+    fn drop(&mut self) {
+        if self.is_locked {
+            lock::release(&self.file);
+        }
+    }
+}
+
 impl Storage for FileStorage {
     fn read_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> io::Result<()> {
-        vectored::transfer(self.file.as_fd(), bufs, offset, vectored::Direction::Read)
+        vectored::transfer(
+            self.file.as_fd(),
+            bufs,
+            offset,
+            1,
+            vectored::Direction::Read,
+        )
     }
 
     fn write_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> io::Result<()> {
-        vectored::transfer(self.file.as_fd(), bufs, offset, vectored::Direction::Write)
+        vectored::transfer(
+            self.file.as_fd(),
+            bufs,
+            offset,
+            1,
+            vectored::Direction::Write,
+        )
     }
 
     fn read_bytes_at(&self, mut buf: &mut [u8], mut offset: u64) -> io::Result<()> {
@@ -263,141 +297,6 @@ impl Storage for FileStorage {
             return self.size().map(Some);
         }
         Ok(None)
-    }
-}
-
-/// `preadv` and `pwritev` on volatile memory: the one place where guest memory meets the kernel.
-mod vectored {
-    use super::*;
-    use crate::buffers::fill_zero;
-    use std::os::fd::BorrowedFd;
-    use vm_memory::volatile_memory::PtrGuardMut;
-
-    // Guards that unmap something must live as long as the pointers are used.
-    const _: () = assert!(!std::mem::needs_drop::<PtrGuardMut>());
-
-    #[derive(Clone, Copy, PartialEq, Eq)]
-    pub(super) enum Direction {
-        Read,
-        Write,
-    }
-
-    /// Moves all of `bufs` from or to `offset`. A read past the end of the file yields zeros.
-    pub(super) fn transfer(
-        fd: BorrowedFd<'_>,
-        bufs: &[VolatileSlice<'_>],
-        mut offset: u64,
-        direction: Direction,
-    ) -> io::Result<()> {
-        if let [buf] = bufs {
-            return transfer_chunk::<1>(fd, std::slice::from_ref(buf), offset, direction).map(drop);
-        }
-        for chunk in bufs.chunks(MAX_IOV) {
-            // Filling in the larger array would cost more than a small request's lookup.
-            let done = if chunk.len() <= FEW_IOV {
-                transfer_chunk::<FEW_IOV>(fd, chunk, offset, direction)?
-            } else {
-                transfer_chunk::<MAX_IOV>(fd, chunk, offset, direction)?
-            };
-            offset = offset
-                .checked_add(done)
-                .ok_or(io::ErrorKind::InvalidInput)?;
-        }
-        Ok(())
-    }
-
-    /// Moves the at most `N` buffers of `bufs`, and returns their length.
-    fn transfer_chunk<const N: usize>(
-        fd: BorrowedFd<'_>,
-        bufs: &[VolatileSlice<'_>],
-        offset: u64,
-        direction: Direction,
-    ) -> io::Result<u64> {
-        let mut iov = [libc::iovec {
-            iov_base: std::ptr::null_mut(),
-            iov_len: 0,
-        }; N];
-        let mut total = 0usize;
-        for (entry, buf) in iov.iter_mut().zip(bufs) {
-            *entry = libc::iovec {
-                iov_base: buf.ptr_guard_mut().as_ptr().cast(),
-                iov_len: buf.len(),
-            };
-            total += buf.len();
-        }
-        let mut done = transfer_iov(fd, &mut iov[..bufs.len()], total, offset, direction)?;
-        if done < total {
-            for buf in bufs {
-                if let Ok(rest) = buf.offset(done.min(buf.len())) {
-                    fill_zero(&[rest]);
-                }
-                done = done.saturating_sub(buf.len());
-            }
-        }
-        Ok(total as u64)
-    }
-
-    /// Moves the `left` bytes of `iov`, and returns how many: a read stops at the end of the file.
-    fn transfer_iov(
-        fd: BorrowedFd<'_>,
-        mut iov: &mut [libc::iovec],
-        len: usize,
-        mut offset: u64,
-        direction: Direction,
-    ) -> io::Result<usize> {
-        let mut left = len;
-        while left > 0 {
-            let position = i64::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
-            let count = iov.len() as libc::c_int;
-            // SAFETY: every entry of `iov` describes memory of a `VolatileSlice` whose lifetime
-            // outlives this call and which is not borrowed as a Rust reference anywhere; the
-            // kernel may read or write it at will. The memory stays mapped without the guards that
-            // the pointers came from, since those do nothing when they are dropped.
-            let n = unsafe {
-                let (fd, first) = (fd.as_raw_fd(), iov[0]);
-                match (direction, count) {
-                    // The kernel has less to do for one buffer.
-                    (Direction::Read, 1) => {
-                        libc::pread(fd, first.iov_base, first.iov_len, position)
-                    }
-                    (Direction::Write, 1) => {
-                        libc::pwrite(fd, first.iov_base, first.iov_len, position)
-                    }
-                    (Direction::Read, _) => libc::preadv(fd, iov.as_ptr(), count, position),
-                    (Direction::Write, _) => libc::pwritev(fd, iov.as_ptr(), count, position),
-                }
-            };
-            match n {
-                0 if direction == Direction::Read => return Ok(len - left),
-                0 => return Err(io::ErrorKind::WriteZero.into()),
-                n if n > 0 => {
-                    left -= n as usize;
-                    offset += n as u64;
-                    iov = advance(iov, n as usize);
-                }
-                _ => {
-                    let error = io::Error::last_os_error();
-                    if error.kind() != io::ErrorKind::Interrupted {
-                        return Err(error);
-                    }
-                }
-            }
-        }
-        Ok(len)
-    }
-
-    /// Drops the first `n` bytes of `iov`.
-    fn advance(mut iov: &mut [libc::iovec], mut n: usize) -> &mut [libc::iovec] {
-        while let Some(first) = iov.first_mut() {
-            if n < first.iov_len {
-                first.iov_base = first.iov_base.cast::<u8>().wrapping_add(n).cast();
-                first.iov_len -= n;
-                break;
-            }
-            n -= first.iov_len;
-            iov = &mut iov[1..];
-        }
-        iov
     }
 }
 

@@ -22,8 +22,9 @@ use machine::{Machine, SERIAL, within_deadline};
 use tandem_block::{Disk, Raw};
 use tandem_devices::GuestMemory;
 use tandem_devices::bus::BusDevice;
+use tandem_devices::virtio::block::Block;
 use tandem_devices::virtio::mmio::VirtioMmio;
-use tandem_devices::virtio::{FEATURE_EVENT_IDX, FEATURE_INDIRECT_DESC};
+use tandem_devices::virtio::{FEATURE_EVENT_IDX, FEATURE_INDIRECT_DESC, VirtioDevice};
 use virtio_drivers::device::blk::{BlkReq, BlkResp, RespStatus, VirtIOBlk};
 use virtio_drivers::transport::{DeviceStatus, DeviceType, InterruptStatus, Transport};
 use virtio_drivers::{BufferDirection, Error, Hal, PAGE_SIZE, PhysAddr};
@@ -336,6 +337,21 @@ fn flushes_when_asked_or_else_after_each_write() {
         let mut driver = driver_without(&machine, FEATURE_FLUSH);
         driver.write_blocks(0, &[2; 512]).unwrap();
         assert_eq!(disk.flushes.load(Ordering::SeqCst), 2);
+    });
+}
+
+#[test]
+fn a_disk_without_a_write_cache_is_never_flushed() {
+    within_deadline(|| {
+        let disk = Arc::new(MemoryDisk::without_write_cache(16));
+        let block = Block::new(Arc::clone(&disk) as Arc<dyn Disk>, None);
+        assert_eq!(block.features() & FEATURE_FLUSH, 0);
+        let machine = machine(Arc::clone(&disk) as Arc<dyn Disk>);
+        let mut driver = driver(&machine);
+        driver.write_blocks(0, &[1; 512]).unwrap();
+        driver.flush().unwrap();
+        assert_eq!(disk.content()[..512], [1; 512]);
+        assert_eq!(disk.flushes.load(Ordering::SeqCst), 0);
     });
 }
 

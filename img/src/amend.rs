@@ -3,12 +3,13 @@
 use std::path::PathBuf;
 
 use clap::Command;
+use tandem_block::FileOptions;
 use tandem_block::qcow2::{self, AmendOptions};
 
 use crate::create;
 use crate::failure::Failure;
 use crate::getopt::{self, Parsed, flag, value};
-use crate::image::{Format, Image, could_not_open};
+use crate::image::{Format, Image, cache, cache_option, could_not_open};
 use crate::options::{self, Definition, Kind, Options};
 use crate::output;
 
@@ -17,7 +18,7 @@ pub fn command() -> Command {
     Command::new("amend")
         .about("Changes options of an image")
         .disable_help_flag(true)
-        .override_usage("tandem-img amend -o OPTIONS [-f FMT] [-p] [-q] FILENAME")
+        .override_usage("tandem-img amend -o OPTIONS [-f FMT] [-p] [-q] [-t MODE] FILENAME")
         .args([
             getopt::help(),
             value(
@@ -34,7 +35,7 @@ pub fn command() -> Command {
             ),
             flag("progress", Some('p'), "Show progress"),
             flag("quiet", Some('q'), "Print nothing but errors"),
-            value("cache", Some('t'), "MODE", "Not supported yet").hide(true),
+            cache_option("cache", 't', "the image"),
             flag("force", None, "Not supported yet").hide(true),
             value("object", None, "DEFINITION", "Not supported yet").hide(true),
             flag("image-opts", None, "Not supported yet").hide(true),
@@ -94,7 +95,11 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
         output::print(&format!("Amend options for 'qcow2':\n{text}"));
         return Ok(());
     }
-    args.refuse(&["cache", "force", "object", "image-opts"])?;
+    let files = FileOptions {
+        cache: cache(args, "cache")?,
+        ..FileOptions::default()
+    };
+    args.refuse(&["force", "object", "image-opts"])?;
     if args.operands.len() != 1 {
         return Err(args.name.error("Expecting one image file name"));
     }
@@ -121,6 +126,7 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
         data_file: options.text("data_file").map(PathBuf::from),
         data_file_raw: switch("data_file_raw"),
         lazy_refcounts: switch("lazy_refcounts"),
+        files,
     };
     let progress = args.has("progress") && !args.has("quiet");
     if progress {

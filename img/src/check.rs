@@ -3,11 +3,15 @@
 use clap::Command;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
-use tandem_block::qcow2::{self, CheckOptions, CheckReport, Follow, Repair};
+use tandem_block::FileOptions;
+use tandem_block::qcow2::{self, CheckOptions, CheckReport, Repair};
 
 use crate::failure::Failure;
 use crate::getopt::{self, Parsed, flag, value};
-use crate::image::{Format, Image, could_not_open, follow, follow_option};
+use crate::image::{
+    Format, Image, cache, cache_option, could_not_open, follow, follow_option, force_share_option,
+    locking,
+};
 use crate::output::{self, Output};
 
 /// Exit status: the image has errors.
@@ -22,7 +26,10 @@ pub fn command() -> Command {
     Command::new("check")
         .about("Checks the metadata of an image, and repairs it with -r")
         .disable_help_flag(true)
-        .override_usage("tandem-img check [-f FMT] [--output human|json] [-r leaks|all] [-q] [-U] FILENAME")
+        .override_usage(
+            "tandem-img check [-f FMT] [--output human|json] [-r leaks|all] [-q] [-T MODE] [-U] \
+             FILENAME",
+        )
         .args([
             getopt::help(),
             flag("quiet", Some('q'), "Print nothing but errors"),
@@ -33,11 +40,8 @@ pub fn command() -> Command {
                 "Format of the image: qcow2 or raw (default: told by its first bytes)",
             ),
             value("output", None, "human|json", "How to print the result"),
-            flag(
-                "force-share",
-                Some('U'),
-                "Accepted for compatibility: no lock is taken",
-            ),
+            force_share_option(),
+            cache_option("source-cache", 'T', "the image"),
             value(
                 "repair",
                 Some('r'),
@@ -45,7 +49,6 @@ pub fn command() -> Command {
                 "Repair leaked clusters only, or all that can be without loss of data",
             ),
             follow_option(),
-            value("cache", Some('T'), "MODE", "Not supported yet").hide(true),
             value("object", None, "DEFINITION", "Not supported yet").hide(true),
             flag("image-opts", None, "Not supported yet").hide(true),
         ])
@@ -109,7 +112,16 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
             )));
         }
     };
-    args.refuse(&["cache", "object", "image-opts"])?;
+    let options = CheckOptions {
+        repair,
+        follow: follow(args)?,
+        files: FileOptions {
+            locking: locking(args),
+            cache: cache(args, "source-cache")?,
+        },
+        ..CheckOptions::default()
+    };
+    args.refuse(&["object", "image-opts"])?;
     let image = Image::from_args(args)?;
     if image.format == Format::Raw {
         let failure = args.name.error("This image format does not support checks");
@@ -118,14 +130,17 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
             ..failure
         });
     }
-    let follow = follow(args)?;
-    let mut report = check(args, &image, repair, follow)?;
+    let mut report = check(args, &image, &options)?;
     if report.corruptions_fixed > 0 || report.leaks_fixed > 0 {
         if output == Output::Human && !args.has("quiet") {
             output::print(&repaired(&report));
         }
         let (corruptions_fixed, leaks_fixed) = (report.corruptions_fixed, report.leaks_fixed);
-        report = check(args, &image, Repair::Nothing, follow)?;
+        let again = CheckOptions {
+            repair: Repair::Nothing,
+            ..options
+        };
+        report = check(args, &image, &again)?;
         (report.corruptions_fixed, report.leaks_fixed) = (corruptions_fixed, leaks_fixed);
     }
     if !args.has("quiet") {
@@ -169,8 +184,7 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
 fn check(
     args: &Parsed,
     image: &Image<'_>,
-    repair: Repair,
-    follow: Follow,
+    options: &CheckOptions<'_>,
 ) -> Result<CheckReport, Failure> {
     let bar = if args.has("quiet") {
         ProgressBar::hidden()
@@ -184,10 +198,9 @@ fn check(
         bar.set_position(done);
     };
     let options = CheckOptions {
-        repair,
-        follow,
         progress: Some(&progress),
-        ..CheckOptions::default()
+        data_file: options.data_file.clone(),
+        ..*options
     };
     let report = qcow2::check(image.path, &options, &mut |finding| {
         bar.suspend(|| eprintln!("{}", finding.text));

@@ -4,13 +4,16 @@ use std::ffi::OsStr;
 
 use clap::Command;
 use tandem_block::qcow2::Follow;
-use tandem_block::{Disk, ExtentKind, extent_in_chain};
+use tandem_block::{Disk, ExtentKind, FileOptions, extent_in_chain};
 use vm_memory::VolatileSlice;
 
 use crate::create;
 use crate::failure::Failure;
 use crate::getopt::{self, Parsed, flag, value};
-use crate::image::{Format, Image, could_not_open, follow, follow_option, local_path};
+use crate::image::{
+    Format, Image, cache, cache_option, could_not_open, follow, follow_option, force_share_option,
+    local_path, locking,
+};
 
 /// Bytes that are copied at once.
 const PIECE: usize = 2 << 20;
@@ -22,7 +25,10 @@ pub fn command() -> Command {
     Command::new("convert")
         .about("Copies a disk into a new image")
         .disable_help_flag(true)
-        .override_usage("tandem-img convert [-f FMT] [-O FMT] [-o OPTIONS] [-q] FILENAME OUTPUT")
+        .override_usage(
+            "tandem-img convert [-f FMT] [-O FMT] [-o OPTIONS] [-q] [-t MODE] [-T MODE] [-U] \
+             FILENAME OUTPUT",
+        )
         .args([
             getopt::help(),
             flag("quiet", Some('q'), "Print nothing but errors"),
@@ -44,6 +50,9 @@ pub fn command() -> Command {
                 "OPTIONS",
                 "Options of the new image, as for `create`",
             ),
+            cache_option("cache", 't', "the new image"),
+            cache_option("source-cache", 'T', "the image that is read"),
+            force_share_option(),
             follow_option(),
         ])
         .after_help(
@@ -67,19 +76,31 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
         .to_string_lossy();
     let format = Format::from_name(&format)
         .ok_or_else(|| args.name.error(&format!("Unknown file format '{format}'")))?;
+    let source_files = FileOptions {
+        cache: cache(args, "source-cache")?,
+        locking: locking(args),
+    };
+    let files = FileOptions {
+        cache: cache(args, "cache")?,
+        ..FileOptions::default()
+    };
     let opened = |name: &OsStr, reason: &str| args.name.error(&could_not_open(name, reason));
     let image = Image::look(source, args.value("format")).map_err(|e| opened(source, &e))?;
     let follow = follow(args)?;
     let from = image
-        .open(true, follow)
+        .open(true, follow, source_files)
         .map_err(|e| opened(source, &e.reason()))?;
     let path = local_path(target).map_err(|e| opened(target, &e))?;
     let created = create::create_copy(format, path, from.size(), &list);
-    created.map_err(|e| args.name.error(&format!("{}: {e}", target.display())))?;
+    created.map_err(|e| {
+        let (target, format) = (target.display(), format.name());
+        args.name
+            .error(&format!("{target}: error while converting {format}: {e}"))
+    })?;
     let name = OsStr::new(format.name());
     let new = Image::look(target, Some(name)).map_err(|e| opened(target, &e))?;
     let to = new
-        .open(false, Follow::Anywhere)
+        .open(false, Follow::Anywhere, files)
         .map_err(|e| opened(target, &e.reason()))?;
     let is_zero = !new.may_hold_other_data();
     copy(&*from, &*to, is_zero).map_err(|e| args.name.error(&e.to_string()))

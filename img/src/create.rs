@@ -8,7 +8,7 @@ use clap::Command;
 use tandem_block::qcow2::{
     self, BackingFormat, CompressionType, CreateOptions, DataFileLayout, Follow,
 };
-use tandem_block::{Error, Preallocation, Raw};
+use tandem_block::{Error, FileOptions, Locking, Preallocation, Raw};
 
 use crate::failure::Failure;
 use crate::getopt::{self, Parsed, flag, value};
@@ -369,7 +369,12 @@ fn check_backing(file: &OsStr, options: &mut Options, is_unsafe: bool) -> Result
         let found = backing.format.name();
         return Err(format!("{NO_FORMAT}\nDetected format of {found}."));
     }
-    let disk = backing.open(true, Follow::default());
+    // Only its size is of interest, and that somebody writes to it may be mended before it is used.
+    let files = FileOptions {
+        locking: Locking::Off,
+        ..FileOptions::default()
+    };
+    let disk = backing.open(true, Follow::default(), files);
     let disk = disk.map_err(|e| opened(e.reason()))?;
     if options.number("size").is_none() {
         options.set("size", Value::Number(disk.size()));

@@ -8,10 +8,10 @@ use std::path::Path;
 
 use clap::Arg;
 use tandem_block::qcow2::{Follow, Info, OpenOptions, Qcow2, backing_path};
-use tandem_block::{Disk, FileStorage, Raw, Storage};
+use tandem_block::{CacheMode, Disk, FileOptions, FileStorage, Locking, Raw, Storage};
 
 use crate::failure::Failure;
-use crate::getopt::{Parsed, value};
+use crate::getopt::{Parsed, flag, value};
 
 /// The formats that there are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -98,13 +98,19 @@ impl<'a> Image<'a> {
     }
 
     /// Opens it as a disk; names in it may lead where `follow` says.
-    pub fn open(&self, read_only: bool, follow: Follow) -> tandem_block::Result<Box<dyn Disk>> {
+    pub fn open(
+        &self,
+        read_only: bool,
+        follow: Follow,
+        files: FileOptions,
+    ) -> tandem_block::Result<Box<dyn Disk>> {
         Ok(match self.format {
-            Format::Raw => Box::new(Raw::open(self.path, read_only)?),
+            Format::Raw => Box::new(Raw::open_with(self.path, read_only, files)?),
             Format::Qcow2 => {
                 let options = OpenOptions {
                     read_only,
                     follow,
+                    files,
                     ..OpenOptions::default()
                 };
                 Box::new(Qcow2::open(self.path, &options)?)
@@ -121,7 +127,7 @@ impl<'a> Image<'a> {
         let mut next = (self.format == Format::Qcow2).then(|| self.path.to_owned());
         let mut last = self.path.to_owned();
         while let Some(path) = next.take() {
-            let info = Info::read(&path)?;
+            let info = Info::read_with(&path, Locking::Off)?;
             names.push(match info.data_file {
                 Some(name) => String::from_utf8_lossy(&name).into_owned(),
                 None => path.to_string_lossy().into_owned(),
@@ -153,7 +159,7 @@ impl<'a> Image<'a> {
     }
 
     fn raw_data_file(&self) -> Option<Metadata> {
-        let info = Info::read(self.path).ok()?;
+        let info = Info::read_with(self.path, Locking::Off).ok()?;
         let name = info.data_file.filter(|_| info.data_file_raw)?;
         let directory = self.path.parent().unwrap_or(Path::new(""));
         directory.join(OsStr::from_bytes(&name)).metadata().ok()
@@ -230,6 +236,45 @@ pub fn follow(args: &Parsed) -> Result<Follow, Failure> {
             "--follow expects 'image-directory', 'anywhere' or 'nothing' not '{other}'"
         ))),
     }
+}
+
+/// Definition of the option that reads an image which another program may be writing.
+pub fn force_share_option() -> Arg {
+    flag(
+        "force-share",
+        Some('U'),
+        "Read the image even if another program writes to it; what is read may be inconsistent",
+    )
+}
+
+/// What that option says.
+pub fn locking(args: &Parsed) -> Locking {
+    if args.has("force-share") {
+        Locking::ForceShare
+    } else {
+        Locking::On
+    }
+}
+
+/// Definition of the option `id`, called `letter`, that tells the cache mode of `what`.
+pub fn cache_option(id: &'static str, letter: char, what: &str) -> Arg {
+    let help = format!(
+        "Cache mode of {what}: writeback (default), none, writethrough, directsync, unsafe"
+    );
+    value(id, Some(letter), "MODE", "").help(help)
+}
+
+/// What that option says.
+pub fn cache(args: &Parsed, id: &str) -> Result<CacheMode, Failure> {
+    let Some(given) = args.value(id) else {
+        return Ok(CacheMode::default());
+    };
+    let name = given.to_string_lossy();
+    CacheMode::from_name(&name).ok_or_else(|| {
+        let source = if id == "source-cache" { "source " } else { "" };
+        args.name
+            .error(&format!("Invalid {source}cache option: {name}"))
+    })
 }
 
 /// The text about an image that could not be opened.

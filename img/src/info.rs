@@ -11,7 +11,9 @@ use tandem_block::qcow2::{DataFileLayout, Info};
 
 use crate::failure::Failure;
 use crate::getopt::{self, Parsed, flag, value};
-use crate::image::{Format, Image, could_not_open, local_path, printable};
+use crate::image::{
+    Format, Image, could_not_open, force_share_option, local_path, locking, printable,
+};
 use crate::output::{self, Output};
 use crate::size;
 use crate::snapshot;
@@ -31,11 +33,7 @@ pub fn command() -> Command {
                 "Format of the image: qcow2 or raw (default: told by its first bytes)",
             ),
             value("output", None, "human|json", "How to print the result"),
-            flag(
-                "force-share",
-                Some('U'),
-                "Accepted for compatibility: no lock is taken",
-            ),
+            force_share_option(),
             flag("backing-chain", Some('b'), "Not supported yet").hide(true),
             value("object", None, "DEFINITION", "Not supported yet").hide(true),
             flag("image-opts", None, "Not supported yet").hide(true),
@@ -56,7 +54,7 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
     let info = match image.format {
         Format::Raw => None,
         Format::Qcow2 => Some(
-            Info::read(image.path)
+            Info::read_with(image.path, locking(args))
                 .map_err(|e| args.name.error(&could_not_open(image.name, &e.reason())))?,
         ),
     };

@@ -1,11 +1,13 @@
 //! `tandem-img map`
 
 use clap::Command;
-use tandem_block::{ExtentKind, extent_in_chain};
+use tandem_block::{ExtentKind, FileOptions, Locking, extent_in_chain};
 
 use crate::failure::Failure;
 use crate::getopt::{self, Parsed, flag, value};
-use crate::image::{Image, could_not_open, follow, follow_option};
+use crate::image::{
+    Format, Image, could_not_open, follow, follow_option, force_share_option, locking,
+};
 use crate::output::{self, Output};
 use crate::size;
 
@@ -28,11 +30,7 @@ pub fn command() -> Command {
             value("output", None, "human|json", "How to print the result"),
             value("start-offset", Some('s'), "OFFSET", "Where to begin"),
             value("max-length", Some('l'), "LENGTH", "How much to show"),
-            flag(
-                "force-share",
-                Some('U'),
-                "Accepted for compatibility: no lock is taken",
-            ),
+            force_share_option(),
             follow_option(),
             value("object", None, "DEFINITION", "Not supported yet").hide(true),
             flag("image-opts", None, "Not supported yet").hide(true),
@@ -109,7 +107,15 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
     let image = Image::from_args(args)?;
     let fail = |e: tandem_block::Error| args.name.error(&could_not_open(image.name, &e.reason()));
     let follow = follow(args)?;
-    let disk = image.open(true, follow).map_err(fail)?;
+    let files = FileOptions {
+        // As in QEMU, the map of a raw disk is not worth keeping writers off.
+        locking: match image.format {
+            Format::Raw => Locking::ForceShare,
+            Format::Qcow2 => locking(args),
+        },
+        ..FileOptions::default()
+    };
+    let disk = image.open(true, follow, files).map_err(fail)?;
     let end = match length {
         Some(length) => start.saturating_add(length).min(disk.size()),
         None => disk.size(),

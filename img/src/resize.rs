@@ -3,6 +3,7 @@
 use std::ffi::{OsStr, OsString};
 
 use clap::Command;
+use tandem_block::FileOptions;
 
 use crate::failure::Failure;
 use crate::getopt::{self, Parsed, flag, value};
@@ -110,7 +111,7 @@ fn resize(
 ) -> Result<(), Failure> {
     let follow = follow(args)?;
     let disk = image
-        .open(false, follow)
+        .open(false, follow, FileOptions::default())
         .map_err(|e| args.name.error(&could_not_open(image.name, &e.reason())))?;
     let old = disk.size();
     let new = match relative {

@@ -7,12 +7,14 @@ use std::time::{Duration, SystemTime};
 use chrono::{DateTime, Local};
 use clap::Command;
 use serde_json::{Map, Value};
-use tandem_block::Error;
 use tandem_block::qcow2::{OpenOptions, Qcow2, SnapshotInfo};
+use tandem_block::{Error, FileOptions};
 
 use crate::failure::Failure;
 use crate::getopt::{self, Parsed, flag, value};
-use crate::image::{Format, Image, could_not_open, follow, follow_option, printable};
+use crate::image::{
+    Format, Image, could_not_open, follow, follow_option, force_share_option, locking, printable,
+};
 use crate::output;
 use crate::size;
 
@@ -51,11 +53,7 @@ pub fn command() -> Command {
                 "Delete the first snapshot with this name",
             ),
             flag("quiet", Some('q'), "Print nothing but errors and the list"),
-            flag(
-                "force-share",
-                Some('U'),
-                "With -l, open an image that another program writes",
-            ),
+            force_share_option(),
             follow_option(),
             value("object", None, "DEFINITION", "Not supported yet").hide(true),
             flag("image-opts", None, "Not supported yet").hide(true),
@@ -112,6 +110,10 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
     let options = OpenOptions {
         read_only: matches!(action, Action::List),
         follow: follow(args)?,
+        files: FileOptions {
+            locking: locking(args),
+            ..FileOptions::default()
+        },
         ..OpenOptions::default()
     };
     let disk = Qcow2::open(image.path, &options).map_err(|e| opened(&e.reason()))?;

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use tandem_block::qcow2::{BackingFormat, Follow};
+use tandem_block::{CacheMode, FileOptions, Locking};
 use tandem_devices::virtio::block::{InvalidSerial, Serial};
 
 use crate::layout;
@@ -113,6 +114,8 @@ pub struct DiskConfig {
     pub serial: Option<Serial>,
     /// Bytes of memory for the L2 tables of a qcow2 image; `None` is the engine's default.
     pub l2_cache_size: Option<usize>,
+    /// Whether the disk's files are locked, and which caches lie before the medium.
+    pub files: FileOptions,
 }
 
 /// How a disk image is laid out.
@@ -173,8 +176,8 @@ pub enum Error {
     DiskOption(String),
     /// A key that disks do not have.
     #[error(
-        "unknown disk key '{0}'; known are readonly, format, data-file, follow, backing-format, \
-         serial and l2-cache-size"
+        "unknown disk key '{0}'; known are readonly, format, cache, locking, data-file, follow, \
+         backing-format, serial and l2-cache-size"
     )]
     DiskKey(String),
     /// A key that is there twice.
@@ -234,6 +237,7 @@ impl DiskConfig {
             backing_format: None,
             serial: None,
             l2_cache_size: None,
+            files: FileOptions::default(),
         }
     }
 
@@ -287,6 +291,22 @@ impl DiskConfig {
                     b"raw" => DiskFormat::Raw,
                     _ => return Err(error("format", "qcow2 or raw")),
                 }
+            }
+            b"cache" => {
+                self.files.cache = CacheMode::from_name(&lossy(value)).ok_or_else(|| {
+                    error(
+                        "cache",
+                        "writeback, none, writethrough, directsync or unsafe",
+                    )
+                })?;
+            }
+            b"locking" => {
+                self.files.locking = match value {
+                    b"on" => Locking::On,
+                    b"force-share" => Locking::ForceShare,
+                    b"off" => Locking::Off,
+                    _ => return Err(error("locking", "on, force-share or off")),
+                };
             }
             b"data-file" if value.is_empty() => {
                 return Err(error("data-file", "the path of a file"));
@@ -417,6 +437,7 @@ mod tests {
                 backing_format: None,
                 serial: Some("A1".parse().unwrap()),
                 l2_cache_size: None,
+                files: FileOptions::default(),
             }
         );
         let disk: DiskConfig = "a,l2-cache-size=512K".parse().unwrap();
@@ -424,6 +445,11 @@ mod tests {
         let disk: DiskConfig = "a,follow=anywhere,backing-format=raw".parse().unwrap();
         assert_eq!(disk.follow, Some(Follow::Anywhere));
         assert_eq!(disk.backing_format, Some(BackingFormat::Raw));
+        let disk: DiskConfig = "a,cache=none,locking=off".parse().unwrap();
+        assert_eq!(
+            (disk.files.cache, disk.files.locking),
+            (CacheMode::None, Locking::Off)
+        );
         let disk: DiskConfig = "a,format=raw,readonly=off".parse().unwrap();
         assert_eq!((disk.format, disk.read_only), (DiskFormat::Raw, false));
 
@@ -439,7 +465,7 @@ mod tests {
         assert_eq!(error(",readonly=on"), Error::DiskPath);
         assert_eq!(error("a,ro"), Error::DiskOption("ro".into()));
         assert_eq!(error("a,"), Error::DiskOption(String::new()));
-        assert_eq!(error("a,cache=none"), Error::DiskKey("cache".into()));
+        assert_eq!(error("a,aio=native"), Error::DiskKey("aio".into()));
         assert_eq!(
             error("a,readonly=on,readonly=on"),
             Error::DiskKeyTwice("readonly".into())
@@ -457,6 +483,8 @@ mod tests {
             "a,format=vmdk",
             "a,data-file=",
             "a,follow=me",
+            "a,cache=",
+            "a,locking=auto",
             "a,backing-format=vmdk",
             "a,l2-cache-size=1000",
             "a,l2-cache-size=1T",

@@ -20,7 +20,11 @@ use crate::layout;
 /// Opens the image of `config`.
 pub fn open(config: &DiskConfig) -> Result<Arc<dyn Disk>> {
     match config.format {
-        DiskFormat::Raw => Ok(Arc::new(Raw::open(&config.path, config.read_only)?)),
+        DiskFormat::Raw => Ok(Arc::new(Raw::open_with(
+            &config.path,
+            config.read_only,
+            config.files,
+        )?)),
         DiskFormat::Qcow2 => open_qcow2(config),
     }
 }
@@ -33,6 +37,7 @@ fn open_qcow2(config: &DiskConfig) -> Result<Arc<dyn Disk>> {
         follow: config.follow.unwrap_or(default.follow),
         backing_format: config.backing_format,
         l2_cache_size: config.l2_cache_size.unwrap_or(default.l2_cache_size),
+        files: config.files,
     };
     match Qcow2::open(&config.path, &options) {
         Ok(disk) => Ok(Arc::new(disk)),

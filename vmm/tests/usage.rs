@@ -29,8 +29,13 @@ fn wrong_arguments_end_with_status_2() {
         (&["--cpus=0"], "1..=32"),
         (&["--cpus=33"], "1..=32"),
         (
-            &["--disk=a,cache=none"],
-            "known are readonly, format, data-file, follow, backing-format, serial and l2-cache-size",
+            &["--disk=a,aio=native"],
+            "known are readonly, format, cache, locking, data-file, follow, backing-format, serial \
+             and l2-cache-size",
+        ),
+        (
+            &["--disk=a,cache=no"],
+            "'no' is not writeback, none, writethrough, directsync or unsafe",
         ),
         (
             &["--disk=a,format=raw,data-file=b"],
@@ -62,6 +67,14 @@ fn impossible_machines_end_with_status_2() {
 fn what_cannot_be_run_ends_with_status_1() {
     for (arguments, text) in [
         (&["--disk=@/raw"] as &[_], "/raw,format=raw"),
+        (
+            &["--disk=@/raw,format=raw", "--disk=@/raw,format=raw"],
+            "/raw': failed to get \"write\" lock; is another process using it?",
+        ),
+        (
+            &["--disk=@/raw,format=raw,locking=force-share"],
+            "force-share=on can only be used with read-only images",
+        ),
         (&["--disk=@/none"], "could not open"),
         (&["--disk=@/none,format=raw"], "could not open"),
         (&["--initrd=@/none"], "/none'"),
@@ -88,6 +101,8 @@ fn help_tells_everything_there_is() {
     for text in [
         "data-file=PATH",
         "serial=ID",
+        "cache=MODE",
+        "locking=on|force-share|off",
         "Ctrl-A X",
         "Exit status",
         "Examples",

@@ -6,7 +6,8 @@ use std::os::unix::ffi::OsStrExt;
 
 use super::backing::Found;
 use super::header::{Header, autoclear, compatible};
-use crate::file::ImageFile;
+use crate::file::{FileOptions, ImageFile};
+use crate::lock::Access;
 use crate::{Error, Result};
 
 /// What is to change. Nothing does by default.
@@ -19,6 +20,8 @@ pub struct AmendOptions {
     pub data_file_raw: Option<bool>,
     /// Whether a writer may postpone refcount updates.
     pub lazy_refcounts: Option<bool>,
+    /// How the image file is used.
+    pub files: FileOptions,
 }
 
 /// Changes options of the image at `path`: all that are asked for or, after an error, none.
@@ -31,7 +34,8 @@ pub struct AmendOptions {
 /// long for the cluster size; as [`Qcow2::open`](super::Qcow2::open) for an image that cannot be
 /// written.
 pub fn amend(path: &Path, options: &AmendOptions) -> Result<()> {
-    let Found { image, mut header } = Found::new(ImageFile::open(path, false)?, false)?;
+    let image = ImageFile::open(path, Access::Write, options.files)?;
+    let Found { image, mut header } = Found::new(image, false)?;
     apply(&mut header, options)?;
     let new = header.encode(path)?;
     let mut old = vec![0; new.len()];
@@ -126,9 +130,15 @@ mod tests {
                 data_file: name(300),
                 data_file_raw: Some(false),
                 lazy_refcounts: Some(true),
+                ..AmendOptions::default()
             };
             amend(&path, &options).unwrap();
-            let header = Header::read(&*ImageFile::open(&path, true).unwrap().storage, &path);
+            let header = Header::read(
+                &*ImageFile::open(&path, Access::Read, FileOptions::default())
+                    .unwrap()
+                    .storage,
+                &path,
+            );
             let header = header.unwrap();
             assert_eq!(header.extensions.data_file, Some(vec![b'x'; 300]));
             assert!(!header.data_file_is_raw());

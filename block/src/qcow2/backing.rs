@@ -16,7 +16,8 @@ use super::{OpenOptions, Qcow2, check};
 use crate::buffers::{Buffers, fill_zero};
 use crate::error::system_text;
 use crate::file::ImageFile;
-use crate::{Disk, Error, FileStorage, Raw, Result};
+use crate::lock::Access;
+use crate::{Disk, Error, Raw, Result};
 
 /// Most images below one another.
 const MAX_DEPTH: usize = 256;
@@ -72,12 +73,6 @@ impl Found {
         }
         Ok(Self { image, header })
     }
-
-    /// Device and inode.
-    fn id(&self) -> std::result::Result<(u64, u64), String> {
-        let metadata = self.image.path.metadata().map_err(|e| system_text(&e))?;
-        Ok((metadata.dev(), metadata.ino()))
-    }
 }
 
 /// Opens what lies below `top`: from the backing file that it names down to an image that names none,
@@ -130,28 +125,30 @@ fn find(
     options: &OpenOptions,
     ids: &mut Vec<(u64, u64)>,
 ) -> std::result::Result<Next, String> {
-    let id = above.id()?;
-    if ids.contains(&id) {
-        return Err(format!("'{}' is below itself", above.image.path.display()));
+    ids.push(id(&above.image.path)?);
+    let format = format_of(&above.header, options)?;
+    let path = path_of(&above.image.path, name)?;
+    if id(&path).is_ok_and(|id| ids.contains(&id)) {
+        return Err(format!("'{}' is below itself", path.display()));
     }
-    if ids.len() == MAX_DEPTH {
+    if ids.len() > MAX_DEPTH {
         return Err(format!("more than {MAX_DEPTH} images below one another"));
     }
-    ids.push(id);
-    let format = format_of(&above.header, options)?;
-    let (path, file) = policy::open_backing_file(&above.image.path, name, options.follow)?;
-    let storage = FileStorage::new(file);
-    let storage = storage.map_err(|e| Error::io(&path, "open", e).reason())?;
-    match format {
-        BackingFormat::Raw => {
-            Raw::with_storage(&path, Box::new(storage), true).map(|raw| Next::Disk(Box::new(raw)))
-        }
-        BackingFormat::Qcow2 => {
-            let image = ImageFile::new(Box::new(storage), &path);
-            Found::new(image, true).map(|found| Next::Image(Box::new(found)))
-        }
-    }
-    .map_err(|e| e.reason())
+    let open = || policy::open_backing_file(&above.image.path, &path, options.follow);
+    ImageFile::open_with(&path, open, Access::Read, options.files)
+        .and_then(|file| match format {
+            BackingFormat::Raw => Raw::from_file(file, true).map(|raw| Next::Disk(Box::new(raw))),
+            BackingFormat::Qcow2 => {
+                Found::new(file, true).map(|found| Next::Image(Box::new(found)))
+            }
+        })
+        .map_err(|e| e.reason())
+}
+
+/// Device and inode of the file at `path`.
+fn id(path: &Path) -> std::result::Result<(u64, u64), String> {
+    let metadata = path.metadata().map_err(|e| system_text(&e))?;
+    Ok((metadata.dev(), metadata.ino()))
 }
 
 /// What the header says, and never what the file looks like: a guest could have written that.

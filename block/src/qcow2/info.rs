@@ -5,8 +5,11 @@ use std::path::Path;
 use super::DataFileLayout;
 use super::header::{Header, compatible, incompatible};
 use super::snapshot::{SnapshotInfo, read_table};
+#[cfg(doc)]
+use crate::Error;
 use crate::Result;
-use crate::file::ImageFile;
+use crate::file::{FileOptions, ImageFile};
+use crate::lock::{Access, Locking};
 
 /// What an image is like, as told by its header.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -51,9 +54,23 @@ impl Info {
     ///
     /// # Errors
     /// [`Error::NotQcow2`], [`Error::Invalid`], [`Error::Io`]; [`Error::Unsupported`] for unknown
-    /// features, and for bitmaps and encryption, which it could not tell.
+    /// features, and for bitmaps and encryption, which it could not tell;
+    /// [`Error::Locked`] if another program writes to the image.
     pub fn read(path: &Path) -> Result<Self> {
-        let image = ImageFile::open(path, true)?;
+        Self::read_with(path, Locking::On)
+    }
+
+    /// As [`read`](Info::read). Unless `locking` is [`On`](Locking::On), the header may be read while
+    /// another program changes it.
+    ///
+    /// # Errors
+    /// As [`read`](Info::read).
+    pub fn read_with(path: &Path, locking: Locking) -> Result<Self> {
+        let options = FileOptions {
+            locking,
+            ..FileOptions::default()
+        };
+        let image = ImageFile::open(path, Access::Look, options)?;
         let header = Header::read(&*image.storage, path)?;
         header.check_tellable(path)?;
         let table = read_table(&*image.storage, path, &header)?;

@@ -28,6 +28,7 @@ impl Disk for Qcow2 {
         Limits {
             block_size: 512,
             read_only: self.read_only,
+            write_cache: !self.image.is_write_through(),
         }
     }
 
@@ -58,14 +59,20 @@ impl Disk for Qcow2 {
         let len = total_len(bufs);
         check_range(offset, len, self.size())?;
         if let Some(file) = self.passthrough(offset, len)? {
-            return file.write_at(bufs, offset);
+            file.write_at(bufs, offset)?;
+            // No metadata has changed.
+            return if self.image.is_write_through() {
+                self.write_back()
+            } else {
+                Ok(())
+            };
         }
         loop {
             let returned = self.retired.returned();
             match self.write_mapped(bufs, offset, len) {
                 Err(e) if e.is_no_space() && self.wait_for_space(returned)? => {}
                 Err(e) => return Err(e),
-                Ok(()) => return self.limit_dirty(),
+                Ok(()) => return self.settle(),
             }
         }
     }
@@ -74,14 +81,14 @@ impl Disk for Qcow2 {
         self.check_writable()?;
         check_range(offset, len, self.size())?;
         self.zero(offset, len, unmap)?;
-        self.limit_dirty()
+        self.settle()
     }
 
     fn discard(&self, offset: u64, len: u64) -> Result<()> {
         self.check_writable()?;
         check_range(offset, len, self.size())?;
         self.unmap(offset, len)?;
-        self.limit_dirty()
+        self.settle()
     }
 
     fn extent(&self, offset: u64, len: u64) -> Result<Extent> {
@@ -108,6 +115,15 @@ impl Disk for Qcow2 {
 }
 
 impl Qcow2 {
+    /// Ends a change: without a write cache, it is durable.
+    fn settle(&self) -> Result<()> {
+        if self.image.is_write_through() {
+            self.write_back()
+        } else {
+            self.limit_dirty()
+        }
+    }
+
     pub(super) fn check_writable(&self) -> Result<()> {
         if self.read_only {
             Err(Error::ReadOnly)

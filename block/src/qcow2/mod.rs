@@ -36,7 +36,8 @@
 //! 6. the refcounts, the clusters of a packed data file, the known hole of a data file
 //!    (`placement::External`), or the retired clusters;
 //! 7. the right to sync a file (`ImageFile::sync_failed`), the list of ranges that are held, or the
-//!    cluster that was decompressed last.
+//!    cluster that was decompressed last;
+//! 8. inside a file that is used past the page cache, the range of a write (`Writers`).
 //!
 //! I/O may go on under all of them but the lists of ranges and of retired clusters: metadata is read
 //! under 3, 5 and 6, written under 4, 5 (a new L2 table) and 6, synced under 4, and under 6 when the

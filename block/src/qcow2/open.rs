@@ -19,7 +19,8 @@ use super::requests::Requests;
 use super::reserved::{Field, Reserved};
 use super::retired::Retired;
 use super::{DataFileLayout, Qcow2, snapshot, table};
-use crate::file::ImageFile;
+use crate::file::{FileOptions, ImageFile};
+use crate::lock::Access;
 use crate::{Disk, Error, Result, Storage};
 
 /// How to open an image.
@@ -38,6 +39,9 @@ pub struct OpenOptions {
     /// Bytes of memory for L2 tables of each image; a few slices of 4 KiB are always kept. The default of 4 MiB
     /// maps 32 GiB with clusters of 64 KiB. Memory is taken as it is needed.
     pub l2_cache_size: usize,
+    /// How the files are used. Storage of the caller's is not locked, and whether it goes past the
+    /// page cache is the caller's affair.
+    pub files: FileOptions,
 }
 
 impl Default for OpenOptions {
@@ -48,6 +52,7 @@ impl Default for OpenOptions {
             follow: Follow::default(),
             backing_format: None,
             l2_cache_size: 4 << 20,
+            files: FileOptions::default(),
         }
     }
 }
@@ -59,7 +64,8 @@ impl Qcow2 {
     /// Nothing has been written if this fails, and the error says why: the image is not valid, it
     /// uses a feature that is not implemented ([`Error::Unsupported`]), or a file cannot be used.
     pub fn open(path: &Path, options: &OpenOptions) -> Result<Self> {
-        let top = Found::new(ImageFile::open(path, options.read_only)?, options.read_only)?;
+        let image = ImageFile::open(path, Access::new(options.read_only), options.files)?;
+        let top = Found::new(image, options.read_only)?;
         let backing = backing::open(&top, options)?;
         Self::from_found(top, options, backing)
     }
@@ -111,13 +117,17 @@ impl Qcow2 {
         backing: Option<Box<dyn Disk>>,
         options: &OpenOptions,
     ) -> Result<Self> {
-        let found = Found::new(ImageFile::new(image, name), options.read_only)?;
+        let found = Found::new(
+            ImageFile::new(image, name, options.files.cache),
+            options.read_only,
+        )?;
         let data = match (found.header.has_data_file(), data_file) {
             (false, None) => None,
             (true, Some(storage)) => {
                 let mut name = name.as_os_str().to_owned();
                 name.push(" (data file)");
-                Some(ImageFile::new(storage, Path::new(&name)))
+                let cache = options.files.cache;
+                Some(ImageFile::new(storage, Path::new(&name), cache))
             }
             (false, Some(_)) => {
                 let reason = "'data-file' can only be set for images with an external data file";
@@ -298,11 +308,12 @@ pub(super) fn open_data_file(
             reason,
         });
     }
+    let access = Access::new(options.read_only);
     if options.data_file.is_some() {
-        return ImageFile::open(&path, options.read_only);
+        return ImageFile::open(&path, access, options.files);
     }
-    let file = policy::open_data_file(image, &path, options.follow, options.read_only)?;
-    Ok(ImageFile::new(Box::new(file), &path))
+    let open = || policy::open_data_file(image, &path, options.follow, options.read_only);
+    ImageFile::open_with(&path, open, access, options.files)
 }
 
 fn data_file_error(image: &Path, reason: &str) -> Error {

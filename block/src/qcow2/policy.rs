@@ -9,12 +9,11 @@ use std::ffi::OsStr;
 use std::fs::File;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{Mode, OFlags, ResolveFlags};
 
-use super::backing;
 use crate::error::system_text;
 use crate::{Error, FileStorage, Result};
 
@@ -33,39 +32,29 @@ pub enum Follow {
 /// Attempts to open a file while others rename what leads there.
 const ATTEMPTS: usize = 16;
 
-/// Opens the backing file `name` of `image` for reading, and tells its path.
+/// Opens the backing file of `image`, to which its name leads, for reading.
 ///
 /// # Errors
 /// The reason why it may not or cannot be opened.
-pub(super) fn open_backing_file(
-    image: &Path,
-    name: &[u8],
-    follow: Follow,
-) -> std::result::Result<(PathBuf, File), String> {
-    let path = backing::path_of(image, name)?;
+pub(super) fn open_backing_file(image: &Path, path: &Path, follow: Follow) -> Result<File> {
     let failed = |e: io::Error| {
         let shown = path.display().to_string().escape_debug().to_string();
-        format!("Could not open '{shown}': {}", system_text(&e))
+        Error::Option(format!("Could not open '{shown}': {}", system_text(&e)))
     };
     let outside = |reason: &str| {
         let shown = path.display().to_string().escape_debug().to_string();
-        format!("'{shown}' {reason} (follow=anywhere allows it)")
+        Error::Option(format!("'{shown}' {reason} (follow=anywhere allows it)"))
     };
-    let file = match follow {
-        Follow::Nothing => return Err(outside("may not be followed")),
-        Follow::Anywhere => {
-            let mut options = File::options();
-            options.read(true).custom_flags(libc::O_NONBLOCK);
-            options.open(&path).map_err(failed)?
-        }
-        Follow::ImageDirectory => match open_in_directory_of(image, &path) {
+    match follow {
+        Follow::Nothing => Err(outside("may not be followed")),
+        Follow::Anywhere => FileStorage::open_file(path, true).map_err(failed),
+        Follow::ImageDirectory => match open_in_directory_of(image, path) {
             Err(e) if e.raw_os_error() == Some(libc::EXDEV) => {
-                return Err(outside("lies outside the image's directory"));
+                Err(outside("lies outside the image's directory"))
             }
-            opened => opened.map_err(failed)?,
+            opened => opened.map_err(failed),
         },
-    };
-    Ok((path, file))
+    }
 }
 
 /// Opens `path` for reading if it leads to something in the directory of `image` or below; `EXDEV`
@@ -98,17 +87,15 @@ pub(crate) fn open_data_file(
     path: &Path,
     follow: Follow,
     read_only: bool,
-) -> Result<FileStorage> {
+) -> Result<File> {
     let failed = |e| Error::io(path, "open", e);
     if follow == Follow::Anywhere {
-        return FileStorage::open(path, read_only).map_err(failed);
+        return FileStorage::open_file(path, read_only).map_err(failed);
     }
     let directory = directory_of(image)?;
     let outside = |_| failed(io::Error::from_raw_os_error(libc::EXDEV));
     let relative = path.strip_prefix(&directory).map_err(outside)?;
-    open_beneath(&directory, relative, read_only)
-        .and_then(FileStorage::new)
-        .map_err(failed)
+    open_beneath(&directory, relative, read_only).map_err(failed)
 }
 
 /// Opens `relative`, which is relative to `directory`, if it leads to something in there or below;

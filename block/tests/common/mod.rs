@@ -4,7 +4,7 @@ pub mod gated;
 
 use std::io;
 use std::path::Path;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use tandem_block::qcow2::{CreateOptions, OpenOptions, Qcow2, check_storage, create};
@@ -28,8 +28,11 @@ struct Calls {
     /// Of metadata.
     metadata_reads: AtomicUsize,
     metadata_writes: AtomicUsize,
+    syncs: AtomicUsize,
     /// Of any kind.
     all: AtomicUsize,
+    /// There have been changes since the last sync.
+    is_unsynced: AtomicBool,
 }
 
 impl Memory {
@@ -92,6 +95,16 @@ impl Memory {
         self.calls.metadata_writes.load(Ordering::Relaxed)
     }
 
+    /// How often it has been synced.
+    pub fn syncs(&self) -> usize {
+        self.calls.syncs.load(Ordering::Relaxed)
+    }
+
+    /// Whether a power failure now could lose something.
+    pub fn is_unsynced(&self) -> bool {
+        self.calls.is_unsynced.load(Ordering::Relaxed)
+    }
+
     /// How many calls there have been that look at or change what is in the file, or sync it.
     pub fn calls(&self) -> usize {
         self.calls.all.load(Ordering::Relaxed)
@@ -119,6 +132,7 @@ impl Memory {
         if end > bytes.len() {
             bytes.resize(end, 0);
         }
+        self.calls.is_unsynced.store(true, Ordering::Relaxed);
         bytes[offset as usize..end].copy_from_slice(buf);
         Ok(())
     }
@@ -165,7 +179,12 @@ impl Storage for Memory {
     }
 
     fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
-        self.write_zeroes(offset, len, true)
+        // Whether that is durable is all the same: the content may stay as well.
+        let was_unsynced = self.is_unsynced();
+        let done = self.write_zeroes(offset, len, true);
+        let flag = &self.calls.is_unsynced;
+        flag.store(was_unsynced, Ordering::Relaxed);
+        done
     }
 
     fn next_data(&self, offset: u64) -> io::Result<Option<u64>> {
@@ -173,7 +192,8 @@ impl Storage for Memory {
     }
 
     fn sync(&self) -> io::Result<()> {
-        self.calls.all.fetch_add(1, Ordering::Relaxed);
+        self.count(&self.calls.syncs);
+        self.calls.is_unsynced.store(false, Ordering::Relaxed);
         Ok(())
     }
 

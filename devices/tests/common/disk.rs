@@ -34,6 +34,13 @@ impl MemoryDisk {
         Self::with_access(sectors, true)
     }
 
+    /// As [`new`](Self::new), with writes that are durable when they complete.
+    pub fn without_write_cache(sectors: u8) -> Self {
+        let mut disk = Self::new(sectors);
+        disk.limits.write_cache = false;
+        disk
+    }
+
     fn with_access(sectors: u8, read_only: bool) -> Self {
         let storage = FileStorage::new(tempfile::tempfile().unwrap()).unwrap();
         let raw = Raw::with_storage("".as_ref(), Box::new(storage), read_only).unwrap();

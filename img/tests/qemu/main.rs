@@ -15,6 +15,7 @@ mod convert;
 mod create;
 mod damage;
 mod info;
+mod locks;
 mod map;
 mod resize;
 mod run;

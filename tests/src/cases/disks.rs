@@ -14,6 +14,7 @@ pub fn cases() -> Vec<Case> {
         Case::new("disks::two", two),
         Case::new("disks::readonly", readonly),
         Case::new("disks::raw", raw),
+        Case::new("disks::cache_modes", cache_modes),
         Case::new("disks::data_file_elsewhere", data_file_elsewhere),
     ]
 }
@@ -148,6 +149,50 @@ fn raw(bench: &Bench) -> Result<()> {
         .disk(&path, ",format=raw")
         .boot("dd if=/dev/vda bs=4096 skip=33 count=256 2>/dev/null | cmp - /seed")?
         .succeeded();
+    Ok(())
+}
+
+/// The guest is told whether its writes need a flush, and finds what it has written, file system and
+/// all.
+fn cache_modes(bench: &Bench) -> Result<()> {
+    let modes = [
+        ("none", "write back", Kind::ExternalRaw),
+        ("directsync", "write through", Kind::Internal),
+        ("writethrough", "write through", Kind::External),
+        ("unsafe", "write back", Kind::Internal),
+    ];
+    let mut images = Vec::new();
+    let mut guest = Guest::new(bench);
+    for (mode, _, kind) in modes {
+        let name = format!("{mode}.qcow2");
+        let image = Image::create(bench, &name, kind, Maker::QemuImg, "", "16M")?;
+        guest = guest.disk(&image.path, &format!(",cache={mode}"));
+        images.push(image);
+    }
+    let boot = guest
+        .boot(
+            r#"
+            for disk in vda vdb vdc vdd; do
+                echo "@ cache-$disk $(cat /sys/block/$disk/queue/write_cache)"
+                /bin/mke2fs -q -t ext4 -b 1024 /dev/$disk
+                mkdir /tmp/$disk
+                mount -t ext4 /dev/$disk /tmp/$disk
+                for i in 1 2 3; do cat /seed >/tmp/$disk/$i; sync; done
+                rm /tmp/$disk/2
+                umount /tmp/$disk
+                dd if=/seed of=/dev/$disk bs=512 seek=20001 count=77 conv=fsync 2>/dev/null
+                echo "@ sha256-$disk $(sha256sum </dev/$disk | cut -d' ' -f1)"
+            done
+            "#,
+        )?
+        .succeeded();
+    for ((disk, image), (mode, cache, kind)) in
+        ["vda", "vdb", "vdc", "vdd"].iter().zip(images).zip(modes)
+    {
+        assert_eq!(boot.value(&format!("cache-{disk}")), cache, "{mode}");
+        image.check()?;
+        image.assert_sha256(kind, boot.value(&format!("sha256-{disk}")))?;
+    }
     Ok(())
 }
 

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use tandem_block::qcow2::{CreateOptions, DataFileLayout, OpenOptions, Qcow2, check, create};
-use tandem_block::{Disk, Error, Raw};
+use tandem_block::{CacheMode, Disk, Error, FileOptions, Raw};
 use tempfile::TempDir;
 use vm_memory::VolatileSlice;
 
@@ -230,13 +230,16 @@ fn packed() {
 }
 
 /// Parts of a device's blocks can be zeroed and discarded, too.
-#[test]
-fn raw_disk() {
+fn raw_disk(cache: CacheMode) {
     let Some(device) = LoopDevice::new(SIZE) else {
         return;
     };
     let mut model = device.content();
-    let disk = Raw::open(&device.path, false).unwrap();
+    let files = FileOptions {
+        cache,
+        ..FileOptions::default()
+    };
+    let disk = Raw::open_with(&device.path, false, files).unwrap();
     assert_eq!(disk.size(), SIZE);
     work(&disk, &mut model);
     disk.write_zeroes(1000, 100_000, true).unwrap();
@@ -251,6 +254,18 @@ fn raw_disk() {
     assert_same(&after[..cut], &model[..cut], "what was not discarded");
     assert_same(&after[end..], &model[end..], "what was not discarded");
     assert_same(&device.content(), &after, "the device");
-    let read_only = Raw::open(Path::new(&device.path), true).unwrap();
+    drop(disk);
+    let read_only = Raw::open_with(Path::new(&device.path), true, files).unwrap();
     assert_same(&read_all(&read_only), &after, "the disk, read-only");
+}
+
+#[test]
+fn raw_disks() {
+    raw_disk(CacheMode::Writeback);
+}
+
+/// Past the page cache, by requests that are aligned to nothing.
+#[test]
+fn raw_disks_with_direct_io() {
+    raw_disk(CacheMode::None);
 }

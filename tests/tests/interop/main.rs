@@ -4,6 +4,7 @@ mod devices;
 mod discards;
 mod extents;
 mod faults;
+mod locks;
 mod packed;
 mod qemu;
 mod random;

@@ -182,9 +182,10 @@ fn the_l1_table_grows() {
         disk.flush().unwrap();
         drop(disk);
         image.check();
-        let disk = image.open().unwrap();
         for (at, byte) in sizes.iter().map(|size| (size - 5000, 2)).chain([(0, 1)]) {
+            let disk = image.open().unwrap();
             assert_same(&crate::qemu::read(&disk, at, 5000), &[byte; 5000], "data");
+            drop(disk);
             image.qemu_io(&[format!("read -P {byte} {at} 5000")]);
         }
     }

@@ -78,6 +78,12 @@ Disk keys:
   format=qcow2|raw   Format of the image (default qcow2). It is never guessed: a guest can write a
                      qcow2 header into its raw disk.
   readonly=on|off    Keep the guest from writing (default off)
+  cache=MODE         Caches between the guest and the medium: writeback (default; the host's page cache),
+                     none (O_DIRECT), writethrough and directsync (the same, and each write is durable
+                     when it completes), unsafe (nothing is ever synced)
+  locking=on|force-share|off
+                     Keep other programs off the disk's files, QEMU's among them (default on); read it
+                     though others may write; or take no locks
   data-file=PATH     External data file, instead of the one that the qcow2 header names
   follow=WHERE       Where the names of a data file or a backing file in a qcow2 image may lead:
                      image-directory (default), and what is below it; anywhere; or nothing

@@ -35,7 +35,8 @@ use super::header::{Header, incompatible};
 use super::open::open_data_file;
 use super::refcount_width::RefcountWidth;
 use super::{Follow, OpenOptions, table};
-use crate::file::ImageFile;
+use crate::file::{FileOptions, ImageFile};
+use crate::lock::Access;
 use crate::{Error, Result, Storage};
 
 use counters::Counters;
@@ -109,6 +110,9 @@ pub struct CheckOptions<'a> {
     pub follow: Follow,
     /// The external data file, in place of the one that the image names.
     pub data_file: Option<PathBuf>,
+    /// How the files are used. With [`Locking::ForceShare`](crate::Locking::ForceShare) there may be
+    /// findings that come from another program's changes.
+    pub files: FileOptions,
     /// Is told how many of how many steps are done, now and then.
     pub progress: Option<&'a dyn Fn(u64, u64)>,
 }
@@ -121,20 +125,22 @@ const MAX_CLUSTERS: u64 = i32::MAX as u64;
 ///
 /// # Errors
 /// Whatever makes the header unusable; [`Error::Unsupported`] if the image uses a feature that is
-/// not implemented; [`Error::DataFile`]; [`Error::Io`]. A repair that ends so can be repeated.
+/// not implemented; [`Error::DataFile`]; [`Error::Locked`] if another program writes to the image, or
+/// uses one that is to be repaired; [`Error::Io`]. A repair that ends so can be repeated.
 pub fn check(
     path: &Path,
     options: &CheckOptions<'_>,
     found: &mut dyn FnMut(Finding),
 ) -> Result<CheckReport> {
     let read_only = options.repair == Repair::Nothing;
-    let image = ImageFile::open(path, read_only)?;
+    let image = ImageFile::open(path, Access::new(read_only), options.files)?;
     let header = read_header(path, &*image.storage)?;
     let data = if header.has_data_file() {
         let open = OpenOptions {
             read_only,
             follow: options.follow,
             data_file: options.data_file.clone(),
+            files: options.files,
             ..OpenOptions::default()
         };
         Some(open_data_file(path, &header, &open)?)

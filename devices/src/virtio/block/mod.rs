@@ -2,7 +2,8 @@
 //!
 //! It serves reads, writes, flushes and the question for its serial number, with the features
 //! `VERSION_1`, `INDIRECT_DESC`, `EVENT_IDX`, `SEG_MAX`, `BLK_SIZE`, `FLUSH`, and `RO` for a disk
-//! that is read-only. To a driver that declines `FLUSH` every write is durable when it completes.
+//! that is read-only. A disk without a write cache is offered without `FLUSH`. To a driver that
+//! declines `FLUSH` every write is durable when it completes.
 //!
 //! # What a malformed request gets
 //! A request is two streams of bytes, one readable and one writable, however the driver cut them
@@ -102,18 +103,15 @@ impl VirtioDevice for Block {
     }
 
     fn features(&self) -> u64 {
-        let read_only = if self.disk.limits().read_only {
-            FEATURE_RO
-        } else {
-            0
-        };
+        let limits = self.disk.limits();
+        let only_if = |condition, feature| if condition { feature } else { 0 };
         FEATURE_VERSION_1
             | FEATURE_INDIRECT_DESC
             | FEATURE_EVENT_IDX
             | FEATURE_SEG_MAX
             | FEATURE_BLK_SIZE
-            | FEATURE_FLUSH
-            | read_only
+            | only_if(limits.write_cache, FEATURE_FLUSH)
+            | only_if(limits.read_only, FEATURE_RO)
     }
 
     fn queue_max_sizes(&self) -> &[u16] {

@@ -19,6 +19,8 @@ pub(super) struct Target {
     disk: Arc<dyn Disk>,
     id: [u8; 20],
     has_flush: bool,
+    /// The driver takes completed writes for durable, and the disk does not make them so.
+    flush_writes: bool,
 }
 
 /// How a request ended.
@@ -108,10 +110,12 @@ struct Header {
 
 impl Target {
     pub(super) fn new(disk: Arc<dyn Disk>, serial: Option<Serial>, features: u64) -> Self {
+        let has_flush = features & FEATURE_FLUSH != 0;
         Self {
-            disk,
             id: serial.map_or([0; 20], Serial::bytes),
-            has_flush: features & FEATURE_FLUSH != 0,
+            has_flush,
+            flush_writes: !has_flush && disk.limits().write_cache,
+            disk,
         }
     }
 
@@ -191,7 +195,7 @@ impl Target {
                 self.disk.write_at(data, offset)?;
                 // A driver that declined to flush takes completed writes for durable (virtio 1.3,
                 // section 5.2.6.2).
-                if !self.has_flush {
+                if self.flush_writes {
                     self.disk.flush()?;
                 }
                 Ok(0)

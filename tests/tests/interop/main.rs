@@ -9,6 +9,7 @@ mod packed;
 mod qemu;
 mod random;
 mod refusals;
+mod repairs;
 mod resize;
 mod shapes;
 mod snapshots;

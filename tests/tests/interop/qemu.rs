@@ -230,7 +230,7 @@ pub fn assert_same(found: &[u8], expected: &[u8], what: &str) {
     }
 }
 
-fn command(program: &str, args: &[&str]) -> Output {
+pub fn command(program: &str, args: &[&str]) -> Output {
     Command::new(program)
         .args(args)
         .output()

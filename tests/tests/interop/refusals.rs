@@ -200,7 +200,6 @@ fn unknown_autoclear_bits_are_cleared_when_writing() {
 fn features_that_are_not_implemented() {
     let incompatible = |bits: u64| move |b: &mut Vec<u8>| put64(b, 72, bits);
     refuse(Kind::Internal, incompatible(1 << 1), &["corrupt"]);
-    refuse(Kind::Internal, incompatible(1), &["dirty"]);
     refuse(
         Kind::Internal,
         incompatible(1 << 20),

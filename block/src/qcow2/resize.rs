@@ -189,25 +189,28 @@ impl Qcow2 {
     /// `end`. The cluster is held.
     fn clear_behind(&self, start: u64, end: u64) -> Result<()> {
         let cluster_end = start.next_multiple_of(self.geometry.cluster_size());
-        let len = end.min(cluster_end) - start;
-        if len == 0 {
-            return Ok(());
-        }
-        match self.run_in_slice(start, len)?.kind {
-            Kind::Data(Place {
-                offset,
-                in_place: true,
-            }) => {
-                self.check_overlap(offset, len)?;
-                self.data().write_zeroes(offset, len, false)?;
-                self.data().sync()
+        let end = end.min(cluster_end);
+        let mut at = start;
+        while at < end {
+            let run = self.run_in_slice(at, end - at)?;
+            match run.kind {
+                Kind::Data(Place {
+                    offset,
+                    in_place: true,
+                }) => {
+                    self.check_overlap(offset, run.len)?;
+                    self.data().write_zeroes(offset, run.len, false)?;
+                    self.data().sync()?;
+                }
+                Kind::Data(_) | Kind::Compressed { .. } => {
+                    self.write_zeros_held(at, run.len)?;
+                    self.write_back()?;
+                }
+                Kind::Zero(_) | Kind::Unallocated(_) => {}
             }
-            Kind::Data(_) | Kind::Compressed { .. } => {
-                self.write_zeros_held(start, len)?;
-                self.write_back()
-            }
-            Kind::Zero(_) | Kind::Unallocated(_) => Ok(()),
+            at += run.len;
         }
+        Ok(())
     }
 
     fn write_size(&self, size: u64) -> Result<()> {

@@ -8,8 +8,9 @@ use tandem_block::qcow2::{FindingKind, OpenOptions, Qcow2, Repair, check_storage
 use tandem_block::{Disk, Raw};
 use vm_memory::VolatileSlice;
 
-use crate::storage::{Change, Event, Log, Memory, SECTOR, What, Which, apply_write};
-use crate::workload::{Kind, Op, Random, Setup, ops, perform, sector_bytes, stamp_of};
+use crate::power::Files;
+use crate::storage::{Change, Event, Log, Memory, SECTOR, Which};
+use crate::workload::{Kind, Op, Random, SNAPSHOT, Setup, ops, perform, stamp_of};
 
 /// Requests of a workload.
 const OPS: usize = 24;
@@ -32,22 +33,6 @@ pub struct Explorer {
     pub states: usize,
 }
 
-/// The content of both files.
-#[derive(Clone)]
-struct Files {
-    image: Vec<u8>,
-    data: Vec<u8>,
-}
-
-impl Files {
-    fn get(&mut self, which: Which) -> &mut Vec<u8> {
-        match which {
-            Which::Image => &mut self.image,
-            Which::Data => &mut self.data,
-        }
-    }
-}
-
 /// What the disk may be.
 struct Allowed {
     /// How many sectors it may have.
@@ -60,7 +45,7 @@ struct Allowed {
 impl Allowed {
     /// A new disk of `setup`.
     fn new(setup: &Setup) -> Self {
-        let mut stamps = setup.backing();
+        let mut stamps = setup.initial();
         stamps.resize(setup.max_size() as usize / SECTOR, 0);
         Self {
             sizes: BTreeSet::from([setup.size() / SECTOR as u64]),
@@ -117,7 +102,10 @@ impl Allowed {
 
 impl Explorer {
     pub fn new(setup: Setup, seed: u64) -> Self {
-        let tag = (setup.kind as u64) << 40 | u64::from(setup.version) << 32 | setup.cluster_size;
+        let tag = (setup.kind as u64) << 40
+            | u64::from(setup.extended_l2) << 39
+            | u64::from(setup.version) << 32
+            | setup.cluster_size;
         // With room for a few tables only, write-back happens in the middle of requests.
         let l2_cache_size = if seed.is_multiple_of(2) { 4 << 20 } else { 0 };
         Self {
@@ -148,13 +136,9 @@ impl Explorer {
         let mut pending: Vec<Change> = Vec::new();
         let mut allowed = Allowed::new(&self.setup);
         for (point, event) in log.iter().enumerate() {
+            synced.follow(event, &mut pending);
             match event {
-                Event::Change(change) => pending.push(change.clone()),
-                Event::Sync { file } => {
-                    for change in pending.extract_if(.., |change| change.file == *file) {
-                        change.what.apply(synced.get(change.file));
-                    }
-                }
+                Event::Change(_) | Event::Sync { .. } => {}
                 Event::Begun { op } => allowed.begin(&ops[*op]),
                 Event::Resized { op } => allowed.resized(&ops[*op]),
                 Event::Flushed { op } => {
@@ -163,7 +147,7 @@ impl Explorer {
                 }
             }
             for _ in 0..STATES_PER_POINT {
-                let state = self.crash(&synced, &pending);
+                let state = synced.crash(&pending, &mut self.random);
                 self.states += 1;
                 self.judge(state, &allowed)
                     .map_err(|problem| Found { problem, point })?;
@@ -193,51 +177,15 @@ impl Explorer {
     fn open(&self, image: Memory, data: Memory) -> tandem_block::Result<Qcow2> {
         let name = Path::new("image");
         let data = self.setup.has_data_file().then(|| Box::new(data) as _);
-        let backing = match &self.setup.backing()[..] {
-            [] => None,
-            stamps => {
-                let bytes: Vec<u8> = stamps.iter().flat_map(|s| sector_bytes(*s)).collect();
-                let base = Memory::plain(Which::Data, &Arc::new(Mutex::new(bytes)));
-                let base = Raw::with_storage(Path::new("base"), Box::new(base), true)?;
-                Some(Box::new(base) as _)
-            }
+        let backing = if self.setup.kind == Kind::Overlay {
+            let base = Arc::new(Mutex::new(self.setup.initial_bytes()));
+            let base = Memory::plain(Which::Data, &base);
+            let base = Raw::with_storage(Path::new("base"), Box::new(base), true)?;
+            Some(Box::new(base) as _)
+        } else {
+            None
         };
         Qcow2::with_backing(name, Box::new(image), data, backing, &self.options)
-    }
-
-    /// What is synced, with a random part of what is not.
-    fn crash(&mut self, synced: &Files, pending: &[Change]) -> Files {
-        let mut state = synced.clone();
-        // None, all, each of them or not, or each sector of them or not.
-        let mode = self.random.below(6);
-        for Change { file, what } in pending {
-            let content = state.get(*file);
-            match (mode, what) {
-                (0, _) => {}
-                (1, _) => what.apply(content),
-                (4.., What::Write { offset, bytes }) => self.tear(content, *offset, bytes),
-                _ => {
-                    if self.random.below(2) == 0 {
-                        what.apply(content);
-                    }
-                }
-            }
-        }
-        state
-    }
-
-    /// Applies some of the sectors of a write.
-    fn tear(&mut self, content: &mut Vec<u8>, offset: u64, bytes: &[u8]) {
-        let mut at = 0;
-        while at < bytes.len() {
-            let position = offset + at as u64;
-            let in_sector = SECTOR - position as usize % SECTOR;
-            let n = in_sector.min(bytes.len() - at);
-            if self.random.below(2) == 0 {
-                apply_write(content, position, &bytes[at..at + n]);
-            }
-            at += n;
-        }
     }
 
     /// Opens `state` and checks the promises, before and after more requests.
@@ -275,7 +223,28 @@ impl Explorer {
         if self.read_stamps(&disk)? != stamps {
             return Err("content is wrong after the crash and more requests".into());
         }
+        drop(disk);
+        self.check_snapshot(&image)?;
         self.compare_raw(&data, &stamps)
+    }
+
+    /// A snapshot still holds what the disk held at first.
+    fn check_snapshot(&self, image: &Mutex<Vec<u8>>) -> Result<(), String> {
+        if self.setup.kind != Kind::Snapshot {
+            return Ok(());
+        }
+        let copy = Arc::new(Mutex::new(image.lock().unwrap().clone()));
+        let open = || {
+            let nothing = Memory::plain(Which::Data, &Arc::default());
+            self.open(Memory::plain(Which::Image, &copy), nothing)
+                .map_err(|e| format!("snapshot: {e}"))
+        };
+        let applied = open()?.apply_snapshot(SNAPSHOT);
+        applied.map_err(|e| format!("snapshot: {e}"))?;
+        if self.read_stamps(&open()?)? != self.setup.initial() {
+            return Err("the snapshot has changed".into());
+        }
+        check(&Memory::plain(Which::Image, &copy)).map_err(|e| format!("snapshot: {e}"))
     }
 
     fn read_stamps(&self, disk: &dyn Disk) -> Result<Vec<u64>, String> {
@@ -302,7 +271,7 @@ impl Explorer {
 }
 
 /// `check` finds leaks at most.
-fn check(image: &Memory) -> Result<(), String> {
+pub fn check(image: &Memory) -> Result<(), String> {
     let mut worst = None;
     let report = check_storage(
         Path::new("image"),

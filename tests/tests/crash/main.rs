@@ -11,6 +11,8 @@
 //! 4. the image can be written on, and all of this holds again.
 
 mod explore;
+mod operations;
+mod power;
 mod storage;
 mod workload;
 
@@ -18,87 +20,30 @@ use explore::{Explorer, Found};
 use workload::{Kind, Setup};
 
 /// Kinds and cluster sizes that are explored.
-const SETUPS: [Setup; 16] = [
-    Setup {
-        kind: Kind::Overlay,
-        version: 3,
-        cluster_size: 1024,
-    },
-    Setup {
-        kind: Kind::Overlay,
-        version: 3,
-        cluster_size: 4096,
-    },
-    Setup {
-        kind: Kind::Internal,
-        version: 3,
-        cluster_size: 512,
-    },
-    Setup {
-        kind: Kind::Internal,
-        version: 2,
-        cluster_size: 512,
-    },
-    Setup {
-        kind: Kind::Internal,
-        version: 3,
-        cluster_size: 4096,
-    },
-    Setup {
-        kind: Kind::Internal,
-        version: 3,
-        cluster_size: 65536,
-    },
-    Setup {
-        kind: Kind::External,
-        version: 3,
-        cluster_size: 512,
-    },
-    Setup {
-        kind: Kind::External,
-        version: 3,
-        cluster_size: 4096,
-    },
-    Setup {
-        kind: Kind::External,
-        version: 3,
-        cluster_size: 65536,
-    },
-    Setup {
-        kind: Kind::Packed,
-        version: 3,
-        cluster_size: 512,
-    },
-    Setup {
-        kind: Kind::Packed,
-        version: 3,
-        cluster_size: 4096,
-    },
-    Setup {
-        kind: Kind::Packed,
-        version: 3,
-        cluster_size: 65536,
-    },
-    Setup {
-        kind: Kind::RawIncomplete,
-        version: 3,
-        cluster_size: 512,
-    },
-    Setup {
-        kind: Kind::RawIncomplete,
-        version: 3,
-        cluster_size: 4096,
-    },
-    Setup {
-        kind: Kind::Raw,
-        version: 3,
-        cluster_size: 512,
-    },
-    Setup {
-        kind: Kind::Raw,
-        version: 3,
-        cluster_size: 65536,
-    },
+const SETUPS: [Setup; 23] = [
+    Setup::new(Kind::Overlay, 3, 1024),
+    Setup::new(Kind::Overlay, 3, 4096),
+    Setup::new(Kind::Internal, 3, 512),
+    Setup::new(Kind::Internal, 2, 512),
+    Setup::new(Kind::Internal, 3, 4096),
+    Setup::new(Kind::Internal, 3, 65536),
+    Setup::new(Kind::External, 3, 512),
+    Setup::new(Kind::External, 3, 4096),
+    Setup::new(Kind::External, 3, 65536),
+    Setup::new(Kind::Packed, 3, 512),
+    Setup::new(Kind::Packed, 3, 4096),
+    Setup::new(Kind::Packed, 3, 65536),
+    Setup::new(Kind::RawIncomplete, 3, 512),
+    Setup::new(Kind::RawIncomplete, 3, 4096),
+    Setup::new(Kind::Raw, 3, 512),
+    Setup::new(Kind::Raw, 3, 65536),
+    Setup::new(Kind::Snapshot, 3, 512),
+    Setup::new(Kind::Snapshot, 3, 4096),
+    Setup::new(Kind::Internal, 3, 16384).with_subclusters(),
+    Setup::new(Kind::External, 3, 16384).with_subclusters(),
+    Setup::new(Kind::Overlay, 3, 16384).with_subclusters(),
+    Setup::new(Kind::Snapshot, 3, 16384).with_subclusters(),
+    Setup::new(Kind::Raw, 3, 16384).with_subclusters(),
 ];
 
 /// Explores `seeds` workloads of every setup; the first violation fails, with what replays it.
@@ -133,6 +78,7 @@ fn each_missing_barrier_is_found() {
         // Data and counts, links of refcount blocks or the mapping, the mapping.
         (Kind::Internal, 3),
         (Kind::Overlay, 2),
+        (Kind::Snapshot, 2),
         // Data, counts, the mapping.
         (Kind::External, 3),
         (Kind::Packed, 3),
@@ -140,11 +86,7 @@ fn each_missing_barrier_is_found() {
         (Kind::Raw, 1),
         (Kind::RawIncomplete, 2),
     ] {
-        let setup = Setup {
-            kind,
-            version: 3,
-            cluster_size: 512,
-        };
+        let setup = Setup::new(kind, 3, 512);
         for barrier in 0..barriers {
             let caught = (0..60).any(|seed| {
                 let mut syncs = 0;

@@ -3,7 +3,9 @@
 use std::path::Path;
 
 use tandem_block::Disk;
-use tandem_block::qcow2::{BackingFormat, CreateOptions, DataFileLayout, create};
+use tandem_block::qcow2::{
+    BackingFormat, CreateOptions, DataFileLayout, OpenOptions, Qcow2, create,
+};
 use vm_memory::VolatileSlice;
 
 use crate::storage::SECTOR;
@@ -18,7 +20,12 @@ pub enum Kind {
     Packed,
     /// Internal, on top of a backing file that ends within a cluster of the disk.
     Overlay,
+    /// Internal, and all of it is shared with a snapshot.
+    Snapshot,
 }
+
+/// Name of the snapshot.
+pub const SNAPSHOT: &[u8] = b"before";
 
 /// An image to explore.
 #[derive(Clone, Copy, Debug)]
@@ -26,9 +33,26 @@ pub struct Setup {
     pub kind: Kind,
     pub version: u32,
     pub cluster_size: u64,
+    pub extended_l2: bool,
 }
 
 impl Setup {
+    pub const fn new(kind: Kind, version: u32, cluster_size: u64) -> Self {
+        Self {
+            kind,
+            version,
+            cluster_size,
+            extended_l2: false,
+        }
+    }
+
+    pub const fn with_subclusters(self) -> Self {
+        Self {
+            extended_l2: true,
+            ..self
+        }
+    }
+
     /// Size of the disk in bytes: enough clusters for several L2 tables of the smallest ones, and
     /// an end within a cluster.
     pub fn size(&self) -> u64 {
@@ -40,13 +64,24 @@ impl Setup {
         self.size() * 2
     }
 
-    /// What the sectors of the backing file hold, if there is one.
-    pub fn backing(&self) -> Vec<u64> {
+    /// What the first sectors hold at the beginning: those of the backing file, if there is one, and
+    /// all of them if there is a snapshot. The others are zero.
+    pub fn initial(&self) -> Vec<u64> {
         let sectors = self.size() / SECTOR as u64;
-        match self.kind {
-            Kind::Overlay => (0..sectors / 2 + 3).map(|i| 1 << 48 | i).collect(),
-            _ => Vec::new(),
-        }
+        let count = match self.kind {
+            Kind::Overlay => sectors / 2 + 3,
+            Kind::Snapshot => sectors,
+            _ => 0,
+        };
+        (0..count).map(|i| 1 << 48 | i).collect()
+    }
+
+    pub fn initial_bytes(&self) -> Vec<u8> {
+        let stamps = self.initial();
+        stamps
+            .iter()
+            .flat_map(|stamp| sector_bytes(*stamp))
+            .collect()
     }
 
     /// A request to discard what will read as zero afterwards: whole clusters of the range on a
@@ -62,7 +97,7 @@ impl Setup {
     }
 
     pub fn has_data_file(&self) -> bool {
-        !matches!(self.kind, Kind::Internal | Kind::Overlay)
+        !matches!(self.kind, Kind::Internal | Kind::Overlay | Kind::Snapshot)
     }
 
     /// The files of a new image.
@@ -75,6 +110,7 @@ impl Setup {
         };
         options.version = self.version;
         options.cluster_size = self.cluster_size;
+        options.extended_l2 = self.extended_l2;
         if self.kind == Kind::Overlay {
             options.backing_file = Some("base".into());
             options.backing_format = Some(BackingFormat::Raw);
@@ -85,6 +121,13 @@ impl Setup {
             options.data_file_layout = DataFileLayout::Packed;
         }
         create(&image, &options).unwrap();
+        if self.kind == Kind::Snapshot {
+            let disk = Qcow2::open(&image, &OpenOptions::default()).unwrap();
+            let mut bytes = self.initial_bytes();
+            disk.write_at(&[VolatileSlice::from(&mut bytes[..])], 0)
+                .unwrap();
+            disk.create_snapshot(SNAPSHOT).unwrap();
+        }
         let read = |path: &Path| std::fs::read(path).unwrap_or_default();
         let mut image = read(&image);
         if self.kind == Kind::RawIncomplete {

@@ -1,0 +1,224 @@
+//! Power failures during operations on images that no guest uses: snapshots and repairs.
+//!
+//! Whatever was on disk, the image can be opened afterwards, or repaired if that is what was going
+//! on, and nothing but leaks is left then.
+
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+
+use tandem_block::qcow2::{
+    CreateOptions, Finding, OpenOptions, Qcow2, Repair, check_storage, create,
+};
+use tandem_block::{Disk, Result};
+use vm_memory::VolatileSlice;
+
+use crate::explore::check;
+use crate::power::Files;
+use crate::storage::{Change, Event, Log, Memory, Which};
+use crate::workload::Random;
+
+/// States built for each point of the log where power can fail.
+const STATES_PER_POINT: usize = 12;
+const SIZE: usize = 60 << 10;
+
+fn open(image: Memory) -> Result<Qcow2> {
+    Qcow2::with_storage(
+        Path::new("image"),
+        Box::new(image),
+        None,
+        &OpenOptions::default(),
+    )
+}
+
+fn plain(image: &[u8]) -> Memory {
+    Memory::plain(Which::Image, &Arc::new(Mutex::new(image.to_vec())))
+}
+
+/// Runs `change` on `start`, and `judge` on what a power failure may leave at any point of it.
+fn explore(
+    start: &[u8],
+    seed: u64,
+    change: impl FnOnce(Memory),
+    mut judge: impl FnMut(Vec<u8>, &str),
+) {
+    let log = Log::default();
+    change(Memory::recording(Which::Image, start.to_vec(), &log));
+    let log: Vec<Event> = std::mem::take(&mut *log.lock().unwrap());
+    assert!(log.iter().any(|event| matches!(event, Event::Sync { .. })));
+    let mut random = Random(seed);
+    let mut synced = Files {
+        image: start.to_vec(),
+        data: Vec::new(),
+    };
+    let mut pending: Vec<Change> = Vec::new();
+    for (point, event) in log.iter().enumerate() {
+        synced.follow(event, &mut pending);
+        for _ in 0..STATES_PER_POINT {
+            let state = synced.crash(&pending, &mut random);
+            judge(
+                state.image,
+                &format!("seed {seed}, after event {point} of {}", log.len()),
+            );
+        }
+    }
+}
+
+fn content(disk: &Qcow2) -> Vec<u8> {
+    let mut bytes = vec![0; disk.size() as usize];
+    disk.read_at(&[VolatileSlice::from(&mut bytes[..])], 0)
+        .unwrap();
+    bytes
+}
+
+fn fill(disk: &Qcow2, at: u64, len: usize, byte: u8) {
+    let mut bytes = vec![byte; len];
+    disk.write_at(&[VolatileSlice::from(&mut bytes[..])], at)
+        .unwrap();
+}
+
+/// An image in which clusters of some snapshots are shared, and others not: it, what the disk holds,
+/// and what each snapshot does.
+fn image_with_snapshots(cluster_size: u64) -> (Vec<u8>, Vec<u8>, Vec<Vec<u8>>) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("image");
+    let options = CreateOptions {
+        size: SIZE as u64,
+        cluster_size,
+        ..CreateOptions::default()
+    };
+    create(&path, &options).unwrap();
+    let open = || Qcow2::open(&path, &OpenOptions::default()).unwrap();
+    let mut contents = Vec::new();
+    for (i, (at, len)) in [(0, 40_000), (30_000, 20_000)].into_iter().enumerate() {
+        let disk = open();
+        fill(&disk, at, len, i as u8 + 1);
+        contents.push(content(&disk));
+        disk.create_snapshot(format!("s{i}").as_bytes()).unwrap();
+    }
+    let disk = open();
+    fill(&disk, 10_000, 3000, 9);
+    disk.flush().unwrap();
+    let now = content(&disk);
+    drop(disk);
+    (std::fs::read(&path).unwrap(), now, contents)
+}
+
+/// The disk that `image` has after it has been opened for writing and closed, which repairs it.
+fn reopened(image: Vec<u8>, what: &str) -> (Vec<u8>, Arc<Mutex<Vec<u8>>>) {
+    let image = Arc::new(Mutex::new(image));
+    let disk = open(Memory::plain(Which::Image, &image));
+    let disk = disk.unwrap_or_else(|e| panic!("{what}: {e}"));
+    let shown = content(&disk);
+    drop(disk);
+    check(&Memory::plain(Which::Image, &image)).unwrap_or_else(|e| panic!("{what}: {e}"));
+    (shown, image)
+}
+
+/// Whatever a failure leaves of `change`, the disk holds `before` or `after` it, and each snapshot what
+/// it should, if it is there.
+fn snapshot_operation(
+    change: impl Fn(Qcow2) -> Result<()>,
+    after: impl Fn(&[u8], &[Vec<u8>]) -> Vec<u8>,
+) {
+    for (seed, cluster_size) in [(1, 512), (2, 1024), (3, 4096)] {
+        let (start, before, contents) = image_with_snapshots(cluster_size);
+        let after = after(&before, &contents);
+        explore(
+            &start,
+            seed,
+            |image| change(open(image).unwrap()).unwrap(),
+            |state, what| {
+                let (shown, image) = reopened(state, what);
+                assert!(shown == before || shown == after, "{what}: the disk");
+                let image = image.lock().unwrap().clone();
+                let listed = open(plain(&image)).unwrap().snapshots().unwrap();
+                for snapshot in listed {
+                    let image = Arc::new(Mutex::new(image.clone()));
+                    let disk = open(Memory::plain(Which::Image, &image)).unwrap();
+                    disk.apply_snapshot(&snapshot.name).unwrap();
+                    let shown = content(&open(Memory::plain(Which::Image, &image)).unwrap());
+                    let expected = match &snapshot.name[..] {
+                        b"s0" => &contents[0],
+                        b"s1" => &contents[1],
+                        _ => &before,
+                    };
+                    assert!(shown == *expected, "{what}: a snapshot");
+                }
+            },
+        );
+    }
+}
+
+#[test]
+fn taking_a_snapshot() {
+    snapshot_operation(
+        |disk| disk.create_snapshot(b"new"),
+        |before, _| before.to_vec(),
+    );
+}
+
+#[test]
+fn applying_a_snapshot() {
+    snapshot_operation(
+        |disk| disk.apply_snapshot(b"s0"),
+        |_, contents| contents[0].clone(),
+    );
+}
+
+#[test]
+fn deleting_a_snapshot() {
+    for name in [b"s0", b"s1"] {
+        snapshot_operation(
+            |disk| disk.delete_snapshot(name),
+            |before, _| before.to_vec(),
+        );
+    }
+}
+
+fn repair(image: &Memory) -> u64 {
+    let found = &mut |_: Finding| ();
+    let report = check_storage(Path::new("image"), image, None, Repair::All, found);
+    let report = report.unwrap();
+    report.corruptions + report.check_errors
+}
+
+/// A repair that was cut off can be repeated, and the disk holds what it held.
+#[test]
+fn repairing() {
+    for seed in 0..24 {
+        let cluster_size = [512, 4096][seed as usize % 2];
+        let (mut start, before, _) = image_with_snapshots(cluster_size);
+        damage(&mut start, cluster_size as usize, &mut Random(seed));
+        explore(
+            &start,
+            seed,
+            |image| assert_eq!(repair(&image), 0),
+            |state, what| {
+                let image = Arc::new(Mutex::new(state));
+                assert_eq!(repair(&Memory::plain(Which::Image, &image)), 0, "{what}");
+                let image = image.lock().unwrap().clone();
+                let (shown, _) = reopened(image, what);
+                assert!(shown == before, "{what}: the disk");
+            },
+        );
+    }
+}
+
+/// Makes some refcounts and flags wrong, or loses the refcount table.
+fn damage(image: &mut [u8], cluster_size: usize, random: &mut Random) {
+    let word = |image: &[u8], at: usize| {
+        let entry = u64::from_be_bytes(image[at..at + 8].try_into().unwrap());
+        (entry & 0x00ff_ffff_ffff_fe00) as usize
+    };
+    let (l1, refcount_table) = (word(image, 40), word(image, 48));
+    let block = word(image, refcount_table);
+    let clusters = (image.len() / cluster_size) as u64;
+    for _ in 0..8 {
+        let count = block + 2 * random.below(clusters) as usize;
+        image[count..count + 2].copy_from_slice(&(random.below(4) as u16).to_be_bytes());
+    }
+    image[l1] ^= 0x80;
+    if random.below(3) == 0 {
+        image[refcount_table..refcount_table + 8].fill(0);
+    }
+}

@@ -7,7 +7,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use clap::Command;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
-use tandem_block::qcow2::{DataFileLayout, Info};
+use tandem_block::qcow2::{BitmapInfo, DataFileLayout, Info};
 
 use crate::failure::Failure;
 use crate::getopt::{self, Parsed, flag, value};
@@ -142,11 +142,7 @@ impl Report<'_> {
         text += &snapshot::list(&info.snapshots);
         text += "Format specific information:\n";
         for (key, value) in specific(info) {
-            let value = match value {
-                Value::String(text) => printable(OsStr::new(&text)),
-                other => other.to_string(),
-            };
-            text += &format!("    {}: {value}\n", key.replace('-', " "));
+            text += &property(&key.replace('-', " "), &value, 1);
         }
         text
     }
@@ -220,6 +216,8 @@ fn specific(info: &Info) -> Map<String, Value> {
         compression_type: &'static str,
         #[serde(skip_serializing_if = "Option::is_none")]
         lazy_refcounts: Option<bool>,
+        #[serde(skip_serializing_if = "Vec::is_empty")]
+        bitmaps: Vec<Value>,
         refcount_bits: u32,
         #[serde(skip_serializing_if = "Option::is_none")]
         data_file: Option<std::borrow::Cow<'a, str>>,
@@ -237,6 +235,7 @@ fn specific(info: &Info) -> Map<String, Value> {
         compat: if v3 { "1.1" } else { "0.10" },
         compression_type: if info.zstd { "zstd" } else { "zlib" },
         lazy_refcounts: v3.then_some(info.lazy_refcounts),
+        bitmaps: info.bitmaps.iter().map(bitmap).collect(),
         refcount_bits: info.refcount_bits,
         data_file: info
             .data_file
@@ -253,5 +252,37 @@ fn specific(info: &Info) -> Map<String, Value> {
     match serde_json::to_value(specific) {
         Ok(Value::Object(map)) => map,
         _ => Map::new(),
+    }
+}
+
+fn bitmap(bitmap: &BitmapInfo) -> Value {
+    let flags = [(bitmap.in_use, "in-use"), (bitmap.auto, "auto")];
+    let flags = flags.iter().filter(|(is_set, _)| *is_set);
+    json!({
+        "flags": flags.map(|(_, name)| *name).collect::<Vec<_>>(),
+        "name": String::from_utf8_lossy(&bitmap.name),
+        "granularity": bitmap.granularity,
+    })
+}
+
+/// A property and its value, indented by so many levels, as QEMU shows it.
+fn property(key: &str, value: &Value, level: usize) -> String {
+    let indent = "    ".repeat(level);
+    let nested = |text: String| format!("{indent}{key}:\n{text}");
+    match value {
+        Value::Array(items) => nested(
+            items
+                .iter()
+                .enumerate()
+                .map(|(i, item)| property(&format!("[{i}]"), item, level + 1))
+                .collect(),
+        ),
+        Value::Object(map) => nested(
+            map.iter()
+                .map(|(key, value)| property(key, value, level + 1))
+                .collect(),
+        ),
+        Value::String(text) => format!("{indent}{key}: {}\n", printable(OsStr::new(text))),
+        other => format!("{indent}{key}: {other}\n"),
     }
 }

@@ -139,7 +139,7 @@ impl Drop for Qcow2 {
     fn drop(&mut self) {
         if !self.read_only {
             // Whoever needs to know calls `flush` first; this is for those who forgot.
-            let written = self.write_back();
+            let written = self.write_back().and_then(|()| self.store_bitmaps());
             if written.is_ok() && self.refcounts().is_ok_and(|r| r.is_dirty()) {
                 // Counts of clusters that the first time gave back.
                 drop(self.write_back());

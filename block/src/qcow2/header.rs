@@ -289,11 +289,7 @@ impl Header {
             let value = self.autoclear_features;
             return Err(Error::invalid(file, "autoclear_features", value, reason));
         }
-        let bitmaps = self.extensions.bitmaps.is_some() || self.extensions.stale_bitmaps;
-        let missing = [
-            (self.crypt_method != 0, "encryption"),
-            (bitmaps && !read_only, "writing with persistent bitmaps"),
-        ];
+        let missing = [(self.crypt_method != 0, "encryption")];
         match missing.into_iter().find(|(present, _)| *present) {
             Some((_, feature)) => Err(Error::unsupported(file, feature)),
             None => Ok(()),
@@ -313,10 +309,7 @@ impl Header {
     /// Refuses what lies outside the header and nothing reads yet, so that no report leaves it out
     /// or takes it for leaked.
     pub fn check_tellable(&self, file: &Path) -> Result<()> {
-        let missing = [
-            (self.extensions.bitmaps.is_some(), "persistent bitmaps"),
-            (self.crypt_method != 0, "encryption"),
-        ];
+        let missing = [(self.crypt_method != 0, "encryption")];
         match missing.into_iter().find(|(present, _)| *present) {
             Some((_, feature)) => Err(Error::unsupported(file, feature)),
             None => Ok(()),

@@ -2,9 +2,10 @@
 
 use std::path::Path;
 
-use super::DataFileLayout;
+use super::bitmaps::BitmapInfo;
 use super::header::{Header, compatible, incompatible};
 use super::snapshot::{SnapshotInfo, read_table};
+use super::{DataFileLayout, bitmaps};
 #[cfg(doc)]
 use crate::Error;
 use crate::Result;
@@ -39,6 +40,8 @@ pub struct Info {
     pub data_file_raw: bool,
     /// How guest data lies in the data file, if there is one.
     pub data_file_layout: Option<DataFileLayout>,
+    /// The persistent bitmaps.
+    pub bitmaps: Vec<BitmapInfo>,
     /// The internal snapshots.
     pub snapshots: Vec<SnapshotInfo>,
     /// Whether refcounts may be wrong since the image was not closed.
@@ -54,7 +57,7 @@ impl Info {
     ///
     /// # Errors
     /// [`Error::NotQcow2`], [`Error::Invalid`], [`Error::Io`]; [`Error::Unsupported`] for unknown
-    /// features, and for bitmaps and encryption, which it could not tell;
+    /// features, and for encryption, which it could not tell;
     /// [`Error::Locked`] if another program writes to the image.
     pub fn read(path: &Path) -> Result<Self> {
         Self::read_with(path, Locking::On)
@@ -85,6 +88,7 @@ impl Info {
             has_data_file: header.has_data_file(),
             data_file_raw: header.data_file_is_raw(),
             data_file_layout: header.data_file_layout(),
+            bitmaps: bitmaps::list(&*image.storage, path, &header)?,
             snapshots: table.snapshots.into_iter().map(Into::into).collect(),
             dirty: incompatible(incompatible::DIRTY),
             corrupt: incompatible(incompatible::CORRUPT),

@@ -58,6 +58,7 @@ impl Disk for Qcow2 {
         self.check_writable()?;
         let len = total_len(bufs);
         check_range(offset, len, self.size())?;
+        self.track(offset, len)?;
         if let Some(file) = self.passthrough(offset, len)? {
             file.write_at(bufs, offset)?;
             // No metadata has changed.
@@ -80,6 +81,7 @@ impl Disk for Qcow2 {
     fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> Result<()> {
         self.check_writable()?;
         check_range(offset, len, self.size())?;
+        self.track(offset, len)?;
         self.zero(offset, len, unmap)?;
         self.settle()
     }
@@ -87,6 +89,7 @@ impl Disk for Qcow2 {
     fn discard(&self, offset: u64, len: u64) -> Result<()> {
         self.check_writable()?;
         check_range(offset, len, self.size())?;
+        self.track(offset, len)?;
         self.unmap(offset, len)?;
         self.settle()
     }

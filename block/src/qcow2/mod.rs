@@ -21,6 +21,7 @@
 //! | `requests`, `retired` | when clusters that lost their mapping may be used again |
 //! | `flush` | the order in which all of that reaches the disk |
 //! | `snapshot` | internal snapshots: their table, taking, applying and deleting them |
+//! | `bitmaps` | persistent bitmaps of what has changed |
 //! | `create`, `amend` | making new images, and changing options of others |
 //! | `info` | what a user wants to know of an image |
 //! | `check` | checking and repairing an image that is not open |
@@ -51,6 +52,7 @@
 mod allocator;
 mod amend;
 mod backing;
+mod bitmaps;
 mod cache;
 mod check;
 mod compressed;
@@ -89,6 +91,7 @@ use crate::sync::Mutex;
 use crate::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::Arc;
 
+use bitmaps::Bitmaps;
 use cache::SliceCache;
 use compressed::Decompressed;
 use geometry::Geometry;
@@ -105,6 +108,7 @@ use crate::file::ImageFile;
 
 pub use amend::{AmendOptions, amend};
 pub use backing::{BackingFormat, path_of as backing_path};
+pub use bitmaps::BitmapInfo;
 pub use check::{CheckOptions, CheckReport, Finding, FindingKind, Repair, check, check_storage};
 pub use compressed::CompressionType;
 pub use create::{CreateOptions, create};
@@ -149,6 +153,8 @@ pub struct Qcow2 {
     decompressed: Mutex<Decompressed>,
     /// The image has turned out to be damaged.
     corrupt: AtomicBool,
+    /// `None` without any, or in an image that is open read-only.
+    bitmaps: Option<Bitmaps>,
     /// `None` in an image that is open read-only.
     refcounts: Option<Mutex<Refcounts>>,
     /// Data in the image file, or the packed data file, lies below this offset: the end of the file

@@ -5,6 +5,7 @@ use crate::sync::{Mutex, lock};
 use std::path::{Path, PathBuf};
 
 use super::backing::{self, BackingFormat, Found};
+use super::bitmaps::Bitmaps;
 use super::cache::SliceCache;
 use super::entry::L1Entry;
 use super::geometry::{ENTRY_SIZE, Geometry};
@@ -18,7 +19,7 @@ use super::refcount::Refcounts;
 use super::requests::Requests;
 use super::reserved::{Field, Reserved};
 use super::retired::Retired;
-use super::{DataFileLayout, Qcow2, snapshot, table};
+use super::{DataFileLayout, Qcow2, bitmaps, snapshot, table};
 use crate::file::{FileOptions, ImageFile};
 use crate::lock::Access;
 use crate::{Disk, Error, Result, Storage};
@@ -175,6 +176,11 @@ impl Qcow2 {
         if !read_only {
             clear_unknown_autoclear(&image, &header)?;
         }
+        let bitmaps = if read_only {
+            None
+        } else {
+            Bitmaps::open(&image, &header)?
+        };
         let data_end = match &placement {
             Placement::Packed(packed) => packed.file.size()?,
             _ => image.size()?,
@@ -200,6 +206,7 @@ impl Qcow2 {
             compression_type: header.compression(),
             decompressed: Mutex::default(),
             corrupt: AtomicBool::new(false),
+            bitmaps,
             refcounts,
             ranges: RangeLocks::default(),
             requests: Requests::default(),
@@ -242,6 +249,7 @@ fn open_refcounts(
         reserved.push(Field::RefcountBlock, geometry.cluster(offset), 1);
     }
     reserve_snapshots(image, geometry, header, &mut reserved)?;
+    bitmaps::reserve(image, header, &mut reserved)?;
     reserved.sort(image)?;
     refcounts.reserve(image, reserved)?;
     Ok(refcounts)

@@ -115,6 +115,22 @@ impl Qcow2 {
         self.image.write_bytes_at(&table, new)
     }
 
+    /// Writes `table`, of metadata, to clusters of its own, and returns its offset; 0 if it is empty.
+    pub(super) fn add_table(&self, field: Field, table: &[u8]) -> Result<u64> {
+        let g = self.geometry;
+        let clusters = g.clusters(table.len() as u64);
+        if clusters == 0 {
+            return Ok(0);
+        }
+        let place = self
+            .refcounts()?
+            .allocate_metadata(&self.image, field, clusters)?;
+        let mut bytes = table.to_vec();
+        bytes.resize((clusters << g.cluster_bits) as usize, 0);
+        self.image.write_bytes_at(&bytes, place.offset)?;
+        Ok(place.offset)
+    }
+
     /// Makes a cluster an empty L2 table, and the file reach to its end: the L1 entry must not lead
     /// out of the file, whether anything will be mapped in the table or not.
     fn clear_table(&self, table: &Allocation) -> Result<()> {

@@ -38,6 +38,9 @@ pub(crate) enum Field {
     SnapshotTable,
     SnapshotL1Table,
     SnapshotL2Table,
+    BitmapDirectory,
+    BitmapTable,
+    BitmapData,
 }
 
 impl Field {
@@ -51,6 +54,9 @@ impl Field {
             Self::SnapshotTable => "snapshots_offset",
             Self::SnapshotL1Table => "l1_table_offset of a snapshot",
             Self::SnapshotL2Table => "l1_table entry of a snapshot",
+            Self::BitmapDirectory => "bitmap_directory_offset",
+            Self::BitmapTable => "bitmap_table_offset",
+            Self::BitmapData => "bitmap_table entry",
         }
     }
 
@@ -65,6 +71,9 @@ impl Field {
             Self::SnapshotTable => "snapshot table",
             Self::SnapshotL1Table => "inactive L1 table",
             Self::SnapshotL2Table => "inactive L2 table",
+            Self::BitmapDirectory => "bitmap directory",
+            Self::BitmapTable => "bitmap table",
+            Self::BitmapData => "bitmap",
         }
     }
 }

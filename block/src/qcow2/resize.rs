@@ -39,6 +39,9 @@ impl Qcow2 {
         let _resizing = lock(&self.resizing);
         let old = self.size();
         self.check_size(new)?;
+        if new != old {
+            self.resize_bitmaps(new)?;
+        }
         match new.cmp(&old) {
             std::cmp::Ordering::Less => self.shrink(old, new),
             std::cmp::Ordering::Equal => Ok(()),

@@ -113,6 +113,12 @@ fn sound_places() -> Vec<(Both, String)> {
     }
     let both = Both::new(|place| image(place, 16384, ",extended_l2=on"));
     places.push((both, "subclusters".to_owned()));
+    let both = Both::new(|place| {
+        image(place, 4096, ",data_file=d");
+        place.make("bitmap --add t some");
+        place.qemu_io("t", &["write 0 1M"]);
+    });
+    places.push((both, "bitmaps".to_owned()));
     // The dates of snapshots differ.
     for (both, _) in &places {
         fs::copy(both.qemu.path("t"), both.tandem.path("t")).unwrap();

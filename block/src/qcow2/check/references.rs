@@ -7,7 +7,7 @@ use crate::qcow2::geometry::ENTRY_SIZE;
 use crate::qcow2::header::MAX_L1_SIZE;
 use crate::qcow2::snapshot::{Snapshot, SnapshotTable, read_table};
 use crate::qcow2::subclusters::Subclusters;
-use crate::qcow2::{DataFileLayout, packed, table};
+use crate::qcow2::{DataFileLayout, bitmaps, packed, table};
 
 /// An L2 table that is referred to more often, not counting snapshots, is not looked at any more: a
 /// sound image refers to each once, and a small bad one must not be able to ask for endless work.
@@ -61,6 +61,7 @@ impl Check<'_> {
         self.count_snapshots(&snapshots)?;
         let table_len = u64::from(self.header.refcount_table_clusters) * cluster_size;
         self.count(self.header.refcount_table_offset, table_len);
+        self.count_bitmaps()?;
         for i in 0..self.refcount_table.len() {
             self.count_refcount_block(i);
         }
@@ -90,6 +91,18 @@ impl Check<'_> {
             }
         }
         self.count(self.header.snapshots_offset, table.len);
+        Ok(())
+    }
+
+    fn count_bitmaps(&mut self) -> Result<()> {
+        let files = self.files;
+        let mut ranges = Vec::new();
+        bitmaps::for_each_range(files.image, files.path, &self.header, |_, offset, len| {
+            ranges.push((offset, len));
+        })?;
+        for (offset, len) in ranges {
+            self.count(offset, len);
+        }
         Ok(())
     }
 

@@ -21,6 +21,7 @@ use super::geometry::ENTRY_SIZE;
 use super::header::{Header, MAX_L1_SIZE, incompatible};
 use super::reserved::Field;
 use super::table as entries;
+use crate::sync::atomic::Ordering;
 use crate::{Disk, Error, Result};
 
 use references::References;
@@ -156,7 +157,9 @@ impl Change<'_> {
         let mut active = self.l1.clone();
         self.add_references(&active)?;
         let shared: Vec<u64> = active.iter().map(|entry| entry & !COPIED).collect();
-        let l1_table_offset = self.add_table(Field::SnapshotL1Table, &entries::encode(shared))?;
+        let l1_table_offset = self
+            .disk
+            .add_table(Field::SnapshotL1Table, &entries::encode(shared))?;
         let mut snapshots = self.table.snapshots.clone();
         snapshots.push(Snapshot {
             l1_table_offset,
@@ -211,11 +214,16 @@ impl Change<'_> {
             return Err(self.disk.image.invalid("disk_size", disk_size, reason));
         }
         let mut l1 = self.read_l1(&snapshot)?;
+        // What differs is not known.
+        self.disk.resize_bitmaps(size.max(self.disk.size()))?;
+        self.disk.track(0, size.max(self.disk.size()))?;
         self.add_references(&l1)?;
         l1.resize(needed as usize, 0);
         // Everything is shared with the snapshot.
         l1.iter_mut().for_each(|entry| *entry &= !COPIED);
-        let offset = self.add_table(Field::L1Table, &entries::encode(l1.iter().copied()))?;
+        let offset = self
+            .disk
+            .add_table(Field::L1Table, &entries::encode(l1.iter().copied()))?;
         self.disk.write_counts()?;
         self.with_references(|references| references.set_copied(&mut l1))?;
         self.disk.image.sync()?;
@@ -226,6 +234,8 @@ impl Change<'_> {
         fields.extend(offset.to_be_bytes());
         self.disk.image.write_bytes_at(&fields, HEADER_SIZE)?;
         self.disk.image.sync()?;
+        self.disk.size.store(size, Ordering::Relaxed);
+        self.disk.resize_bitmaps(size)?;
 
         let (old, old_offset) = (self.l1.clone(), self.l1_offset);
         let clusters = g.clusters(old.len() as u64 * ENTRY_SIZE);
@@ -283,25 +293,9 @@ impl Change<'_> {
         ))
     }
 
-    /// Writes `table` to clusters of its own, and returns its offset; 0 if it is empty.
-    fn add_table(&self, field: Field, table: &[u8]) -> Result<u64> {
-        let g = self.disk.geometry;
-        let clusters = g.clusters(table.len() as u64);
-        if clusters == 0 {
-            return Ok(0);
-        }
-        let place = self
-            .disk
-            .refcounts()?
-            .allocate_metadata(&self.disk.image, field, clusters)?;
-        let mut bytes = table.to_vec();
-        bytes.resize((clusters << g.cluster_bits) as usize, 0);
-        self.disk.image.write_bytes_at(&bytes, place.offset)?;
-        Ok(place.offset)
-    }
-
     fn add_snapshot_table(&self, snapshots: &[Snapshot]) -> Result<u64> {
-        self.add_table(Field::SnapshotTable, &table::encode(snapshots))
+        self.disk
+            .add_table(Field::SnapshotTable, &table::encode(snapshots))
     }
 
     /// Writes the active L1 table where it is. Only flags of it have changed.

@@ -1,0 +1,329 @@
+//! Persistent bitmaps: which parts of the disk have changed since somebody cleared them (qcow2
+//! specification, "Bitmaps").
+//!
+//! They are read, and marked as in use on disk, before the first change of the disk; an image that is
+//! opened and not written stays as it is. Every change then sets bits in memory before it reaches a
+//! file. When the image is closed the bits are written to new clusters, then the entries of the
+//! directory lead there, and at last the marks go: after a crash a bitmap is there in whole, or is
+//! marked, and nobody takes it for complete. Neither the header nor its autoclear bits change.
+//!
+//! A bitmap that is marked already, or says something that is not known here, is not touched; if the
+//! latter should follow changes, it is marked, for it does not.
+
+mod directory;
+
+use std::path::Path;
+
+use super::Qcow2;
+use super::geometry::Geometry;
+use super::header::Header;
+use super::reserved::{Field, Reserved};
+use super::words::Words;
+use crate::file::ImageFile;
+use crate::sync::atomic::{AtomicBool, Ordering};
+use crate::sync::{Mutex, lock};
+use crate::{Disk, Error, Result, Storage};
+
+use directory::{Bitmap, MAX_BITMAP_SIZE, Part, flags};
+
+/// Bits in a word of a bitmap.
+const WORD_BITS: u64 = u64::BITS as u64;
+
+/// A persistent bitmap, as its entry in the bitmap directory tells.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct BitmapInfo {
+    /// Untrusted bytes.
+    pub name: Vec<u8>,
+    /// Bytes of the disk that a bit stands for.
+    pub granularity: u64,
+    /// Whether it was not stored, and is not what it should be.
+    pub in_use: bool,
+    /// Whether it follows changes of the disk.
+    pub auto: bool,
+}
+
+/// What the directory of `image` tells of its bitmaps.
+pub(super) fn list(image: &dyn Storage, file: &Path, header: &Header) -> Result<Vec<BitmapInfo>> {
+    let Some(extension) = header.extensions.bitmaps else {
+        return Ok(Vec::new());
+    };
+    let bitmaps = directory::read(image, file, header.geometry(), extension)?;
+    let info = |bitmap: Bitmap| BitmapInfo {
+        granularity: 1 << bitmap.granularity_bits,
+        in_use: bitmap.is_in_use(),
+        auto: bitmap.is_auto(),
+        name: bitmap.name,
+    };
+    Ok(bitmaps.into_iter().map(info).collect())
+}
+
+/// Calls `f` on each range of clusters that the bitmaps of an image take, in bytes: of the directory,
+/// and of each bitmap its table and its bits.
+pub(super) fn for_each_range(
+    image: &dyn Storage,
+    file: &Path,
+    header: &Header,
+    mut f: impl FnMut(Field, u64, u64),
+) -> Result<()> {
+    let Some(extension) = header.extensions.bitmaps else {
+        return Ok(());
+    };
+    let g = header.geometry();
+    let (offset, size) = (extension.directory_offset, extension.directory_size);
+    f(Field::BitmapDirectory, offset, size);
+    for bitmap in directory::read(image, file, g, extension)? {
+        let len = bitmap.table_clusters(g) << g.cluster_bits;
+        f(Field::BitmapTable, bitmap.table_offset, len);
+        for part in directory::read_table(image, file, g, &bitmap)? {
+            if let Part::At(offset) = part {
+                f(Field::BitmapData, offset, g.cluster_size());
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Adds what the bitmaps take to `reserved`.
+pub(super) fn reserve(image: &ImageFile, header: &Header, reserved: &mut Reserved) -> Result<()> {
+    let g = header.geometry();
+    for_each_range(
+        &*image.storage,
+        &image.path,
+        header,
+        |field, offset, len| {
+            reserved.push(field, g.cluster(offset), g.clusters(len));
+        },
+    )
+}
+
+/// The bitmaps of an image that may be written.
+pub(super) struct Bitmaps {
+    entries: Vec<Bitmap>,
+    /// They are in memory, and marked on disk.
+    started: AtomicBool,
+    /// Held by whoever starts them.
+    starting: Mutex<()>,
+    /// The bits of each of the entries that can be stored again.
+    bits: Vec<Option<Words>>,
+}
+
+impl Bitmaps {
+    /// Those of `image`, if it has any.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for a directory that is not valid, or a bitmap that is too small for the
+    /// disk.
+    pub fn open(image: &ImageFile, header: &Header) -> Result<Option<Self>> {
+        let Some(extension) = header.extensions.bitmaps else {
+            return Ok(None);
+        };
+        let g = header.geometry();
+        let entries = directory::read(&*image.storage, &image.path, g, extension)?;
+        for entry in entries.iter().filter(|entry| !entry.is_in_use()) {
+            let bits = (u64::from(entry.table_size) << g.cluster_bits) * 8;
+            if header.disk_size() > bits << entry.granularity_bits {
+                let name = entry.name.escape_ascii();
+                let reason = format!("Bitmap '{name}' doesn't satisfy the constraints");
+                let size = entry.table_size.into();
+                return Err(image.invalid("bitmap_table_size", size, reason));
+            }
+        }
+        let max_words = (MAX_BITMAP_SIZE / 8) as usize;
+        let bits = entries.iter().map(|entry| {
+            let is_stored = entry.is_known && !entry.is_in_use();
+            is_stored.then(|| Words::new(max_words))
+        });
+        Ok(Some(Self {
+            bits: bits.collect(),
+            entries,
+            started: AtomicBool::new(false),
+            starting: Mutex::default(),
+        }))
+    }
+
+    /// The bits that are in memory, with the entries that they belong to.
+    fn stored(&self) -> impl Iterator<Item = (&Bitmap, &Words)> {
+        let pairs = self.entries.iter().zip(&self.bits);
+        pairs.filter_map(|(entry, bits)| Some((entry, bits.as_ref()?)))
+    }
+
+    /// Reads the bits, and marks the bitmaps on disk.
+    fn start(&self, image: &ImageFile, geometry: Geometry) -> Result<()> {
+        let _starting = lock(&self.starting);
+        if self.started.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        for (entry, bits) in self.stored() {
+            load(image, geometry, entry, bits)?;
+        }
+        self.write_flags(image, flags::IN_USE)?;
+        self.started.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    /// Writes the flags of those that are stored, and of those that are not but should follow
+    /// changes, with `mark`; without it only of the former.
+    fn write_flags(&self, image: &ImageFile, mark: u32) -> Result<()> {
+        for (entry, bits) in self.entries.iter().zip(&self.bits) {
+            let follows = mark != 0 && entry.is_auto() && !entry.is_in_use();
+            if bits.is_some() || follows {
+                let flags = entry.flags | mark;
+                image.write_bytes_at(&flags.to_be_bytes(), entry.flags_at())?;
+            }
+        }
+        image.sync()
+    }
+
+    /// Sets the bits of `len` bytes at `offset` in those that follow changes.
+    fn mark(&self, offset: u64, len: u64) {
+        for (entry, bits) in self.stored().filter(|(entry, _)| entry.is_auto()) {
+            let first = offset >> entry.granularity_bits;
+            let last = (offset + len - 1) >> entry.granularity_bits;
+            for word in first / WORD_BITS..=last / WORD_BITS {
+                let start = first.max(word * WORD_BITS) % WORD_BITS;
+                let end = last.min(word * WORD_BITS + WORD_BITS - 1) % WORD_BITS;
+                let mask = u64::MAX >> (WORD_BITS - 1 - end) & u64::MAX << start;
+                let word = bits.make(word as usize);
+                // Most of what is written was written before.
+                if word.load(Ordering::Relaxed) & mask != mask {
+                    word.fetch_or(mask, Ordering::Relaxed);
+                }
+            }
+        }
+    }
+
+    /// Clears the bits behind the end of a disk of `size` bytes.
+    fn truncate(&self, size: u64) {
+        for (entry, bits) in self.stored() {
+            let count = size.div_ceil(1 << entry.granularity_bits);
+            let (word, rest) = ((count / WORD_BITS) as usize, count % WORD_BITS);
+            for index in bits.indices().skip_while(|index| *index < word) {
+                if let Some(bits) = bits.get(index) {
+                    let kept = if index == word { (1 << rest) - 1 } else { 0 };
+                    bits.fetch_and(kept, Ordering::Relaxed);
+                }
+            }
+        }
+    }
+}
+
+/// Reads the bits of `bitmap`.
+fn load(image: &ImageFile, geometry: Geometry, bitmap: &Bitmap, bits: &Words) -> Result<()> {
+    let parts = directory::read_table(&*image.storage, &image.path, geometry, bitmap)?;
+    let words = (geometry.cluster_size() / 8) as usize;
+    let mut bytes = vec![0; geometry.cluster_size() as usize];
+    for (i, part) in parts.into_iter().enumerate() {
+        match part {
+            Part::All(false) => continue,
+            Part::All(true) => bytes.fill(0xff),
+            Part::At(offset) => image.read_bytes_at(&mut bytes, offset)?,
+        }
+        for (k, word) in bytes.as_chunks().0.iter().enumerate() {
+            let word = u64::from_le_bytes(*word);
+            if word != 0 {
+                bits.make(i * words + k).store(word, Ordering::Relaxed);
+            }
+        }
+    }
+    Ok(())
+}
+
+impl Qcow2 {
+    /// The `len` bytes at `offset` are about to change.
+    pub(super) fn track(&self, offset: u64, len: u64) -> Result<()> {
+        let Some(bitmaps) = self.bitmaps.as_ref().filter(|_| len > 0) else {
+            return Ok(());
+        };
+        if !bitmaps.started.load(Ordering::Acquire) {
+            bitmaps.start(&self.image, self.geometry)?;
+        }
+        bitmaps.mark(offset, len);
+        Ok(())
+    }
+
+    /// The disk is about to get a size of `new` bytes.
+    ///
+    /// # Errors
+    /// [`Error::Option`] if there is a bitmap that cannot follow.
+    pub(super) fn resize_bitmaps(&self, new: u64) -> Result<()> {
+        let Some(bitmaps) = &self.bitmaps else {
+            return Ok(());
+        };
+        for (entry, bits) in bitmaps.entries.iter().zip(&bitmaps.bits) {
+            let name = entry.name.escape_ascii();
+            if bits.is_none() {
+                let reason = format!("Bitmap '{name}' is inconsistent and cannot be used");
+                return Err(Error::Option(reason));
+            }
+            if new.div_ceil(1 << entry.granularity_bits) > MAX_BITMAP_SIZE * 8 {
+                let reason = format!("Bitmap '{name}' would be too large for the new size");
+                return Err(Error::Option(reason));
+            }
+        }
+        if !bitmaps.started.load(Ordering::Acquire) {
+            bitmaps.start(&self.image, self.geometry)?;
+        }
+        bitmaps.truncate(new);
+        Ok(())
+    }
+
+    /// Stores the bitmaps of an image that is closed, and whose data and mapping are on disk.
+    pub(super) fn store_bitmaps(&self) -> Result<()> {
+        let Some(bitmaps) = &self.bitmaps else {
+            return Ok(());
+        };
+        if !bitmaps.started.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let mut old = Vec::new();
+        let mut places = Vec::new();
+        for (entry, bits) in bitmaps.stored() {
+            places.push((entry.at, self.write_bitmap(entry, bits)?));
+            let (image, path) = (&*self.image.storage, &self.image.path);
+            let table = entry.table_clusters(self.geometry) << self.geometry.cluster_bits;
+            old.push((entry.table_offset, table));
+            for part in directory::read_table(image, path, self.geometry, entry)? {
+                if let Part::At(offset) = part {
+                    old.push((offset, self.geometry.cluster_size()));
+                }
+            }
+        }
+        self.write_counts()?;
+        for (at, (offset, size)) in places {
+            let fields = Bitmap::table_fields(offset, size);
+            self.image.write_bytes_at(&fields, at)?;
+        }
+        self.image.sync()?;
+        bitmaps.write_flags(&self.image, 0)?;
+        for (offset, len) in old {
+            self.release_clusters(offset..offset + len)?;
+        }
+        self.write_counts()
+    }
+
+    /// Writes the bits of `bitmap` and a table of them to clusters of their own, and returns the
+    /// offset and the number of entries of the table.
+    fn write_bitmap(&self, bitmap: &Bitmap, bits: &Words) -> Result<(u64, u32)> {
+        let g = self.geometry;
+        let count = self.size().div_ceil(1 << bitmap.granularity_bits);
+        let parts = g.clusters(count.div_ceil(8)).max(1);
+        let words = g.cluster_size() / 8;
+        let mut entries = vec![0; parts as usize];
+        let mut bytes = Vec::with_capacity(g.cluster_size() as usize);
+        for (i, entry) in (0..).zip(&mut entries) {
+            bytes.clear();
+            for index in i * words..(i + 1) * words {
+                let word = bits.get(index as usize);
+                let word = word.map_or(0, |word| word.load(Ordering::Relaxed));
+                bytes.extend(word.to_le_bytes());
+            }
+            if bytes.iter().any(|byte| *byte != 0) {
+                *entry = self.add_table(Field::BitmapData, &bytes)?;
+            }
+        }
+        let table = super::table::encode(entries);
+        let offset = self.add_table(Field::BitmapTable, &table)?;
+        Ok((offset, parts as u32))
+    }
+}

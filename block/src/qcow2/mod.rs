@@ -9,7 +9,7 @@
 //! | `open` | from files to a [`Qcow2`] |
 //! | `mapping`, `remap` | guest offset → place, and changing it |
 //! | `io` | reads and writes on top of that |
-//! | `compressed` | compressed clusters |
+//! | `compressed`, `compress` | compressed clusters: reading them, and writing them |
 //! | `zeroes` | writing zeroes, and discarding |
 //! | `resize` | growing and shrinking the disk |
 //! | `backing` | what shows where the image has nothing |
@@ -52,6 +52,7 @@ mod amend;
 mod backing;
 mod cache;
 mod check;
+mod compress;
 mod compressed;
 mod counters;
 mod create;
@@ -106,6 +107,7 @@ use crate::file::ImageFile;
 pub use amend::{AmendOptions, amend};
 pub use backing::{BackingFormat, path_of as backing_path};
 pub use check::{CheckReport, Finding, FindingKind, check, check_storage};
+pub use compress::CompressedCluster;
 pub use compressed::CompressionType;
 pub use create::{CreateOptions, create};
 pub use info::Info;

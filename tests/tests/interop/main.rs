@@ -1,5 +1,6 @@
 //! The block engine and QEMU's tools on the same images.
 
+mod compressed;
 mod devices;
 mod discards;
 mod extents;

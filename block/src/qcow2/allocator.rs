@@ -4,6 +4,8 @@
 //! so the file grows only when there are none inside it; which slices of refcounts have some is
 //! remembered, so that looking for them costs the same however large and full the image is.
 
+use std::ops::Range;
+
 use super::geometry::ENTRY_SIZE;
 use super::header::MAX_REFCOUNT_TABLE_SIZE;
 use super::refcount::Refcounts;
@@ -61,6 +63,45 @@ impl Refcounts {
             clusters: end - first,
             zeroed,
         })
+    }
+
+    /// Takes `len` bytes for a compressed cluster, less than a cluster has, behind the one before
+    /// where possible, and returns their offset. Each cluster that they lie in has one more user.
+    ///
+    /// # Errors
+    /// As [`allocate`](Self::allocate).
+    pub fn allocate_packed(&mut self, image: &ImageFile, len: u64) -> Result<u64> {
+        let end = self.packed_end;
+        let shared = self.geometry.cluster(end);
+        let room = end.next_multiple_of(self.geometry.cluster_size()) - end;
+        let can_share = end != 0 && self.count(image, shared)? < self.width.max();
+        let offset = if can_share && len <= room {
+            self.add(image, shared)?;
+            end
+        } else {
+            let next = can_share.then_some(end + room);
+            let place = self.allocate(image, next, 1)?;
+            if next == Some(place.offset) {
+                if let Err(e) = self.add(image, shared) {
+                    self.free(image, place.offset, 1)?;
+                    return Err(e);
+                }
+                end
+            } else {
+                place.offset
+            }
+        };
+        let end = offset + len;
+        let is_full = self.geometry.in_cluster(end) == 0;
+        self.packed_end = if is_full { 0 } else { end };
+        Ok(offset)
+    }
+
+    /// The compressed cluster that is written next goes to none of `clusters`.
+    pub(super) fn forget_packed(&mut self, clusters: Range<u64>) {
+        if clusters.contains(&self.geometry.cluster(self.packed_end)) {
+            self.packed_end = 0;
+        }
     }
 
     /// Takes `count` free clusters in a row for what `field` will lead to, and returns the offset
@@ -154,6 +195,7 @@ impl Refcounts {
             };
             if count == 0 {
                 self.reserved.release(cluster);
+                self.forget_packed(cluster..cluster + 1);
             }
             self.set_count(image, cluster, count)?;
         }

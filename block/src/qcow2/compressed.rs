@@ -1,7 +1,8 @@
 //! Compressed clusters (qcow2 specification, "Compressed Clusters Descriptor").
 //!
-//! They are read as whole clusters, and never written in place: a write takes up what it does not
-//! change, as from a backing file. Several may lie in one host cluster, whose refcount counts them.
+//! They are read as whole clusters, and never changed in place: a write takes up what it does not
+//! change, as from a backing file; `compress` writes whole ones. Several may lie in one host cluster,
+//! whose refcount counts them.
 
 use std::ops::Range;
 use std::sync::Arc;

@@ -94,6 +94,16 @@ impl L2Entry {
         (offset, (more_sectors + 1) * 512 - offset % 512)
     }
 
+    /// An entry for compressed data of `len` bytes, at least one, at `offset`; `None` if one of them
+    /// is too large for its field.
+    pub fn new_compressed(offset: u64, len: u64, cluster_bits: u32) -> Option<Self> {
+        let sector_bits = cluster_bits - 8;
+        let offset_bits = 62 - sector_bits;
+        let more_sectors = (offset + len - 1) / 512 - offset / 512;
+        let fits = offset >> offset_bits == 0 && more_sectors >> sector_bits == 0;
+        fits.then_some(Self(COMPRESSED | more_sectors << offset_bits | offset))
+    }
+
     /// Bits that must be zero in an entry that is not compressed.
     pub fn reserved(self) -> u64 {
         self.0 & !(OFFSET_MASK | COPIED | COMPRESSED | ZERO)
@@ -244,6 +254,16 @@ mod tests {
             L2Entry(COMPRESSED | 0x5_0000).cluster(None),
             Cluster::Compressed
         );
+        for bits in [9, 12, 16, 21] {
+            let last = L2Entry::new_compressed(0x1_2345, 1 << bits, bits).unwrap();
+            assert_eq!(last.cluster(None), Cluster::Compressed);
+            let (offset, len) = last.compressed(bits);
+            let end = (0x1_2345u64 + (1 << bits)).next_multiple_of(512);
+            assert_eq!((offset, offset + len), (0x1_2345, end));
+            assert!(!last.is_copied());
+            assert_eq!(L2Entry::new_compressed(1 << (70 - bits), 1, bits), None);
+            assert!(L2Entry::new_compressed((1 << (70 - bits)) - 1, 1, bits).is_some());
+        }
         assert_eq!(L2Entry(1 << 56 | 2).reserved(), 1 << 56 | 2);
         assert_eq!(L1Entry::new(0x3_0000).reserved(), 0);
     }

@@ -68,14 +68,7 @@ impl Disk for Qcow2 {
                 Ok(())
             };
         }
-        loop {
-            let returned = self.retired.returned();
-            match self.write_mapped(bufs, offset, len) {
-                Err(e) if e.is_no_space() && self.wait_for_space(returned)? => {}
-                Err(e) => return Err(e),
-                Ok(()) => return self.settle(),
-            }
-        }
+        self.with_space(|| self.write_mapped(bufs, offset, len))
     }
 
     fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> Result<()> {
@@ -135,6 +128,18 @@ impl Qcow2 {
             Err(Error::Corrupt { file })
         } else {
             Ok(())
+        }
+    }
+
+    /// Calls `write` until it finds room for its data, or no more clusters come back.
+    pub(super) fn with_space(&self, write: impl Fn() -> Result<()>) -> Result<()> {
+        loop {
+            let returned = self.retired.returned();
+            match write() {
+                Err(e) if e.is_no_space() && self.wait_for_space(returned)? => {}
+                Err(e) => return Err(e),
+                Ok(()) => return self.settle(),
+            }
         }
     }
 

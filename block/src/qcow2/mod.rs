@@ -9,7 +9,7 @@
 //! | `open` | from files to a [`Qcow2`] |
 //! | `mapping`, `remap` | guest offset → place, and changing it |
 //! | `io` | reads and writes on top of that |
-//! | `compressed` | compressed clusters |
+//! | `compressed`, `compress` | compressed clusters: reading them, and writing them |
 //! | `zeroes` | writing zeroes, and discarding |
 //! | `resize` | growing and shrinking the disk |
 //! | `backing` | what shows where the image has nothing |
@@ -55,6 +55,7 @@ mod backing;
 mod bitmaps;
 mod cache;
 mod check;
+mod compress;
 mod compressed;
 mod create;
 mod entry;
@@ -110,6 +111,7 @@ pub use amend::{AmendOptions, amend};
 pub use backing::{BackingFormat, path_of as backing_path};
 pub use bitmaps::BitmapInfo;
 pub use check::{CheckOptions, CheckReport, Finding, FindingKind, Repair, check, check_storage};
+pub use compress::CompressedCluster;
 pub use compressed::CompressionType;
 pub use create::{CreateOptions, create};
 pub use info::Info;

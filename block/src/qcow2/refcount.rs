@@ -49,6 +49,9 @@ pub(crate) struct Refcounts {
     pub(super) end: u64,
     /// Counts were written to the file since the last [`write_counts`](Self::write_counts).
     pub(super) written: bool,
+    /// Where the last compressed cluster ends, inside a cluster that others can share, in bytes; or
+    /// 0. That cluster is in use.
+    pub(super) packed_end: u64,
 }
 
 /// What must happen before a mapping that relies on the counts may be written.
@@ -111,6 +114,7 @@ impl Refcounts {
             untouched: file_size.div_ceil(geometry.cluster_size()),
             end: geometry.cluster(image.capacity()?.unwrap_or(MAX_OFFSET)),
             written: false,
+            packed_end: 0,
         })
     }
 
@@ -171,12 +175,16 @@ impl Refcounts {
     }
 
     /// How many of the `max` clusters from `first` on, at least one, are used exactly once like it,
-    /// or more or less often like it.
+    /// or more or less often like it. No compressed cluster is added any more to those that are used
+    /// once: they are about to go.
     pub fn run_alike(&mut self, image: &ImageFile, first: u64, max: u64) -> Result<Alike> {
         let exclusive = self.count(image, first)? == 1;
         let mut clusters = 1;
         while clusters < max && (self.count(image, first + clusters)? == 1) == exclusive {
             clusters += 1;
+        }
+        if exclusive {
+            self.forget_packed(first..first + clusters);
         }
         Ok(Alike {
             clusters,

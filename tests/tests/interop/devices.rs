@@ -207,7 +207,11 @@ fn packed() {
     drop(disk);
     check(
         &path,
-        &tandem_block::qcow2::CheckOptions::default(),
+        &tandem_block::qcow2::CheckOptions {
+            follow: options.follow,
+            data_file: options.data_file.clone(),
+            ..Default::default()
+        },
         &mut |finding| panic!("{}", finding.text),
     )
     .unwrap();

@@ -16,6 +16,12 @@ enum Op {
         len: usize,
         byte: u8,
     },
+    /// Whole clusters, compressed.
+    Compress {
+        cluster: u64,
+        count: u64,
+        seed: u8,
+    },
     Zero {
         offset: u64,
         len: usize,
@@ -47,6 +53,8 @@ fn ops(size: u64, cluster_size: u64) -> impl Strategy<Value = Vec<Op>> {
     let op = prop_oneof![
         6 => (range.clone(), 1..=255u8)
             .prop_map(|((offset, len), byte)| Op::Write { offset, len, byte }),
+        2 => (0..=size / cluster_size, 1..8u64, any::<u8>())
+            .prop_map(|(cluster, count, seed)| Op::Compress { cluster, count, seed }),
         2 => (range.clone(), any::<bool>())
             .prop_map(|((offset, len), unmap)| Op::Zero { offset, len, unmap }),
         2 => range.clone().prop_map(|(offset, len)| Op::Discard { offset, len }),
@@ -81,6 +89,23 @@ fn run_on(image: &Image, cluster_size: u64, mut model: Vec<u8>, discards: bool, 
                 write(&disk, offset, len, byte);
                 model[offset as usize..][..len].fill(byte);
             }
+            Op::Compress { .. } if matches!(image.kind, Kind::External | Kind::Raw) => {
+                assert!(disk.compress(vec![1]).is_err());
+            }
+            Op::Compress {
+                cluster,
+                count,
+                seed,
+            } => {
+                let starts = (cluster..cluster + count).map(|cluster| cluster * cluster_size);
+                for start in starts.take_while(|start| *start < disk.size()) {
+                    let end = (start + cluster_size).min(disk.size());
+                    let data = compressible(seed, (end - start) as usize);
+                    model[start as usize..end as usize].copy_from_slice(&data);
+                    let cluster = disk.compress(data).unwrap();
+                    disk.write_compressed(cluster, start).unwrap();
+                }
+            }
             Op::Zero { offset, len, unmap } => {
                 disk.write_zeroes(offset, len as u64, unmap).unwrap();
                 model[offset as usize..][..len].fill(0);
@@ -113,6 +138,17 @@ fn run_on(image: &Image, cluster_size: u64, mut model: Vec<u8>, discards: bool, 
         &model,
         "the disk opened again",
     );
+}
+
+/// `len` bytes that become smaller or not, as `seed` says: noise, and one value behind it.
+fn compressible(seed: u8, len: usize) -> Vec<u8> {
+    let mut data = vec![seed; len];
+    let mut state = u32::from(seed) + 1;
+    for byte in &mut data[..len * usize::from(seed) / 255] {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        *byte = (state >> 24) as u8;
+    }
+    data
 }
 
 /// What reads as zero after a range of a disk of `size` bytes has been discarded.

@@ -7,6 +7,8 @@ use crate::run::{Both, Place, words};
 fn images(place: &Place) {
     place.make("create -q -f qcow2 internal 10M");
     place.qemu_io("internal", &["write 1M 1M", "write 5M 64k"]);
+    place.make("bitmap --add internal followed");
+    place.make("bitmap --add --disable -g 4k internal off");
     place.make("create -q -f qcow2 -o compat=0.10 v2 1M");
     place.make("create -q -f qcow2 -o lazy_refcounts=on,refcount_bits=64 wide 1M");
     place.make("create -q -f qcow2 -o extended_l2=on,compression_type=zstd later 1M");

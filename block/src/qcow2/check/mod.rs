@@ -34,7 +34,7 @@ use super::geometry::Geometry;
 use super::header::{Header, incompatible};
 use super::open::open_data_file;
 use super::refcount_width::RefcountWidth;
-use super::{Follow, OpenOptions, table};
+use super::{Follow, OpenOptions, bitmaps, table};
 use crate::file::{FileOptions, ImageFile};
 use crate::lock::Access;
 use crate::{Error, Result, Storage};
@@ -203,6 +203,8 @@ fn read_header(path: &Path, storage: &dyn Storage) -> Result<Header> {
     let header = Header::read_for_check(storage, path)?;
     header.check_supported(path, true)?;
     header.check_tellable(path)?;
+    // As in QEMU, a directory that is not valid keeps the image from being opened.
+    bitmaps::list(storage, path, &header)?;
     Ok(header)
 }
 

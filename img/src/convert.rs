@@ -1,9 +1,10 @@
 //! `tandem-img convert`
 
 use std::ffi::OsStr;
+use std::num::NonZero;
 
 use clap::Command;
-use tandem_block::qcow2::Follow;
+use tandem_block::qcow2::{CompressedCluster, Follow, OpenOptions, Qcow2};
 use tandem_block::{Disk, ExtentKind, FileOptions, extent_in_chain};
 use vm_memory::VolatileSlice;
 
@@ -17,6 +18,8 @@ use crate::image::{
 
 /// Bytes that are copied at once.
 const PIECE: usize = 2 << 20;
+/// Clusters that a thread compresses at a time.
+const CLUSTERS_PER_THREAD: usize = 8;
 /// Zeros of this many bytes, at a multiple of it, are not written.
 const SPARSE: usize = 4096;
 
@@ -26,7 +29,7 @@ pub fn command() -> Command {
         .about("Copies a disk into a new image")
         .disable_help_flag(true)
         .override_usage(
-            "tandem-img convert [-f FMT] [-O FMT] [-o OPTIONS] [-q] [-t MODE] [-T MODE] [-U] \
+            "tandem-img convert [-f FMT] [-O FMT] [-o OPTIONS] [-c] [-q] [-t MODE] [-T MODE] [-U] \
              FILENAME OUTPUT",
         )
         .args([
@@ -50,6 +53,11 @@ pub fn command() -> Command {
                 "OPTIONS",
                 "Options of the new image, as for `create`",
             ),
+            flag(
+                "compress",
+                Some('c'),
+                "Compress the clusters of the new qcow2 image (deflate, or as -o compression_type says)",
+            ),
             cache_option("cache", 't', "the new image"),
             cache_option("source-cache", 'T', "the image that is read"),
             force_share_option(),
@@ -60,6 +68,7 @@ pub fn command() -> Command {
              Examples:\n  \
              tandem-img convert -O qcow2 -o data_file=d.raw,data_file_raw=on disk.raw disk.qcow2\n  \
              tandem-img convert -O qcow2 -o data_file=d.data,data_file_layout=packed a.qcow2 b.qcow2\n  \
+             tandem-img convert -c -O qcow2 -o compression_type=zstd disk.raw small.qcow2\n  \
              tandem-img convert b.qcow2 disk.raw",
         )
 }
@@ -91,7 +100,8 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
         .open(true, follow, source_files)
         .map_err(|e| opened(source, &e.reason()))?;
     let path = local_path(target).map_err(|e| opened(target, &e))?;
-    let created = create::create_copy(format, path, from.size(), &list);
+    let compressed = args.has("compress");
+    let created = create::create_copy(format, path, from.size(), &list, compressed);
     created.map_err(|e| {
         let (target, format) = (target.display(), format.name());
         args.name
@@ -99,6 +109,15 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
     })?;
     let name = OsStr::new(format.name());
     let new = Image::look(target, Some(name)).map_err(|e| opened(target, &e))?;
+    if compressed {
+        let options = OpenOptions {
+            follow: Follow::Anywhere,
+            files,
+            ..OpenOptions::default()
+        };
+        let to = Qcow2::open(new.path, &options).map_err(|e| opened(target, &e.reason()))?;
+        return copy_compressed(&*from, &to).map_err(|e| args.name.error(&e.to_string()));
+    }
     let to = new
         .open(false, Follow::Anywhere, files)
         .map_err(|e| opened(target, &e.reason()))?;
@@ -128,6 +147,69 @@ fn copy(from: &dyn Disk, to: &dyn Disk, is_zero: bool) -> tandem_block::Result<(
         at = end;
     }
     to.flush()
+}
+
+/// Copies all of `from` to `to`, a new disk that is as large, in compressed clusters.
+fn copy_compressed(from: &dyn Disk, to: &Qcow2) -> tandem_block::Result<()> {
+    let threads = std::thread::available_parallelism().map_or(1, NonZero::get);
+    let (size, cluster_size) = (from.size(), to.cluster_size());
+    let mut at = 0;
+    while at < size {
+        let mut clusters = Vec::new();
+        while at < size && clusters.len() < threads * CLUSTERS_PER_THREAD {
+            let (_, extent) = extent_in_chain(from, at, size - at)?;
+            let end = match at + extent.len {
+                end if end == size => end,
+                end => end / cluster_size * cluster_size,
+            };
+            if matches!(extent.kind, ExtentKind::Zero | ExtentKind::Unallocated) && end > at {
+                at = end;
+                continue;
+            }
+            let mut data = vec![0; cluster_size.min(size - at) as usize];
+            from.read_at(&[VolatileSlice::from(&mut data[..])], at)?;
+            clusters.push((at, data));
+            at += cluster_size;
+        }
+        for (offset, cluster) in compress(to, clusters, threads)? {
+            to.write_compressed(cluster, offset)?;
+        }
+    }
+    to.flush()
+}
+
+/// Compresses `clusters` for `disk`, with so many threads.
+fn compress(
+    disk: &Qcow2,
+    clusters: Vec<(u64, Vec<u8>)>,
+    threads: usize,
+) -> tandem_block::Result<Vec<(u64, CompressedCluster)>> {
+    let per_thread = clusters.len().div_ceil(threads).max(1);
+    let mut clusters = clusters.into_iter();
+    let mut parts = Vec::new();
+    while clusters.len() > 0 {
+        parts.push(clusters.by_ref().take(per_thread).collect::<Vec<_>>());
+    }
+    let pack = |part: Vec<(u64, Vec<u8>)>| {
+        let packed = part.into_iter();
+        packed
+            .map(|(offset, data)| Ok((offset, disk.compress(data)?)))
+            .collect::<tandem_block::Result<Vec<_>>>()
+    };
+    std::thread::scope(|scope| {
+        let running: Vec<_> = parts
+            .into_iter()
+            .map(|part| scope.spawn(move || pack(part)))
+            .collect();
+        let mut packed = Vec::new();
+        for thread in running {
+            match thread.join() {
+                Ok(part) => packed.extend(part?),
+                Err(panic) => std::panic::resume_unwind(panic),
+            }
+        }
+        Ok(packed)
+    })
 }
 
 /// Writes what of `piece` is not zero at `offset`.

@@ -265,7 +265,13 @@ fn create(args: &Parsed, file: &OsStr, size: Option<u64>, list: &str) -> Result<
 }
 
 /// Creates an image for a copy of a disk of `size` bytes, with the options of `list`.
-pub fn create_copy(format: Format, path: &Path, size: u64, list: &str) -> Result<(), String> {
+pub fn create_copy(
+    format: Format,
+    path: &Path,
+    size: u64,
+    list: &str,
+    compressed: bool,
+) -> Result<(), String> {
     let mut options = Options::new(definitions(format));
     if !list.is_empty() {
         options.parse(list)?;
@@ -276,7 +282,25 @@ pub fn create_copy(format: Format, path: &Path, size: u64, list: &str) -> Result
     if options.number("size").is_none() {
         options.set("size", Value::Number(size));
     }
+    if compressed {
+        check_compressible(format, &options)?;
+    }
     make(format, path, &options)
+}
+
+/// Refuses what cannot have compressed clusters.
+fn check_compressible(format: Format, options: &Options) -> Result<(), String> {
+    let refused = |reason: &str| Err(reason.to_owned());
+    if format == Format::Raw {
+        return refused("Compression not supported for this file format");
+    }
+    if preallocation(options)? != Preallocation::Off {
+        return refused("Compression and preallocation not supported at the same time");
+    }
+    if options.text("data_file").is_some() {
+        return refused("Compression is not supported for images with an external data file");
+    }
+    Ok(())
 }
 
 fn make(format: Format, path: &Path, options: &Options) -> Result<(), String> {

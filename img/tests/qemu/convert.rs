@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use crate::run::{Place, words};
+use crate::run::{Both, Place, len, words};
 
 /// Kinds of targets: format, options, the file that holds the data.
 const TARGETS: [(&str, &str, &str); 6] = [
@@ -94,10 +94,80 @@ fn fails_with_a_reason() {
             "Could not open 'a': No such file or directory",
         ),
         ("convert -O foo a b", "Unknown file format 'foo'"),
-        ("convert -c a b", "invalid option -- 'c'"),
+        ("convert -S 4k a b", "invalid option -- 'c'"),
     ] {
         let run = place.run(&words(line));
         assert_eq!(run.status, Some(1), "{line}");
         assert!(run.stderr.contains(reason), "{line}: {}", run.stderr);
+    }
+}
+
+/// Compressed images, of data that can be compressed and other data, as QEMU reads them; as small as
+/// QEMU's, and the same when it is read back.
+#[test]
+fn compressed() {
+    let place = Place::tandem();
+    let mut random = 1u64;
+    let mut noise = || {
+        random = random
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1);
+        (random >> 56) as u8
+    };
+    let mut disk: Vec<u8> = (0..9 << 20).map(|i| (i / 9001 % 251) as u8).collect();
+    disk[1 << 20..2 << 20].fill(0);
+    disk[4 << 20..5 << 20].fill_with(&mut noise);
+    disk.extend([7; 1024]);
+    fs::write(place.path("disk"), &disk).unwrap();
+    for options in [
+        "",
+        "-o cluster_size=4k",
+        "-o cluster_size=2M",
+        "-o compression_type=zstd",
+        "-o compat=0.10",
+        "-o extended_l2=on",
+        "-o refcount_bits=1",
+    ] {
+        run(
+            &place,
+            &format!("convert -c -f raw -O qcow2 {options} disk out"),
+        );
+        place.make("check -q -f qcow2 out");
+        place.make("compare -f qcow2 -F raw out disk");
+        run(&place, "convert -f qcow2 out back");
+        assert!(fs::read(place.path("back")).unwrap() == disk, "{options}");
+        place.make(&format!(
+            "convert -c -f raw -O qcow2 {options} disk by-qemu"
+        ));
+        let [ours, qemus] = ["out", "by-qemu"].map(|name| len(&place, name));
+        assert!(
+            ours < qemus * 5 / 4,
+            "{options}: {ours} bytes, QEMU {qemus}"
+        );
+    }
+}
+
+#[test]
+fn what_cannot_be_compressed() {
+    let both = Both::new(|place| place.make("create -q -f qcow2 source 1M"));
+    for (line, reason) in [
+        (
+            "-O raw source out",
+            "Compression not supported for this file format",
+        ),
+        (
+            "-O qcow2 -o preallocation=metadata source out",
+            "Compression and preallocation not supported at the same time",
+        ),
+        (
+            "-O qcow2 -o data_file=d source out",
+            "Compression is not supported for images with an external data file",
+        ),
+    ] {
+        let args = format!("convert -c {line}");
+        let [qemu, tandem] = [&both.qemu, &both.tandem].map(|place| place.run(&words(&args)));
+        assert_eq!((qemu.status, tandem.status), (Some(1), Some(1)), "{line}");
+        assert!(tandem.stderr.contains(reason), "{}", tandem.stderr);
+        assert!(!both.tandem.path("out").exists() && !both.tandem.path("d").exists());
     }
 }

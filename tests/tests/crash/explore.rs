@@ -299,6 +299,11 @@ fn written(op: &Op) -> Option<(std::ops::Range<usize>, u64)> {
             sector,
             count,
             stamp,
+        }
+        | Op::Compress {
+            sector,
+            count,
+            stamp,
         } => Some((sector, count, stamp)),
         Op::Zero { sector, count, .. } | Op::Discard { sector, count } => Some((sector, count, 0)),
         Op::Resize { .. } | Op::Flush => None,

@@ -178,6 +178,12 @@ pub enum Op {
         count: u64,
         stamp: u64,
     },
+    /// As `Write`, of one cluster, compressed.
+    Compress {
+        sector: u64,
+        count: u64,
+        stamp: u64,
+    },
     Zero {
         sector: u64,
         count: u64,
@@ -220,7 +226,7 @@ pub fn ops(
                 sector -= sector % per_cluster;
                 count = count.next_multiple_of(per_cluster).min(sectors - sector);
             }
-            match random.below(11) {
+            match random.below(12) {
                 0..=5 => Op::Write {
                     sector,
                     count,
@@ -232,7 +238,15 @@ pub fn ops(
                     unmap: random.below(2) == 0,
                 },
                 7 => setup.discard(sectors, sector, count),
-                8 if resizes => {
+                8 if !setup.has_data_file() => {
+                    let sector = sector - sector % per_cluster;
+                    Op::Compress {
+                        sector,
+                        count: per_cluster.min(sectors - sector),
+                        stamp: stamp + i as u64,
+                    }
+                }
+                9 if resizes => {
                     sectors = 1 + random.below(setup.max_size() / SECTOR as u64);
                     Op::Resize { sectors }
                 }
@@ -263,7 +277,7 @@ pub fn stamp_of(bytes: &[u8]) -> Result<u64, String> {
 }
 
 /// Carries out `op`.
-pub fn perform(disk: &dyn Disk, op: &Op) {
+pub fn perform(disk: &Qcow2, op: &Op) {
     match *op {
         Op::Write {
             sector,
@@ -273,6 +287,16 @@ pub fn perform(disk: &dyn Disk, op: &Op) {
             let mut bytes = sector_bytes(stamp).repeat(count as usize);
             let bufs = [VolatileSlice::from(&mut bytes[..])];
             disk.write_at(&bufs, sector * SECTOR as u64).unwrap();
+        }
+        Op::Compress {
+            sector,
+            count,
+            stamp,
+        } => {
+            let bytes = sector_bytes(stamp).repeat(count as usize);
+            let cluster = disk.compress(bytes).unwrap();
+            disk.write_compressed(cluster, sector * SECTOR as u64)
+                .unwrap();
         }
         Op::Zero {
             sector,

@@ -8,6 +8,7 @@ mod extents;
 mod faults;
 mod locks;
 mod packed;
+mod peers;
 mod qemu;
 mod random;
 mod refusals;

@@ -8,87 +8,30 @@
 //!
 //! L2 tables are there only in a preallocated image, data only if it is internal as well.
 
+mod options;
+
 use std::fs::File;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use super::DataFileLayout;
-use super::backing::BackingFormat;
-use super::compressed::CompressionType;
-use super::entry::{L1Entry, L2Entry};
-use super::extension::Extensions;
-use super::geometry::{ENTRY_SIZE, Geometry};
-use super::header::{
-    CLUSTER_BITS, Header, MAX_L1_SIZE, MAX_OFFSET, MAX_REFCOUNT_TABLE_SIZE, autoclear, compatible,
-    incompatible,
-};
-use super::parse::MAX_BACKING_FILE;
-use super::policy::is_same_file;
-use super::refcount_width::RefcountWidth;
-use super::subclusters::Subclusters;
-use super::table::TableWriter;
+pub use options::CreateOptions;
+
 use crate::new_file::{NewFile, Preallocation};
+use crate::qcow2::DataFileLayout;
+use crate::qcow2::compressed::CompressionType;
+use crate::qcow2::entry::{L1Entry, L2Entry};
+use crate::qcow2::extension::Extensions;
+use crate::qcow2::geometry::{ENTRY_SIZE, Geometry};
+use crate::qcow2::header::{
+    Header, MAX_L1_SIZE, MAX_OFFSET, MAX_REFCOUNT_TABLE_SIZE, autoclear, compatible, incompatible,
+};
+use crate::qcow2::policy::is_same_file;
+use crate::qcow2::refcount_width::RefcountWidth;
+use crate::qcow2::subclusters::Subclusters;
+use crate::qcow2::table::TableWriter;
 use crate::{Error, Result};
-
-/// The smallest cluster whose subclusters are sectors.
-const MIN_EXTENDED_CLUSTER: u64 = 16 << 10;
-
-/// What a new image is to be like.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct CreateOptions {
-    /// Size of the disk in bytes; rounded up to whole sectors of 512 bytes.
-    pub size: u64,
-    /// Version of the format: 2 (`compat=0.10`) or 3 (`compat=1.1`).
-    pub version: u32,
-    /// Bytes in a cluster: a power of two from 512 to 2 MiB.
-    pub cluster_size: u64,
-    /// Name of the backing file, which shows where the image has nothing, as it will stand in the
-    /// image: relative to the image's directory. It is not opened.
-    pub backing_file: Option<PathBuf>,
-    /// Format of the backing file.
-    pub backing_format: Option<BackingFormat>,
-    /// File for the guest's data, made anew, and named in the image as it is here. Without it the
-    /// data goes into the image.
-    pub data_file: Option<PathBuf>,
-    /// Whether the data file is to be a valid raw image at all times. The mapping of such an image
-    /// is always complete, whatever `preallocation` says.
-    pub data_file_raw: bool,
-    /// How guest data lies in the data file.
-    pub data_file_layout: DataFileLayout,
-    /// How much of the disk gets its space at once.
-    pub preallocation: Preallocation,
-    /// Allows a writer to postpone refcount updates.
-    pub lazy_refcounts: bool,
-    /// How clusters are compressed by those who compress any.
-    pub compression_type: CompressionType,
-    /// Width of a refcount in bits: a power of two from 1 to 64, 16 in version 2.
-    pub refcount_bits: u32,
-    /// Whether clusters, of 16 KiB at least, are divided into 32 subclusters each. A small write
-    /// then takes less from the backing file.
-    pub extended_l2: bool,
-}
-
-impl Default for CreateOptions {
-    fn default() -> Self {
-        Self {
-            size: 0,
-            version: 3,
-            cluster_size: 64 << 10,
-            backing_file: None,
-            backing_format: None,
-            data_file: None,
-            data_file_raw: false,
-            data_file_layout: DataFileLayout::Standard,
-            preallocation: Preallocation::Off,
-            lazy_refcounts: false,
-            compression_type: CompressionType::Deflate,
-            refcount_bits: 16,
-            extended_l2: false,
-        }
-    }
-}
 
 /// Creates the image `path`, and its data file if there is to be one.
 ///
@@ -151,7 +94,7 @@ struct Layout {
 
 impl Layout {
     fn new(options: &CreateOptions) -> Result<Self> {
-        check_options(options)?;
+        options.check()?;
         let cluster_size = options.cluster_size;
         let size = options
             .size
@@ -331,88 +274,6 @@ impl Layout {
         }
         writer.end_at(table + g.cluster_size())
     }
-}
-
-fn check_options(options: &CreateOptions) -> Result<()> {
-    let wrong = |reason: &str| Err(Error::Option(reason.to_owned()));
-    if !options.cluster_size.is_power_of_two()
-        || !CLUSTER_BITS.contains(&options.cluster_size.trailing_zeros())
-    {
-        return wrong("Cluster size must be a power of two between 512 and 2048k");
-    }
-    let is_v2 = match options.version {
-        2 => true,
-        3 => false,
-        _ => return wrong("The version must be 2 or 3"),
-    };
-    if options.refcount_bits > 64 || !options.refcount_bits.is_power_of_two() {
-        return wrong("Refcount width must be a power of two and may not exceed 64 bits");
-    }
-    if options.refcount_bits != 16 && is_v2 {
-        return wrong(
-            "Different refcount widths than 16 bits require compatibility level 1.1 or above \
-             (use version=v3 or greater)",
-        );
-    }
-    if options.compression_type != CompressionType::Deflate && is_v2 {
-        return wrong(
-            "Non-zlib compression type is only supported with compatibility level 1.1 and above \
-             (use version=v3 or greater)",
-        );
-    }
-    if options.extended_l2 && is_v2 {
-        return wrong(
-            "Extended L2 entries are only supported with compatibility level 1.1 and above \
-             (use version=v3 or greater)",
-        );
-    }
-    if options.extended_l2 && options.cluster_size < MIN_EXTENDED_CLUSTER {
-        return wrong(
-            "Extended L2 entries are only supported with cluster sizes of at least 16384 bytes",
-        );
-    }
-    if options.lazy_refcounts && is_v2 {
-        return wrong(
-            "Lazy refcounts only supported with compatibility level 1.1 and above \
-             (use version=v3 or greater)",
-        );
-    }
-    if options.data_file_raw && options.data_file.is_none() {
-        return wrong("data-file-raw requires data-file");
-    }
-    if options.data_file_layout == DataFileLayout::Packed {
-        if options.data_file.is_none() {
-            return wrong("data-file-layout=packed requires data-file");
-        }
-        if options.data_file_raw {
-            return wrong(
-                "data-file-layout=packed and data-file-raw cannot be used at the same time",
-            );
-        }
-    }
-    if let Some(name) = &options.backing_file {
-        if options.data_file_raw {
-            return wrong("Backing file and data-file-raw cannot be used at the same time");
-        }
-        if options.preallocation != Preallocation::Off && !options.extended_l2 {
-            return wrong(
-                "Backing file and preallocation can only be used at the same time if extended_l2 \
-                 is on",
-            );
-        }
-        if name.as_os_str().len() > MAX_BACKING_FILE {
-            return wrong("Could not assign backing file: File name too long");
-        }
-    } else if options.backing_format.is_some() {
-        return wrong("Backing format cannot be used without backing file");
-    }
-    if options.data_file.is_some() && is_v2 {
-        return wrong(
-            "External data files are only supported with compatibility level 1.1 and above \
-             (use version=v3 or greater)",
-        );
-    }
-    Ok(())
 }
 
 /// Refuses a data file that is the image, or would be once both are created.

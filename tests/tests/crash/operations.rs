@@ -4,6 +4,7 @@
 //! on, and nothing but leaks is left then.
 
 use std::path::Path;
+use std::process::Command;
 use std::sync::{Arc, Mutex};
 
 use tandem_block::qcow2::{
@@ -220,5 +221,79 @@ fn damage(image: &mut [u8], cluster_size: usize, random: &mut Random) {
     image[l1] ^= 0x80;
     if random.below(3) == 0 {
         image[refcount_table..refcount_table + 8].fill(0);
+    }
+}
+
+/// Bytes of the disk that a bit of the bitmap stands for.
+const GRANULARITY: usize = 512;
+
+/// An image with a persistent bitmap.
+fn image_with_bitmap() -> Vec<u8> {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("image");
+    let options = CreateOptions {
+        size: SIZE as u64,
+        cluster_size: 4096,
+        ..CreateOptions::default()
+    };
+    create(&path, &options).unwrap();
+    let add = Command::new("qemu-img")
+        .args(["bitmap", "--add", "-g", "512"])
+        .arg(&path)
+        .arg("changes")
+        .output()
+        .unwrap();
+    assert!(add.status.success(), "{add:?}");
+    std::fs::read(&path).unwrap()
+}
+
+/// The bits of the only bitmap, unless it is marked as in use.
+fn bits(image: &[u8]) -> Option<Vec<u8>> {
+    let word = |at: usize| u64::from_be_bytes(image[at..at + 8].try_into().unwrap()) as usize;
+    assert_eq!(image[95] & 1, 1, "autoclear bit of bitmaps");
+    let extension = (104..4096)
+        .step_by(8)
+        .find(|at| image[*at..at + 4] == [0x23, 0x85, 0x28, 0x75])
+        .unwrap();
+    let directory = word(extension + 24);
+    if image[directory + 15] & 1 != 0 {
+        return None;
+    }
+    let cluster = match word(word(directory)) {
+        0 => return Some(vec![0; 4096]),
+        offset => offset,
+    };
+    Some(image[cluster..cluster + 4096].to_vec())
+}
+
+/// A bitmap that is not marked has a bit for everything that is not as it was.
+#[test]
+fn following_changes_in_a_bitmap() {
+    for seed in 0..6 {
+        let start = image_with_bitmap();
+        let before = content(&open(plain(&start)).unwrap());
+        let mut clean = 0;
+        let writes = |image| {
+            let disk = open(image).unwrap();
+            fill(&disk, 5000, 9000, 1);
+            disk.flush().unwrap();
+            fill(&disk, 40_000, 3000, 2);
+            drop(disk);
+        };
+        explore(&start, seed, writes, |state, what| {
+            check(&plain(&state)).unwrap_or_else(|e| panic!("{what}: {e}"));
+            let Some(bits) = bits(&state) else {
+                return;
+            };
+            clean += 1;
+            let disk = open(plain(&state)).unwrap_or_else(|e| panic!("{what}: {e}"));
+            let sectors = content(&disk);
+            let now = sectors.chunks(GRANULARITY).zip(before.chunks(GRANULARITY));
+            for (i, (now, before)) in now.enumerate() {
+                let is_marked = bits[i / 8] >> (i % 8) & 1 != 0;
+                assert!(is_marked || now == before, "{what}: sector {i}");
+            }
+        });
+        assert!(clean > 0);
     }
 }

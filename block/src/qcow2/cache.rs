@@ -454,6 +454,28 @@ mod loom_tests {
         });
     }
 
+    /// Two words that belong together change: nobody sees one of them only.
+    #[test]
+    fn loom_two_words_change_together() {
+        loom::model(|| {
+            let cache = cache();
+            let change = thread::spawn({
+                let cache = cache.clone();
+                move || {
+                    let store = |words: &[AtomicU64]| {
+                        words.iter().for_each(|w| w.store(9, Ordering::Relaxed));
+                    };
+                    cache.update(1, fill(0), store).unwrap();
+                }
+            });
+            if let Some(seen) = look(&cache, 1) {
+                assert!(seen == [1, 1] || seen == [9, 9], "{seen:?}");
+            }
+            change.join().unwrap();
+            assert_eq!(look(&cache, 1), Some([9, 9]));
+        });
+    }
+
     /// An entry is changed while the slice is taken for writing back: it is in the copy, or the
     /// slice is dirty again.
     #[test]

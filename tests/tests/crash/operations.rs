@@ -79,11 +79,12 @@ fn fill(disk: &Qcow2, at: u64, len: usize, byte: u8) {
 
 /// An image in which clusters of some snapshots are shared, and others not: it, what the disk holds,
 /// and what each snapshot does.
-fn image_with_snapshots(cluster_size: u64) -> (Vec<u8>, Vec<u8>, Vec<Vec<u8>>) {
+fn image_with_snapshots(version: u32, cluster_size: u64) -> (Vec<u8>, Vec<u8>, Vec<Vec<u8>>) {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("image");
     let options = CreateOptions {
         size: SIZE as u64,
+        version,
         cluster_size,
         ..CreateOptions::default()
     };
@@ -122,7 +123,7 @@ fn snapshot_operation(
     after: impl Fn(&[u8], &[Vec<u8>]) -> Vec<u8>,
 ) {
     for (seed, cluster_size) in [(1, 512), (2, 1024), (3, 4096)] {
-        let (start, before, contents) = image_with_snapshots(cluster_size);
+        let (start, before, contents) = image_with_snapshots(3, cluster_size);
         let after = after(&before, &contents);
         explore(
             &start,
@@ -133,6 +134,52 @@ fn snapshot_operation(
                 assert!(shown == before || shown == after, "{what}: the disk");
                 let image = image.lock().unwrap().clone();
                 let listed = open(plain(&image)).unwrap().snapshots().unwrap();
+                for snapshot in listed {
+                    let image = Arc::new(Mutex::new(image.clone()));
+                    let disk = open(Memory::plain(Which::Image, &image)).unwrap();
+                    disk.apply_snapshot(&snapshot.name).unwrap();
+                    let shown = content(&open(Memory::plain(Which::Image, &image)).unwrap());
+                    let expected = match &snapshot.name[..] {
+                        b"s0" => &contents[0],
+                        b"s1" => &contents[1],
+                        _ => &before,
+                    };
+                    assert!(shown == *expected, "{what}: a snapshot");
+                }
+            },
+        );
+    }
+}
+
+/// Version 2 has no dirty bit, and nobody repairs the image: whatever a failure leaves, the snapshots
+/// stay what they are while the disk changes.
+#[test]
+fn operations_without_a_dirty_bit() {
+    type Change = fn(Qcow2) -> Result<()>;
+    let changes: [Change; 3] = [
+        |disk| disk.create_snapshot(b"new"),
+        |disk| disk.apply_snapshot(b"s0"),
+        |disk| disk.delete_snapshot(b"s1"),
+    ];
+    for (seed, change) in (0..).zip(changes) {
+        let (start, before, contents) = image_with_snapshots(2, 1024);
+        explore(
+            &start,
+            seed,
+            |image| change(open(image).unwrap()).unwrap(),
+            |state, what| {
+                let image = Arc::new(Mutex::new(state));
+                let disk = open(Memory::plain(Which::Image, &image));
+                let disk = disk.unwrap_or_else(|e| panic!("{what}: {e}"));
+                let shown = content(&disk);
+                assert!(shown == before || shown == contents[0], "{what}: the disk");
+                for round in 0..2 {
+                    fill(&disk, 0, SIZE, 0xf0 + round);
+                    disk.flush().unwrap();
+                }
+                let listed = disk.snapshots().unwrap();
+                drop(disk);
+                let image = image.lock().unwrap().clone();
                 for snapshot in listed {
                     let image = Arc::new(Mutex::new(image.clone()));
                     let disk = open(Memory::plain(Which::Image, &image)).unwrap();
@@ -188,7 +235,7 @@ fn repair(image: &Memory) -> u64 {
 fn repairing() {
     for seed in 0..24 {
         let cluster_size = [512, 4096][seed as usize % 2];
-        let (mut start, before, _) = image_with_snapshots(cluster_size);
+        let (mut start, before, _) = image_with_snapshots(3, cluster_size);
         damage(&mut start, cluster_size as usize, &mut Random(seed));
         explore(
             &start,
@@ -237,6 +284,13 @@ fn image_with_bitmap() -> Vec<u8> {
         ..CreateOptions::default()
     };
     create(&path, &options).unwrap();
+    // What has its place is changed there, as soon as it is written.
+    fill(
+        &Qcow2::open(&path, &OpenOptions::default()).unwrap(),
+        0,
+        SIZE,
+        7,
+    );
     let add = Command::new("qemu-img")
         .args(["bitmap", "--add", "-g", "512"])
         .arg(&path)

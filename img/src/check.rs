@@ -123,6 +123,10 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
     };
     args.refuse(&["object", "image-opts"])?;
     let image = Image::from_args(args)?;
+    if repair != Repair::Nothing && args.has("force-share") {
+        let reason = "force-share=on can only be used with read-only images";
+        return Err(args.name.error(&could_not_open(image.name, reason)));
+    }
     if image.format == Format::Raw {
         let failure = args.name.error("This image format does not support checks");
         return Err(Failure {

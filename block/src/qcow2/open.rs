@@ -62,7 +62,8 @@ impl Qcow2 {
     /// Opens the image at `path`.
     ///
     /// # Errors
-    /// Nothing has been written if this fails, and the error says why: the image is not valid, it
+    /// Nothing has been written if this fails, but for the repair of an image that was not closed
+    /// before; and the error says why: the image is not valid, it
     /// uses a feature that is not implemented ([`Error::Unsupported`]), or a file cannot be used.
     pub fn open(path: &Path, options: &OpenOptions) -> Result<Self> {
         let image = ImageFile::open(path, Access::new(options.read_only), options.files)?;

@@ -92,6 +92,7 @@ fn fails_the_same() {
         check -f qcow2 raw
         check -f foo t
         check -r foo t
+        check -U -r all t
         check --output=foo t
         check --output=json raw
     ";

@@ -324,6 +324,23 @@ fn damaged_directories_are_refused() {
     }
 }
 
+/// Bitmaps of 512 MiB each, by their entries: QEMU reads them, and nobody waits for that here.
+#[test]
+fn bitmaps_cannot_ask_for_endless_memory() {
+    let image = image(Kind::Internal);
+    let mut bytes = fs::read(image.path()).unwrap();
+    let (_, directory) = places(&bytes);
+    let mut at = directory;
+    for _ in 0..3 {
+        bytes[at + 8..at + 12].copy_from_slice(&8192u32.to_be_bytes());
+        let name_len = usize::from(bytes[at + 19]);
+        at += (24 + name_len).next_multiple_of(8);
+    }
+    fs::write(image.path(), &bytes).unwrap();
+    let error = image.open().err().unwrap().to_string();
+    assert!(error.contains("too large together"), "{error}");
+}
+
 /// A bitmap with flags that are not known is left alone; it cannot follow changes, so it is marked.
 #[test]
 fn unknown_flags() {

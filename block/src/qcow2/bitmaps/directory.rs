@@ -1,5 +1,6 @@
 //! The bitmap directory and the bitmap tables (qcow2 specification, "Bitmaps").
 
+use std::collections::HashSet;
 use std::path::Path;
 
 use zerocopy::big_endian::{U16, U32, U64};
@@ -15,6 +16,10 @@ use crate::{Error, Result, Storage};
 const MAX_TABLE_SIZE: u32 = 0x0800_0000;
 /// Most bytes of a bitmap.
 pub(crate) const MAX_BITMAP_SIZE: u64 = 512 << 20;
+/// Most bytes that all bitmaps may have together: they are kept in memory while a disk is written.
+const MAX_BITMAPS_SIZE: u64 = 1 << 30;
+/// Most bitmaps.
+const MAX_BITMAPS: usize = 4096;
 /// Longest name of a bitmap in bytes.
 const MAX_NAME: usize = 1023;
 /// Granularities as powers of two.
@@ -97,6 +102,8 @@ pub(crate) fn read(
         .read_bytes_at(&mut bytes, extension.directory_offset)
         .map_err(|e| Error::io_at(file, "read", extension.directory_offset, e))?;
     let mut bitmaps: Vec<Bitmap> = Vec::new();
+    let mut names = HashSet::new();
+    let mut total = 0;
     let mut at = 0;
     while at < size {
         let Some((bitmap, len)) = parse(&bytes[at..]) else {
@@ -105,9 +112,13 @@ pub(crate) fn read(
         if bitmaps.len() == extension.count as usize {
             return broken("More bitmaps found than specified in header extension");
         }
-        if !is_sound(&bitmap, geometry) || bitmaps.iter().any(|b| b.name == bitmap.name) {
+        if !is_sound(&bitmap, geometry) || !names.insert(bitmap.name.clone()) {
             let name = bitmap.name.escape_ascii();
             return broken(&format!("Bitmap '{name}' doesn't satisfy the constraints"));
+        }
+        total += u64::from(bitmap.table_size) << geometry.cluster_bits;
+        if total > MAX_BITMAPS_SIZE || bitmaps.len() == MAX_BITMAPS {
+            return broken("the bitmaps are too many, or too large together");
         }
         bitmaps.push(Bitmap {
             at: extension.directory_offset + at as u64,

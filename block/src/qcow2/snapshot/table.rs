@@ -13,9 +13,9 @@ use crate::{Error, Result, Storage};
 const MAX_TABLE_SIZE: u64 = 64 << 20;
 /// Most bytes of extra data that an entry may have.
 const MAX_EXTRA: u32 = 1024;
-/// Most bytes that the L1 tables of all snapshots may have together: opening an image for writing
-/// reads them.
-const MAX_L1_TABLES_SIZE: u64 = 1 << 30;
+/// Most bytes that the L1 tables of all snapshots may have together: opening an image for writing, and
+/// checking it, reads them.
+const MAX_L1_TABLES_SIZE: u64 = 256 << 20;
 /// What entries begin at multiples of.
 const ALIGNMENT: u64 = 8;
 /// The instruction count of a guest that was not counted.
@@ -85,13 +85,15 @@ pub(crate) struct SnapshotTable {
 /// Reads the table that `header` names.
 ///
 /// # Errors
-/// [`Error::Invalid`] for a table or an entry that is larger than the format allows; [`Error::Io`].
+/// [`Error::Invalid`] for a table or an entry that is larger than the format allows, and for L1
+/// tables that are too large together; [`Error::Io`].
 pub(crate) fn read_table(
     image: &dyn Storage,
     file: &Path,
     header: &Header,
 ) -> Result<SnapshotTable> {
     let mut table = SnapshotTable::default();
+    let mut l1_bytes = 0;
     for index in 0..header.nb_snapshots {
         let (snapshot, len) = read_entry(
             image,
@@ -100,6 +102,16 @@ pub(crate) fn read_table(
             header.snapshots_offset + table.len,
             index,
         )?;
+        if u64::from(snapshot.l1_entries) <= MAX_L1_SIZE / ENTRY_SIZE {
+            l1_bytes += u64::from(snapshot.l1_entries) * ENTRY_SIZE;
+        }
+        if l1_bytes > MAX_L1_TABLES_SIZE {
+            let count = header.nb_snapshots.into();
+            let reason = format!(
+                "the L1 tables of the snapshots have more than {MAX_L1_TABLES_SIZE} bytes together"
+            );
+            return Err(Error::invalid(file, "nb_snapshots", count, reason));
+        }
         table.snapshots.push(snapshot);
         table.len += len.next_multiple_of(ALIGNMENT);
         if table.len > MAX_TABLE_SIZE {
@@ -171,10 +183,8 @@ impl SnapshotTable {
     /// Checks where the L1 tables of the snapshots are.
     ///
     /// # Errors
-    /// [`Error::Invalid`] for one that is too large, unaligned, or cannot be in the file, and if they
-    /// are too large together.
+    /// [`Error::Invalid`] for one that is too large, unaligned, or cannot be in the file.
     pub fn check_l1_tables(&self, file: &Path, geometry: Geometry) -> Result<()> {
-        let mut bytes = 0;
         for (index, snapshot) in self.snapshots.iter().enumerate() {
             let entries = u64::from(snapshot.l1_entries);
             let offset = snapshot.l1_table_offset;
@@ -187,12 +197,6 @@ impl SnapshotTable {
                     format!("Snapshot L1 table offset invalid (snapshot table entry {index})");
                 return Err(Error::invalid(file, "l1_table_offset", offset, reason));
             }
-            bytes += entries * ENTRY_SIZE;
-        }
-        if bytes > MAX_L1_TABLES_SIZE {
-            let count = self.snapshots.len() as u64;
-            let reason = format!("the L1 tables of the snapshots have {bytes} bytes together");
-            return Err(Error::invalid(file, "nb_snapshots", count, reason));
         }
         Ok(())
     }
@@ -233,5 +237,67 @@ impl Snapshot {
     /// Clusters of its L1 table.
     pub fn l1_clusters(&self, geometry: Geometry) -> u64 {
         geometry.clusters(u64::from(self.l1_entries) * ENTRY_SIZE)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::FileStorage;
+    use crate::qcow2::header::tests::sample;
+
+    fn snapshot(id: &str, l1_entries: u32) -> Snapshot {
+        Snapshot {
+            l1_table_offset: 0x1000,
+            l1_entries,
+            id: id.into(),
+            name: b"a name".to_vec(),
+            date_sec: 1,
+            date_nsec: 2,
+            vm_clock_nsec: 3,
+            vm_state_size: 1 << 33,
+            disk_size: 1 << 20,
+            icount: Some(5),
+            unknown_extra: b"extra".to_vec(),
+            is_complete: true,
+        }
+    }
+
+    fn read(snapshots: &[Snapshot]) -> Result<SnapshotTable> {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), encode(snapshots)).unwrap();
+        let storage = FileStorage::open(file.path(), true).unwrap();
+        let header = Header {
+            nb_snapshots: snapshots.len() as u32,
+            snapshots_offset: 0,
+            ..sample()
+        };
+        read_table(&storage, file.path(), &header)
+    }
+
+    #[test]
+    fn what_is_encoded_is_read_back() {
+        let without = Snapshot {
+            icount: None,
+            unknown_extra: Vec::new(),
+            ..snapshot("22", 0)
+        };
+        let snapshots = [snapshot("1", 7), without, snapshot("", 1)];
+        let table = read(&snapshots).unwrap();
+        assert_eq!(table.snapshots, snapshots);
+        assert_eq!(table.len, encode(&snapshots).len() as u64);
+    }
+
+    #[test]
+    fn tables_cannot_ask_for_endless_work() {
+        let largest = (MAX_L1_SIZE / ENTRY_SIZE) as u32;
+        let many = |count| vec![snapshot("1", largest); count];
+        assert!(read(&many(8)).is_ok());
+        let error = read(&many(9)).unwrap_err().to_string();
+        assert!(error.contains("nb_snapshots is 0x9"), "{error}");
+        let mut huge = snapshot("1", 1);
+        huge.unknown_extra = vec![0; 1001];
+        let error = read(&[huge]).unwrap_err().to_string();
+        assert!(error.contains("Too much extra metadata"), "{error}");
     }
 }

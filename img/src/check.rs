@@ -1,7 +1,6 @@
 //! `tandem-img check`
 
 use clap::Command;
-use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use tandem_block::FileOptions;
 use tandem_block::qcow2::{self, CheckOptions, CheckReport, Repair};
@@ -13,6 +12,7 @@ use crate::image::{
     locking,
 };
 use crate::output::{self, Output};
+use crate::progress::Progress;
 
 /// Exit status: the image has errors.
 const CORRUPT: u8 = 2;
@@ -27,12 +27,17 @@ pub fn command() -> Command {
         .about("Checks the metadata of an image, and repairs it with -r")
         .disable_help_flag(true)
         .override_usage(
-            "tandem-img check [-f FMT] [--output human|json] [-r leaks|all] [-q] [-T MODE] [-U] \
+            "tandem-img check [-f FMT] [--output human|json] [-r leaks|all] [-q] [-p] [-T MODE] [-U] \
              FILENAME",
         )
         .args([
             getopt::help(),
             flag("quiet", Some('q'), "Print nothing but errors"),
+            flag(
+                "progress",
+                Some('p'),
+                "Print how far the check has come, terminal or not",
+            ),
             value(
                 "format",
                 Some('f'),
@@ -190,17 +195,8 @@ fn check(
     image: &Image<'_>,
     options: &CheckOptions<'_>,
 ) -> Result<CheckReport, Failure> {
-    let bar = if args.has("quiet") {
-        ProgressBar::hidden()
-    } else {
-        // It is drawn on standard error, and only if that is a terminal.
-        let style = ProgressStyle::with_template("{bar:40} {percent:>3}% {eta}");
-        ProgressBar::new(0).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
-    };
-    let progress = |done, total| {
-        bar.set_length(total);
-        bar.set_position(done);
-    };
+    let bar = Progress::new(args);
+    let progress = |done, total| bar.set(done, total);
     let options = CheckOptions {
         progress: Some(&progress),
         data_file: options.data_file.clone(),
@@ -209,7 +205,7 @@ fn check(
     let report = qcow2::check(image.path, &options, &mut |finding| {
         bar.suspend(|| eprintln!("{}", finding.text));
     });
-    bar.finish_and_clear();
+    drop(bar);
     report.map_err(|e| args.name.error(&could_not_open(image.name, &e.reason())))
 }
 

@@ -16,6 +16,7 @@ mod json;
 mod map;
 mod options;
 mod output;
+mod progress;
 mod resize;
 mod size;
 mod snapshot;
@@ -33,7 +34,7 @@ struct Subcommand {
     run: fn(&Parsed) -> Result<(), Failure>,
 }
 
-const SUBCOMMANDS: [Subcommand; 8] = [
+const SUBCOMMANDS: &[Subcommand] = &[
     Subcommand {
         command: amend::command,
         run: amend::run,
@@ -69,7 +70,7 @@ const SUBCOMMANDS: [Subcommand; 8] = [
 ];
 
 /// What `qemu-img` can do besides and this program cannot yet.
-const MISSING: [&str; 7] = [
+const MISSING: &[&str] = &[
     "bench", "bitmap", "commit", "compare", "dd", "measure", "rebase",
 ];
 
@@ -90,7 +91,7 @@ fn command() -> Command {
         .about("Creates, inspects, checks and resizes disk images, in the language of qemu-img")
         .version(env!("CARGO_PKG_VERSION"))
         .disable_help_subcommand(true)
-        .subcommands(SUBCOMMANDS.map(|subcommand| (subcommand.command)()))
+        .subcommands(SUBCOMMANDS.iter().map(|subcommand| (subcommand.command)()))
         .after_help(
             "Run `tandem-img COMMAND --help` for the options of a command.\n\n\
              Examples:\n  \

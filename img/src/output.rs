@@ -39,6 +39,12 @@ pub fn print(text: &str) {
     let _ = std::io::stdout().write_all(text.as_bytes());
 }
 
+/// As [`print`], for text that does not end with a line.
+pub fn print_now(text: &str) {
+    print(text);
+    let _ = std::io::stdout().flush();
+}
+
 /// Prints `value` as JSON.
 pub fn print_json(value: &impl Serialize) {
     // Only maps with keys that are no strings cannot be serialized, and there are none.

@@ -175,7 +175,7 @@ pub fn list(snapshots: &[SnapshotInfo]) -> String {
             // A signed number, to QEMU.
             snapshot
                 .icount
-                .map_or(String::new(), |icount| icount.cast_signed().to_string()),
+                .map_or("--".to_owned(), |icount| icount.cast_signed().to_string()),
         ]);
     }
     text

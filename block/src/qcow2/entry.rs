@@ -178,18 +178,21 @@ impl Entry {
 
     /// The entries of a table, or a part of one, with these words.
     pub fn all(words: &[u64], geometry: Geometry) -> impl Iterator<Item = Self> + '_ {
-        words
-            .chunks(geometry.l2_entry_words())
-            .map(|entry| match entry {
-                [word, subclusters] => Self {
-                    word: L2Entry::extended(*word),
-                    subclusters: Subclusters(*subclusters),
-                },
-                _ => Self {
-                    word: L2Entry(entry[0]),
-                    subclusters: Subclusters::default(),
-                },
-            })
+        words.chunks(geometry.l2_entry_words()).map(Self::read)
+    }
+
+    /// The entry that has these words on disk.
+    pub fn read(words: &[u64]) -> Self {
+        match words {
+            [word, subclusters] => Self {
+                word: L2Entry::extended(*word),
+                subclusters: Subclusters(*subclusters),
+            },
+            _ => Self {
+                word: L2Entry(words[0]),
+                subclusters: Subclusters::default(),
+            },
+        }
     }
 
     /// This entry, reading as zero from now on; the cluster stays reserved.

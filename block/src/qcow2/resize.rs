@@ -126,7 +126,6 @@ impl Qcow2 {
             self.size.store(old, Ordering::Release);
             return Err(e);
         }
-        self.truncate_bitmaps(new);
         // Requests that have looked at the size before may be mapping clusters behind the end; those
         // that come after them see the new one.
         drop(self.ranges.lock(g.cluster(new)..g.clusters(old)));

@@ -1,6 +1,7 @@
 //! The block engine and QEMU's tools on the same images.
 
 mod bitmaps;
+mod careful_repairs;
 mod compressed;
 mod devices;
 mod discards;

@@ -16,7 +16,7 @@ mod directory;
 use std::path::Path;
 
 use super::Qcow2;
-use super::geometry::Geometry;
+use super::geometry::{ENTRY_SIZE, Geometry};
 use super::header::Header;
 use super::reserved::{Field, Reserved};
 use crate::file::ImageFile;
@@ -61,6 +61,16 @@ pub(super) fn list(image: &dyn Storage, file: &Path, header: &Header) -> Result<
     Ok(bitmaps.into_iter().map(info).collect())
 }
 
+/// Checks what the directory of `image` tells of its bitmaps, as far as it keeps QEMU from opening it.
+pub(super) fn validate(image: &dyn Storage, file: &Path, header: &Header) -> Result<()> {
+    let Some(extension) = header.extensions.bitmaps else {
+        return Ok(());
+    };
+    let g = header.geometry();
+    let bitmaps = directory::read(image, file, g, extension)?;
+    check_sizes(file, g, header.disk_size(), &bitmaps)
+}
+
 /// Calls `f` on each range of clusters that the bitmaps of an image take, in bytes: of the directory,
 /// and of each bitmap its table and its bits.
 pub(super) fn for_each_range(
@@ -80,8 +90,8 @@ pub(super) fn for_each_range(
         .map_err(|e| Error::io(file, "get the size of", e))?;
     let mut tables = 0;
     for bitmap in directory::read(image, file, g, extension)? {
-        let len = bitmap.table_clusters(g) << g.cluster_bits;
-        tables += len;
+        let len = u64::from(bitmap.table_size) * ENTRY_SIZE;
+        tables += bitmap.table_clusters(g) << g.cluster_bits;
         if tables > file_size.next_multiple_of(g.cluster_size()) {
             // A small file must not ask for the work of a large one.
             let reason = "the tables of the bitmaps overlap, or lie behind the end of the file";
@@ -126,7 +136,7 @@ impl Bitmaps {
     /// Those of `image`, if it has any.
     ///
     /// # Errors
-    /// [`Error::Invalid`] for a directory that is not valid, a bitmap that is too small for the
+    /// [`Error::Invalid`] for a directory that is not valid, a bitmap that does not fit the
     /// disk, and bitmaps that are too many or too large to be kept in memory.
     pub fn open(image: &ImageFile, header: &Header) -> Result<Option<Self>> {
         let Some(extension) = header.extensions.bitmaps else {
@@ -134,15 +144,7 @@ impl Bitmaps {
         };
         let g = header.geometry();
         let entries = directory::read(&*image.storage, &image.path, g, extension)?;
-        for entry in entries.iter().filter(|entry| !entry.is_in_use()) {
-            let bits = (u64::from(entry.table_size) << g.cluster_bits) * 8;
-            if header.disk_size() > bits << entry.granularity_bits {
-                let name = entry.name.escape_ascii();
-                let reason = format!("Bitmap '{name}' doesn't satisfy the constraints");
-                let size = entry.table_size.into();
-                return Err(image.invalid("bitmap_table_size", size, reason));
-            }
-        }
+        check_sizes(&image.path, g, header.disk_size(), &entries)?;
         if entries.len() > MAX_BITMAPS
             || total_size(&entries, header.disk_size()) > MAX_BITMAPS_SIZE
         {
@@ -209,6 +211,32 @@ impl Bitmaps {
             bits.truncate(entry.bits(size));
         }
     }
+}
+
+/// Checks that the tables of bitmaps are as large as a disk of `size` bytes needs them.
+///
+/// # Errors
+/// [`Error::Invalid`], in QEMU's words.
+fn check_sizes(file: &Path, g: Geometry, size: u64, entries: &[Bitmap]) -> Result<()> {
+    for entry in entries.iter().filter(|entry| !entry.is_in_use()) {
+        let table_size = u64::from(entry.table_size);
+        let needed = g.clusters(entry.bits(size).div_ceil(8)).max(1);
+        let name = entry.name.escape_ascii();
+        let reason = match table_size.cmp(&needed) {
+            std::cmp::Ordering::Equal => continue,
+            std::cmp::Ordering::Less => format!("Bitmap '{name}' doesn't satisfy the constraints"),
+            std::cmp::Ordering::Greater => {
+                format!("Could not read bitmap '{name}' from image: Invalid argument")
+            }
+        };
+        return Err(Error::invalid(
+            file,
+            "bitmap_table_size",
+            table_size,
+            reason,
+        ));
+    }
+    Ok(())
 }
 
 /// Whether the bits of a bitmap can be kept up to date, and stored again.
@@ -297,13 +325,6 @@ impl Qcow2 {
         self.start_bitmaps(bitmaps)
     }
 
-    /// The disk has lost what lies behind `size` bytes.
-    pub(super) fn truncate_bitmaps(&self, size: u64) {
-        if let Some(bitmaps) = &self.bitmaps {
-            bitmaps.truncate(size);
-        }
-    }
-
     /// Stores the bitmaps of an image that is closed, and whose data and mapping are on disk.
     pub(super) fn store_bitmaps(&self) -> Result<()> {
         let Some(bitmaps) = &self.bitmaps else {
@@ -312,7 +333,7 @@ impl Qcow2 {
         if !bitmaps.started.load(Ordering::Acquire) {
             return Ok(());
         }
-        // A request that was under way beside a shrink may have marked what is no more.
+        // A shrink leaves the bits behind the end alone, for requests go on beside it.
         bitmaps.truncate(self.size());
         let mut old = Vec::new();
         let mut places = Vec::new();

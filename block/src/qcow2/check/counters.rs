@@ -59,6 +59,12 @@ impl Counters {
         Ok(())
     }
 
+    /// Adds `n` to the counter of cluster `i`, as far as it goes.
+    pub fn add(&mut self, i: u64, n: u64) {
+        let sum = self.get(i).saturating_add(n);
+        self.set(i, sum.min(self.width.max()));
+    }
+
     /// The page that holds counter `i`, and the counter's index there.
     fn place(&self, i: u64) -> (u64, usize) {
         let per_page = self.width.count_in(PAGE as u64);
@@ -84,6 +90,9 @@ mod tests {
             assert_eq!(counters.get(1 << 31), width.max());
             assert_eq!(counters.increment(5), Ok(()));
             assert_eq!(counters.get(5), 1);
+            counters.add(6, 1);
+            counters.add(6, u64::MAX);
+            assert_eq!(counters.get(6), width.max());
             assert_eq!(counters.pages.iter().flatten().count(), 2);
         }
     }

@@ -1,5 +1,7 @@
 //! The external data file: as long as the disk, and in a raw one zero where the mapping says so.
 
+use std::ops::Range;
+
 use super::{Check, Repair};
 use crate::qcow2::DataFileLayout;
 use crate::qcow2::entry::{Cluster, Entry, L1Entry};
@@ -43,26 +45,31 @@ impl Check<'_> {
         }
     }
 
-    /// Checks that a raw data file is zero where the disk reads as zero.
+    /// Checks that a raw data file is zero where the disk reads as zero. What a damaged entry says of
+    /// its clusters is nothing to go by.
     fn check_raw(&mut self, size: u64) -> Result<()> {
         let g = self.geometry;
         let table_size = g.l2_entries() << g.cluster_bits;
-        let tables = size.div_ceil(table_size);
-        for i in 0..tables {
-            let start = i * table_size;
-            let entry = L1Entry(self.l1_table.get(i as usize).copied().unwrap_or(0));
-            let words = match entry.offset() {
-                0 => None,
-                offset => self.read_l2_table(offset)?,
-            };
-            let Some(words) = words else {
+        for i in 0..self.l1_table.len() {
+            let start = i as u64 * table_size;
+            let entry = L1Entry(self.l1_table[i]);
+            if start >= size {
+                break;
+            }
+            if entry.offset() == 0 && entry.reserved() == 0 {
                 self.check_zero(start, size.min(start + table_size))?;
+                continue;
+            }
+            let is_sound = entry.reserved() == 0
+                && self.l2_tables.get(&entry.offset()) == Some(&1)
+                && self.is_l2_table(entry.offset());
+            let Some(words) = self.read_l2_table(entry.offset())?.filter(|_| is_sound) else {
                 continue;
             };
             let mut zero = start..start;
             for (k, entry) in Entry::all(&words, g).enumerate() {
                 let at = start + ((k as u64) << g.cluster_bits);
-                for part in self.zero_parts(entry) {
+                for part in self.zero_parts(entry, at) {
                     let part = at + part.start..(at + part.end).min(size);
                     if part.start != zero.end {
                         self.check_zero(zero.start, zero.end)?;
@@ -76,10 +83,22 @@ impl Check<'_> {
         Ok(())
     }
 
-    /// The parts of a cluster that read as zero without looking at the data file, in bytes.
-    fn zero_parts(&self, entry: Entry) -> Vec<std::ops::Range<u64>> {
+    /// The parts of the cluster at guest offset `guest` that read as zero without looking at the data
+    /// file, in bytes.
+    fn zero_parts(&self, entry: Entry, guest: u64) -> Vec<Range<u64>> {
         let g = self.geometry;
-        match entry.word.cluster(Some(DataFileLayout::Standard)) {
+        let cluster = entry.word.cluster(Some(DataFileLayout::Standard));
+        let place = match cluster {
+            Cluster::Normal(offset) | Cluster::ZeroAlloc(offset) => Some(offset),
+            _ => None,
+        };
+        let is_sound = entry.word.reserved() == 0
+            && place.is_none_or(|offset| offset == guest)
+            && (!g.extended_l2 || entry.subclusters.is_valid(place.is_some()));
+        if !is_sound {
+            return Vec::new();
+        }
+        match cluster {
             Cluster::Normal(_) if !g.extended_l2 => Vec::new(),
             Cluster::Normal(_) => {
                 let mut parts = Vec::new();
@@ -122,7 +141,11 @@ impl Check<'_> {
             let len = piece.len() as u64;
             if let Some(found) = piece.iter().position(|byte| *byte != 0) {
                 let found = at + found as u64;
-                let repaired = self.repairs(self.repair == Repair::All, |word| {
+                // If anything else is wrong, what the file holds may be all that is right.
+                let report = &self.report;
+                let is_sound = report.corruptions == 0 && report.check_errors == 0;
+                let wanted = self.repair == Repair::All && is_sound;
+                let repaired = self.repairs(wanted, |word| {
                     format!(
                         "{word} offset={found:x}: Raw data file has data where the disk reads as \
                          zero"

@@ -1,6 +1,8 @@
 //! The COPIED flags (qcow2 specification, "Cluster mapping"): set in the tables of the disk where the
 //! target is used once, and nowhere else.
 
+use std::collections::HashSet;
+
 use super::{Check, Repair};
 use crate::Result;
 use crate::qcow2::entry::{COPIED, Cluster, L1Entry, L2Entry};
@@ -14,19 +16,35 @@ impl Check<'_> {
         let repairs = match self.repair {
             Repair::Nothing => false,
             Repair::Leaks => is_sound,
-            Repair::All => true,
+            // Flags follow refcounts that are right.
+            Repair::All => !self.rebuild,
         };
+        let l1_repairs = repairs && self.is_l1_table_alone();
+        // A table that is named often takes the work of one.
+        let mut seen = HashSet::new();
         for i in 0..self.l1_table.len() {
             let entry = L1Entry(self.l1_table[i]);
             if entry.offset() != 0
                 && let Some(refcount) = self.refcount_at(entry.offset())
             {
-                self.check_l1_flag(i, entry, refcount, repairs)?;
-                self.check_l2_flags(entry.offset(), repairs)?;
+                self.check_l1_flag(i, entry, refcount, l1_repairs)?;
+                if seen.insert(entry.offset()) {
+                    let repairs = repairs && self.is_l2_table(entry.offset());
+                    self.check_l2_flags(entry.offset(), repairs)?;
+                }
             }
             self.step();
         }
         Ok(())
+    }
+
+    /// Whether there is nothing but the L1 table where it is.
+    fn is_l1_table_alone(&self) -> bool {
+        let first = self.cluster_of(self.header.l1_table_offset);
+        let len = u64::from(self.header.l1_size) * ENTRY_SIZE;
+        self.is_aligned(self.header.l1_table_offset)
+            && (first..first + self.geometry.clusters(len))
+                .all(|cluster| self.references.get(cluster) == 1)
     }
 
     fn check_l1_flag(

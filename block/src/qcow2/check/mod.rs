@@ -6,18 +6,21 @@
 //! findings, their order and their words are those of `qemu-img check`; what is said about data files
 //! is added, for QEMU does not look at them.
 //!
-//! Tables are read one by one. Two numbers are kept for each cluster of the image file, as wide as
-//! its refcounts: memory is in proportion to the metadata.
+//! Tables are read one by one. Two numbers are kept for each cluster of the image file, one as wide as
+//! its refcounts and one twice as wide, and one for each cluster of metadata: memory is in
+//! proportion to the metadata.
 //!
-//! A repair keeps what the guest sees: entries that lead nowhere stay as they are, and findings. Each
-//! step leaves an image that is no worse, and begins after the one before is on disk:
+//! A repair keeps what the guest sees: entries that lead nowhere stay as they are, and findings. A table
+//! is only written where no other metadata is, and no data unless it looks like a table. Each step leaves an image that is no worse, and
+//! begins after the one before is on disk:
 //!
 //! 1. an entry without data loses a place that cannot be one;
 //! 2. refcounts that are too low are raised; or, if their blocks are damaged, all are written anew to
 //!    the end of the file, and the header leads there (unless something else does already);
 //! 3. refcounts that are too high are lowered;
 //! 4. COPIED flags follow the refcounts;
-//! 5. the data file is made as long as the disk, and zero where the mapping of a raw disk says so;
+//! 5. the data file is made as long as the disk, and, if all else is right, zero where the mapping of a
+//!    raw disk says so;
 //! 6. if nothing is left to repair, the image is not dirty or corrupt any more.
 
 mod counters;
@@ -28,6 +31,7 @@ mod references;
 #[cfg(test)]
 mod tests;
 
+use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 
 use super::geometry::Geometry;
@@ -203,8 +207,8 @@ fn read_header(path: &Path, storage: &dyn Storage) -> Result<Header> {
     let header = Header::read_for_check(storage, path)?;
     header.check_supported(path, true)?;
     header.check_tellable(path)?;
-    // As in QEMU, a directory that is not valid keeps the image from being opened.
-    bitmaps::list(storage, path, &header)?;
+    // As in QEMU, a bitmap directory that is not valid keeps the image from being opened.
+    bitmaps::validate(storage, path, &header)?;
     Ok(header)
 }
 
@@ -250,8 +254,17 @@ struct Check<'a> {
     refcount_table: Vec<u64>,
     /// Clusters of the image file; a reference may add the one that the file's end cuts.
     clusters: u64,
-    /// References found to each cluster.
+    /// References found to each cluster; a counter can tell of more than a refcount.
     references: Counters,
+    /// References found to each L2 table, by its offset.
+    l2_tables: HashMap<u64, u64>,
+    /// Of those the ones with bad entries.
+    bad_l2_tables: HashSet<u64>,
+    /// Clusters of all metadata but L2 tables.
+    other_metadata: HashSet<u64>,
+    /// Entries without data, and with a place that cannot be one: the offset of their L2 table, and
+    /// their index.
+    misplaced: Vec<(u64, usize)>,
     /// References found to each cluster of a packed data file.
     data_references: Counters,
     /// Refcount of each cluster according to the image.
@@ -275,7 +288,9 @@ impl<'a> Check<'a> {
         let file_len = files
             .image
             .size()
-            .map_err(|e| Error::io(files.path, "get the size of", e))?;
+            .map_err(|e| Error::io(files.path, "get the size of", e))?
+            // As QEMU sees it.
+            .next_multiple_of(512);
         let geometry = header.geometry();
         let clusters = geometry.clusters(file_len);
         if clusters > MAX_CLUSTERS {
@@ -293,7 +308,13 @@ impl<'a> Check<'a> {
             l1_table: Vec::new(),
             refcount_table: Vec::new(),
             clusters,
-            references: Counters::new(header.refcount_width()),
+            references: Counters::new(RefcountWidth {
+                order: (header.refcount_width().order + 1).min(6),
+            }),
+            l2_tables: HashMap::new(),
+            bad_l2_tables: HashSet::new(),
+            other_metadata: HashSet::new(),
+            misplaced: Vec::new(),
             data_references: Counters::new(RefcountWidth { order: 0 }),
             refcounts: Counters::new(header.refcount_width()),
             blocks: Vec::new(),
@@ -312,6 +333,7 @@ impl<'a> Check<'a> {
 
     fn run(mut self) -> Result<CheckReport> {
         self.count_references()?;
+        self.clear_misplaced()?;
         self.compare_refcounts()?;
         self.check_copied_flags()?;
         self.check_data_file()?;

@@ -19,7 +19,7 @@ impl Check<'_> {
         let mut last_used = 0;
         for cluster in 0..self.clusters {
             let refcount = self.refcounts.get(cluster);
-            let references = self.references.get(cluster);
+            let references = self.references_to(cluster);
             let is_read = self.refcount_block_of(cluster).is_some();
             if is_read && (refcount > 0 || references > 0) {
                 last_used = cluster;
@@ -40,6 +40,12 @@ impl Check<'_> {
                 self.write_refcounts(u64::min)
             }
         }
+    }
+
+    /// References to `cluster`, as far as a refcount can tell.
+    fn references_to(&self, cluster: u64) -> u64 {
+        let max = self.header.refcount_width().max();
+        self.references.get(cluster).min(max)
     }
 
     /// Reads all refcounts that the image has.
@@ -116,7 +122,7 @@ impl Check<'_> {
             let end = self.clusters.min(first + per_block);
             let changes = |cluster| {
                 let refcount = self.refcounts.get(cluster);
-                choose(refcount, self.references.get(cluster)) != refcount
+                choose(refcount, self.references_to(cluster)) != refcount
             };
             let Some(offset) = self.refcount_block_of(first).filter(|offset| *offset != 0) else {
                 continue;
@@ -127,7 +133,7 @@ impl Check<'_> {
             let mut block = self.read_block(offset)?;
             for cluster in first..end {
                 let refcount = self.refcounts.get(cluster);
-                let new = choose(refcount, self.references.get(cluster));
+                let new = choose(refcount, self.references_to(cluster));
                 width.set(&mut block, (cluster - first) as usize, new);
                 self.refcounts.set(cluster, new);
             }
@@ -156,6 +162,7 @@ impl Check<'_> {
             ));
         }
         (first..end).for_each(|cluster| self.references.set(cluster, 1));
+        self.other_metadata.extend(first..end);
         self.clusters = end;
 
         let per_block = self.refcounts_per_block();
@@ -166,7 +173,7 @@ impl Check<'_> {
             let mut block = vec![0; g.cluster_size() as usize];
             for i in 0..per_block {
                 let cluster = index * per_block + i;
-                let references = self.references.get(cluster);
+                let references = self.references_to(cluster);
                 width.set(&mut block, i as usize, references);
                 self.refcounts.set(cluster, references);
             }
@@ -183,6 +190,7 @@ impl Check<'_> {
         self.files.write(&fields, HEADER_TABLE_FIELDS)?;
         self.files.sync()?;
         self.refcount_table = table;
+        self.rebuild = false;
         self.report.image_end_offset = end << g.cluster_bits;
         Ok(())
     }
@@ -196,6 +204,7 @@ impl Check<'_> {
         for cluster in table.chain(blocks) {
             let references = self.references.get(cluster);
             self.references.set(cluster, references.saturating_sub(1));
+            self.other_metadata.remove(&cluster);
         }
     }
 

@@ -1,6 +1,6 @@
 //! Counting what the tables of an image refer to.
 
-use super::{Check, FindingKind, Repair};
+use super::{Check, CheckReport, FindingKind, Repair};
 use crate::Result;
 use crate::qcow2::entry::{COPIED, Cluster, Entry, L1Entry};
 use crate::qcow2::geometry::{ENTRY_SIZE, Geometry};
@@ -9,9 +9,9 @@ use crate::qcow2::snapshot::{Snapshot, SnapshotTable, read_table};
 use crate::qcow2::subclusters::Subclusters;
 use crate::qcow2::{DataFileLayout, bitmaps, packed, table};
 
-/// An L2 table that is referred to more often, not counting snapshots, is not looked at any more: a
-/// sound image refers to each once, and a small bad one must not be able to ask for endless work.
-const MAX_REPEATS: u64 = 1024;
+/// So many times what is wrong with an L2 table is told, if it is referred to more often: a small image
+/// must not be able to ask for endless work.
+const MAX_VISITS: u64 = 16;
 
 /// Whose L1 table an L2 table belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,7 +37,10 @@ impl Check<'_> {
         }
         for cluster in self.cluster_of(offset)..=self.cluster_of(end - 1) {
             self.clusters = self.clusters.max(cluster + 1);
-            if self.references.increment(cluster).is_err() {
+            let is_counted = self.references.increment(cluster).is_ok();
+            // The first one that no refcount can tell.
+            let width = self.header.refcount_width();
+            if is_counted && self.references.get(cluster).checked_sub(1) == Some(width.max()) {
                 let at = cluster << self.geometry.cluster_bits;
                 self.corruption(format!(
                     "ERROR: overflow cluster offset={at:#x}\n\
@@ -48,19 +51,33 @@ impl Check<'_> {
         }
     }
 
+    /// As [`count`](Self::count), of metadata that is no L2 table.
+    fn count_metadata(&mut self, offset: u64, len: u64) {
+        self.count(offset, len);
+        let end = offset.saturating_add(len).min(self.file_len);
+        let clusters = self.cluster_of(offset)..self.geometry.clusters(end);
+        self.other_metadata.extend(clusters);
+    }
+
     pub(super) fn count_references(&mut self) -> Result<()> {
         let snapshots = self.read_snapshots()?;
         let cluster_size = self.geometry.cluster_size();
-        self.count(0, cluster_size);
+        self.count_metadata(0, cluster_size);
         let l1_bytes = u64::from(self.header.l1_size) * ENTRY_SIZE;
-        self.count(self.header.l1_table_offset, l1_bytes);
+        self.count_metadata(self.header.l1_table_offset, l1_bytes);
         for i in 0..self.l1_table.len() {
             self.count_l2_table(i as u64, L1Entry(self.l1_table[i]), Owner::Disk)?;
             self.step();
         }
         self.count_snapshots(&snapshots)?;
+        self.count_more_visits()?;
         let table_len = u64::from(self.header.refcount_table_clusters) * cluster_size;
-        self.count(self.header.refcount_table_offset, table_len);
+        let dangling = self.dangling;
+        self.count_metadata(self.header.refcount_table_offset, table_len);
+        if self.dangling && !dangling {
+            // That is what is written anew.
+            (self.dangling, self.rebuild) = (false, true);
+        }
         self.count_bitmaps()?;
         for i in 0..self.refcount_table.len() {
             self.count_refcount_block(i);
@@ -90,7 +107,7 @@ impl Check<'_> {
                 self.count_snapshot(snapshot)?;
             }
         }
-        self.count(self.header.snapshots_offset, table.len);
+        self.count_metadata(self.header.snapshots_offset, table.len);
         Ok(())
     }
 
@@ -101,7 +118,7 @@ impl Check<'_> {
             ranges.push((offset, len));
         })?;
         for (offset, len) in ranges {
-            self.count(offset, len);
+            self.count_metadata(offset, len);
         }
         Ok(())
     }
@@ -125,7 +142,7 @@ impl Check<'_> {
 
     fn count_snapshot(&mut self, snapshot: &Snapshot) -> Result<()> {
         let entries = u64::from(snapshot.l1_entries);
-        self.count(snapshot.l1_table_offset, entries * ENTRY_SIZE);
+        self.count_metadata(snapshot.l1_table_offset, entries * ENTRY_SIZE);
         let l1 = self.read_table(snapshot.l1_table_offset, entries)?;
         for (i, entry) in (0..).zip(l1) {
             self.count_l2_table(i, L1Entry(entry), Owner::Snapshot)?;
@@ -150,11 +167,17 @@ impl Check<'_> {
                 "ERROR l2_offset={offset:x}: Table is not cluster aligned; L1 entry corrupted"
             ));
         }
-        let Some(mut words) = self.read_l2_table(offset)? else {
+        let visits = self.l2_tables.entry(offset).or_default();
+        *visits += 1;
+        if *visits > MAX_VISITS {
+            return Ok(());
+        }
+        let Some(words) = self.read_l2_table(offset)? else {
             return Ok(());
         };
-        let mut changed = false;
         let mut expected = None;
+        let problems = |report: &CheckReport| report.corruptions + report.corruptions_fixed;
+        let before = problems(&self.report);
         let entries: Vec<_> = Entry::all(&words, g).collect();
         for (k, entry) in entries.into_iter().enumerate() {
             let raw = words[k * g.l2_entry_words()];
@@ -166,24 +189,86 @@ impl Check<'_> {
             let guest = (i * g.l2_entries() + k as u64).saturating_mul(g.cluster_size());
             let counted = self.count_entry(k, entry, guest, owner, &mut expected);
             if counted == Counted::HasNoPlace {
-                let width = g.l2_entry_words();
-                without_place(entry, g).write(&mut words[k * width..(k + 1) * width]);
-                changed = true;
+                self.misplaced.push((offset, k));
             }
         }
-        if changed {
-            self.files.write(&table::encode(words), offset)?;
+        if problems(&self.report) != before {
+            self.bad_l2_tables.insert(offset);
         }
         Ok(())
     }
 
-    /// The L2 table at `offset`, unless it lies outside the file, or has been seen too often.
+    /// Counts what L2 tables refer to that are referred to more often than they were looked at.
+    fn count_more_visits(&mut self) -> Result<()> {
+        let many = self.l2_tables.iter();
+        let many: Vec<_> = many
+            .filter(|(_, visits)| **visits > MAX_VISITS)
+            .map(|(offset, visits)| (*offset, visits - MAX_VISITS))
+            .collect();
+        let g = self.geometry;
+        for (offset, more) in many {
+            let words = self.read_l2_table(offset)?.unwrap_or_default();
+            for entry in Entry::all(&words, g) {
+                let (at, len) = match entry.word.cluster(self.header.data_file_layout()) {
+                    _ if self.header.has_data_file() => continue,
+                    Cluster::Unallocated | Cluster::ZeroPlain => continue,
+                    Cluster::Compressed => entry.word.compressed(g.cluster_bits),
+                    Cluster::Normal(at) | Cluster::ZeroAlloc(at) => (at, g.cluster_size()),
+                };
+                let clusters = g.cluster(at)..g.clusters(at.saturating_add(len));
+                for cluster in clusters.start..clusters.end.min(self.clusters) {
+                    self.references.add(cluster, more);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The L2 table at `offset`, unless it lies outside the file.
     pub(super) fn read_l2_table(&self, offset: u64) -> Result<Option<Vec<u64>>> {
-        let most = MAX_REPEATS + u64::from(self.header.nb_snapshots);
-        if offset >= self.file_len || self.references.get(self.cluster_of(offset)) > most {
+        if offset >= self.file_len {
             return Ok(None);
         }
         self.read_table(offset, self.geometry.l2_words()).map(Some)
+    }
+
+    /// Whether there is an L2 table at `offset`, and no other metadata. What an entry takes for data as
+    /// well is a table if it looks like a sound one.
+    pub(super) fn is_l2_table(&self, offset: u64) -> bool {
+        let cluster = self.cluster_of(offset);
+        let references = self.references.get(cluster);
+        let is_alone = self.l2_tables.get(&offset) == Some(&references);
+        self.is_aligned(offset)
+            && offset < self.file_len
+            && !self.other_metadata.contains(&cluster)
+            && (is_alone || !self.bad_l2_tables.contains(&offset))
+    }
+
+    /// Takes their place from entries that have no data and cannot have it where they say.
+    pub(super) fn clear_misplaced(&mut self) -> Result<()> {
+        let g = self.geometry;
+        let width = g.l2_entry_words();
+        let misplaced = std::mem::take(&mut self.misplaced);
+        for entries in misplaced.chunk_by(|a, b| a.0 == b.0) {
+            let offset = entries[0].0;
+            if !self.is_l2_table(offset) {
+                self.report.corruptions_fixed -= entries.len() as u64;
+                for (_, k) in entries {
+                    self.corruption(format!(
+                        "ERROR: entry {k} of the L2 table at {offset:#x} is not repaired: something \
+                         else is there, too"
+                    ));
+                }
+                continue;
+            }
+            let mut words = self.read_table(offset, g.l2_words())?;
+            for (_, k) in entries {
+                let words = &mut words[k * width..(k + 1) * width];
+                without_place(Entry::read(words), g).write(words);
+            }
+            self.files.write(&table::encode(words), offset)?;
+        }
+        Ok(())
     }
 
     /// Checks entry `index` of an L2 table, of the cluster at guest offset `guest`, and counts what
@@ -208,7 +293,10 @@ impl Check<'_> {
                 let has_data = matches!(cluster, Cluster::Normal(_))
                     && (!self.geometry.extended_l2 || entry.subclusters.0 as u32 != 0);
                 if !self.is_aligned(offset) && !has_data {
-                    let wanted = self.repair == Repair::All && owner == Owner::Disk;
+                    // What lies in a raw data file may be right, and the entry wrong.
+                    let wanted = self.repair == Repair::All
+                        && owner == Owner::Disk
+                        && !self.header.data_file_is_raw();
                     let repaired = self.repairs(wanted, |word| {
                         format!(
                             "{word} offset={offset:x}: Preallocated cluster is not properly \
@@ -334,7 +422,7 @@ impl Check<'_> {
         } else if offset == 0 {
             return;
         } else {
-            self.count(offset, self.geometry.cluster_size());
+            self.count_metadata(offset, self.geometry.cluster_size());
             self.blocks.push(offset);
             match self.references.get(self.cluster_of(offset)) {
                 1 => return,

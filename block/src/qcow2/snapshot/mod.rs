@@ -236,7 +236,6 @@ impl Change<'_> {
         self.disk.image.write_bytes_at(&fields, HEADER_SIZE)?;
         self.disk.image.sync()?;
         self.disk.size.store(size, Ordering::Relaxed);
-        self.disk.truncate_bitmaps(size);
 
         let (old, old_offset) = (self.l1.clone(), self.l1_offset);
         let clusters = g.clusters(old.len() as u64 * ENTRY_SIZE);

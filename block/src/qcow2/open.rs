@@ -251,7 +251,7 @@ fn open_refcounts(
     }
     reserve_snapshots(image, geometry, header, &mut reserved)?;
     bitmaps::reserve(image, header, &mut reserved)?;
-    reserved.sort(image)?;
+    reserved.complete(image)?;
     refcounts.reserve(image, reserved)?;
     Ok(refcounts)
 }
@@ -279,7 +279,7 @@ fn reserve_snapshots(
             let first = geometry.cluster(L1Entry(raw).offset());
             reserved.push(Field::SnapshotL2Table, first, 1);
         }
-        reserved.merge_shared();
+        reserved.merge_shared(image)?;
     }
     Ok(())
 }

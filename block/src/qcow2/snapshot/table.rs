@@ -10,7 +10,7 @@ use crate::qcow2::header::{Header, MAX_L1_SIZE, MAX_OFFSET};
 use crate::{Error, Result, Storage};
 
 /// Most bytes that the table may have.
-const MAX_TABLE_SIZE: u64 = 64 << 20;
+pub(super) const MAX_TABLE_SIZE: u64 = 64 << 20;
 /// Most bytes of extra data that an entry may have.
 const MAX_EXTRA: u32 = 1024;
 /// Most bytes that the L1 tables of all snapshots may have together: opening an image for writing, and

@@ -321,6 +321,7 @@ impl Reserved {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{CacheMode, FileStorage};
 
     fn clusters(reserved: &Reserved) -> Vec<u64> {
         let next = |cluster: &u64| reserved.first_from(cluster + 1);
@@ -369,5 +370,22 @@ mod tests {
         }
         assert_eq!(reserved.users(7, None), 0);
         assert_eq!(clusters(&reserved), [9]);
+    }
+
+    #[test]
+    fn l2_tables_are_counted_once() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let storage = Box::new(FileStorage::open(file.path(), true).unwrap());
+        let image = ImageFile::new(storage, file.path(), CacheMode::default());
+        let mut reserved = Reserved::new(9);
+        for cluster in [20, 21, 20, 22, 21] {
+            reserved.push(Field::SnapshotL2Table, cluster, 1);
+        }
+        reserved.push(Field::L2Table, 22, 1);
+        reserved.push(Field::L1Table, 30, 5);
+        reserved.sort(&image).unwrap();
+        reserved.check_l2_tables(&image, 3).unwrap();
+        let error = reserved.check_l2_tables(&image, 2).unwrap_err().to_string();
+        assert!(error.contains("more than 2 L2 tables"), "{error}");
     }
 }

@@ -280,9 +280,18 @@ impl Refcounts {
     /// Adds a reference to `cluster`, which can be anything.
     ///
     /// # Errors
+    /// As [`check_add`](Self::check_add).
+    pub fn add(&mut self, image: &ImageFile, cluster: u64) -> Result<()> {
+        let count = self.check_add(image, cluster)?;
+        self.set_count(image, cluster, count + 1)
+    }
+
+    /// How often `cluster`, which can be anything and get another reference, is used.
+    ///
+    /// # Errors
     /// [`Error::Invalid`](crate::Error::Invalid) for one that is counted as free, and for one that
     /// has as many references as can be counted.
-    pub fn add(&mut self, image: &ImageFile, cluster: u64) -> Result<()> {
+    pub fn check_add(&mut self, image: &ImageFile, cluster: u64) -> Result<u64> {
         let count = self.count(image, cluster)?;
         let offset = cluster << self.geometry.cluster_bits;
         if count == 0 {
@@ -296,7 +305,7 @@ impl Refcounts {
             );
             return Err(image.invalid("refcount", count, reason));
         }
-        self.set_count(image, cluster, count + 1)
+        Ok(count)
     }
 
     /// Sets the refcount of `cluster`, whose block exists, to one that it can have.

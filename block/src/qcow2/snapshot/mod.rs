@@ -205,6 +205,7 @@ impl<'a> Change<'a> {
         });
         self.check_room(&snapshots)?;
         self.references().check(&self.l1)?;
+        self.references().check_add(&self.l1)?;
         self.begin()?;
         let shared = self.l1.iter().map(|entry| entry & !COPIED);
         let shared = entries::encode(shared);
@@ -251,6 +252,7 @@ impl<'a> Change<'a> {
         }
         let mut l1 = self.read_l1(&snapshot)?;
         self.references().check(&l1)?;
+        self.references().check_add(&l1)?;
         self.references().check(&self.l1)?;
         // What differs is not known.
         self.disk.resize_bitmaps(size.max(self.disk.size()))?;

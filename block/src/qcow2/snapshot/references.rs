@@ -49,12 +49,23 @@ impl<'a> References<'a> {
         checked.map_err(|e| disk.damaged_if_invalid(e))
     }
 
+    /// Checks that each cluster that the entries of `l1` lead to can get another reference.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for an entry that leads to a free cluster, and for a refcount that cannot
+    /// become larger.
+    pub fn check_add(&self, l1: &[u64]) -> Result<()> {
+        self.for_each(l1, |_, cluster| {
+            let mut refcounts = self.disk.refcounts()?;
+            refcounts.check_add(&self.disk.image, cluster).map(drop)
+        })
+    }
+
     /// Adds a reference for each one that the entries of `l1` lead to, all of them or, after an
     /// error, none.
     ///
     /// # Errors
-    /// [`Error::Invalid`] for an entry that leads nowhere, and for a refcount that would become too
-    /// large.
+    /// As [`check_add`](Self::check_add), where several entries lead to one cluster.
     pub fn add(&self, l1: &[u64]) -> Result<()> {
         let mut count = 0;
         let added = self.for_each(l1, |_, cluster| {

@@ -8,23 +8,18 @@
 #[allow(dead_code, reason = "each test uses a part of it")]
 mod common;
 
+use common::structures::{CLUSTER, COMPRESSED, COPIED, Structures, TABLE, set_count, unmarked};
 use common::{Memory, new_image, open, open_with, read, write};
 use tandem_block::qcow2::{CreateOptions, OpenOptions, Qcow2};
 use tandem_block::{Disk, Error, Result};
 
-const CLUSTER: u64 = 4096;
-/// What an L2 table maps.
-const TABLE: u64 = CLUSTER / 8 * CLUSTER;
-const COPIED: u64 = 1 << 63;
-const COMPRESSED: u64 = 1 << 62;
 const ZERO: u64 = 1;
 
 /// An image with data in its first and its third cluster, and the offset of its L2 table.
-fn image(version: u32) -> (Memory, u64) {
+fn image() -> (Memory, u64) {
     let image = new_image(&CreateOptions {
         size: 8 * TABLE,
         cluster_size: CLUSTER,
-        version,
         ..CreateOptions::default()
     });
     let disk = open(&image, None).unwrap();
@@ -36,40 +31,49 @@ fn image(version: u32) -> (Memory, u64) {
     (image, l2_table)
 }
 
-/// The content of `image` without the corrupt bit.
-fn unmarked(image: &Memory) -> Vec<u8> {
-    let mut content = image.content();
-    content[79] &= !2;
-    content
-}
-
 type Request = fn(&Qcow2) -> Result<()>;
 
 /// Each thing that a guest can do to change the second cluster.
-const REQUESTS: [(&str, Request); 5] = [
+const REQUESTS: [(&str, Request); 8] = [
     ("write", |disk| write(disk, CLUSTER, CLUSTER, 9)),
     ("write in part", |disk| write(disk, CLUSTER + 512, 512, 9)),
     ("write among others", |disk| write(disk, 0, 3 * CLUSTER, 9)),
     ("zero in part", |disk| {
         disk.write_zeroes(CLUSTER, 512, false)
     }),
+    ("zero as a whole", |disk| {
+        disk.write_zeroes(CLUSTER, CLUSTER, false)
+    }),
+    ("zero and unmap", |disk| {
+        disk.write_zeroes(CLUSTER, CLUSTER, true)
+    }),
     ("discard", |disk| disk.discard(CLUSTER, CLUSTER)),
+    ("write compressed", |disk| {
+        let cluster = disk.compress(vec![9; CLUSTER as usize])?;
+        disk.write_compressed(cluster, CLUSTER)
+    }),
 ];
+
+/// Whether an entry with these flags can lead to `at`: only a compressed cluster can lie in the first
+/// cluster of the file.
+fn can_lead_to(at: u64, flags: u64) -> bool {
+    at != 0 || flags == COMPRESSED
+}
 
 #[test]
 fn no_request_changes_metadata() {
     for (version, flags) in [(3, 0), (3, ZERO), (3, COMPRESSED), (2, 0), (2, COMPRESSED)] {
-        let (sound, l2_table) = image(version);
-        let (refcount_table, l1_table) = (sound.word(48), sound.word(40));
-        let refcount_block = sound.word(refcount_table);
-        for (structure, at) in [
-            ("refcount table", refcount_table),
-            ("refcount block", refcount_block),
-            ("active L1 table", l1_table),
-            ("active L2 table", l2_table),
-        ] {
+        let structures = match version {
+            3 => Structures::with_bitmap(),
+            _ => Structures::new(version),
+        };
+        let (sound, l2_table) = (structures.image, structures.l2_table);
+        for (structure, at) in structures.places {
+            if !can_lead_to(at, flags) {
+                continue;
+            }
             for (name, request) in REQUESTS {
-                if flags == ZERO && name == "zero in part" {
+                if flags == ZERO && ["zero in part", "zero as a whole"].contains(&name) {
                     // Zeros need not be zeroed.
                     continue;
                 }
@@ -106,10 +110,54 @@ fn no_request_changes_metadata() {
     }
 }
 
+/// A disk that gets another size loses what lies behind its end, or is zeroed there.
+#[test]
+fn no_new_size_changes_metadata() {
+    let structures = Structures::new(3);
+    for (structure, at) in &structures.places {
+        for flags in [0, COMPRESSED] {
+            // The second cluster is cut, or goes.
+            for (old, new) in [
+                (8 * TABLE, CLUSTER + 512),
+                (8 * TABLE, 512),
+                (CLUSTER + 512, 8 * TABLE),
+            ] {
+                if !can_lead_to(*at, flags) {
+                    continue;
+                }
+                let image = Memory::new(structures.image.content());
+                image.put_word(24, old);
+                image.put_word(structures.l2_table + 8, at | COPIED | flags);
+                let before = image.word(*at);
+                let resized = open(&image, None).unwrap().resize(new);
+                // The size of a disk that shrinks has changed before.
+                assert_eq!(resized.is_err(), new > old, "{structure}, {old}");
+                assert_eq!(image.word(*at), before, "{structure}, {old}");
+                assert_eq!(image.content()[79] & 2, 2, "{structure}, {old}");
+            }
+        }
+    }
+}
+
+/// Bitmaps that other programs have not counted are not written over.
+#[test]
+fn a_bitmap_that_is_counted_as_free_is_refused() {
+    let structures = Structures::with_bitmap();
+    drop(open(&structures.image, None).unwrap());
+    for structure in ["bitmap directory", "bitmap table", "bitmap"] {
+        let image = Memory::new(structures.image.content());
+        set_count(&image, structures.place(structure), 0);
+        let before = image.content();
+        let error = open(&image, None).err().unwrap().to_string();
+        assert!(error.contains("counted as free"), "{structure}: {error}");
+        assert!(image.content() == before);
+    }
+}
+
 /// An entry leads to a free cluster at first, and a new L2 table or refcount block gets it then.
 #[test]
 fn a_free_cluster_that_becomes_metadata_is_safe() {
-    let (image, l2_table) = image(3);
+    let (image, l2_table) = image();
     // The next one that the allocator will hand out.
     let free = image.len().next_multiple_of(CLUSTER);
     image.put_word(l2_table + 8, free | COPIED);
@@ -128,10 +176,32 @@ fn a_free_cluster_that_becomes_metadata_is_safe() {
     assert_eq!(read(&disk, TABLE, CLUSTER), [4; CLUSTER as usize]);
 }
 
+/// As that, and the entry has gone by the time when the cluster gets metadata, but the cluster has not
+/// come back yet: it is not released then.
+#[test]
+fn a_cluster_that_has_become_metadata_does_not_come_back() {
+    let (image, l2_table) = image();
+    let free = image.len().next_multiple_of(CLUSTER);
+    image.put_word(l2_table + 8, free | COPIED);
+    image.extend(free + CLUSTER);
+    let disk = open(&image, None).unwrap();
+    disk.discard(CLUSTER, CLUSTER).unwrap();
+    write(&disk, TABLE, CLUSTER, 4).unwrap();
+    drop(disk.flush());
+    drop(disk);
+    assert_eq!(image.content()[79] & 2, 2);
+    let options = OpenOptions {
+        read_only: true,
+        ..OpenOptions::default()
+    };
+    let disk = open_with(&image, None, &options).unwrap();
+    assert_eq!(read(&disk, TABLE, CLUSTER), [4; CLUSTER as usize]);
+}
+
 /// Damage of any kind that a request meets leaves the mark.
 #[test]
 fn damage_leaves_a_mark() {
-    let (sound, l2_table) = image(3);
+    let (sound, l2_table) = image();
     // Unaligned, behind the end, and no deflate stream.
     for entry in [0x1200 | COPIED, 1 << 40 | COPIED, COMPRESSED | CLUSTER] {
         let image = Memory::new(sound.content());

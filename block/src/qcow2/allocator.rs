@@ -187,19 +187,72 @@ impl Refcounts {
     }
 
     /// Gives back clusters that no mapping on disk refers to. Those that are not counted stay so.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`](crate::Error::Invalid) for a cluster of metadata whose references are its
+    /// own.
     pub fn free(&mut self, image: &ImageFile, offset: u64, clusters: u64) -> Result<()> {
+        self.take_references(image, None, offset, clusters)
+    }
+
+    /// Gives back clusters that `field` led to.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`](crate::Error::Invalid) for a cluster that other metadata is in.
+    pub fn free_metadata(
+        &mut self,
+        image: &ImageFile,
+        field: Field,
+        offset: u64,
+        clusters: u64,
+    ) -> Result<()> {
+        self.take_references(image, Some(field), offset, clusters)
+    }
+
+    /// Takes a reference from each of the clusters, which was one of `field` or, without that, of
+    /// data.
+    pub(super) fn take_references(
+        &mut self,
+        image: &ImageFile,
+        field: Option<Field>,
+        offset: u64,
+        clusters: u64,
+    ) -> Result<()> {
         let first = self.geometry.cluster(offset);
         for cluster in first..first + clusters {
-            let Some(count) = self.count(image, cluster)?.checked_sub(1) else {
-                continue;
-            };
+            let count = self.count(image, cluster)?;
+            self.check_free(image, field, cluster, count)?;
             if count == 0 {
-                self.reserved.release(cluster);
+                continue;
+            }
+            self.set_count(image, cluster, count - 1)?;
+            if let Some(field) = field {
+                self.reserved.release(field, cluster);
+            }
+            if count == 1 {
                 self.forget_packed(cluster..cluster + 1);
             }
-            self.set_count(image, cluster, count)?;
         }
         Ok(())
+    }
+
+    /// Checks that the metadata at `cluster`, which is counted `count` times, keeps its references
+    /// when that of `field` or, without that, one of data goes.
+    pub(super) fn check_free(
+        &self,
+        image: &ImageFile,
+        field: Option<Field>,
+        cluster: u64,
+        count: u64,
+    ) -> Result<()> {
+        let needed = self.reserved.users(cluster, field);
+        if needed == 0 || count > needed {
+            return Ok(());
+        }
+        let structure = self.reserved.structure_at(cluster).unwrap_or_default();
+        let reason = format!("Preventing invalid release of {structure}");
+        let offset = cluster << self.geometry.cluster_bits;
+        Err(image.invalid("refcount", offset, reason))
     }
 
     /// Whether `cluster` is free and lies between others that have been in use.
@@ -314,7 +367,8 @@ impl Refcounts {
             .insert(Field::RefcountTable, table, table_clusters);
         self.untouched = self.untouched.max(first + used);
         // The new table serves, whether the old one's clusters come back or are leaked.
-        drop(self.free(image, old_offset, old_clusters));
+        let field = Field::RefcountTable;
+        drop(self.free_metadata(image, field, old_offset, old_clusters));
         Ok(())
     }
 }

@@ -150,7 +150,7 @@ impl Qcow2 {
         }
         written?;
         match (old, old.place()) {
-            (Kind::Compressed { stored, .. }, _) => self.retired.add_shared(stored.range()),
+            (Kind::Compressed { stored, .. }, _) => self.retired.add_compressed(stored.range()),
             (_, Some(place)) => self.retire(place.offset, g.cluster_size()),
             (_, None) => {}
         }

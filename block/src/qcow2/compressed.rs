@@ -92,11 +92,11 @@ impl Qcow2 {
     }
 
     /// Gives back one reference to each cluster of the image file that `range` lies in, where a
-    /// compressed cluster or a table was. An error leaks them.
-    pub(super) fn give_back_shared(&self, range: Range<u64>) -> Result<()> {
+    /// compressed cluster was. An error leaks them.
+    pub(super) fn give_back_compressed(&self, range: Range<u64>) -> Result<()> {
         // Of the requests that could have left it there, none is running any more.
         lock(&self.decompressed).last = None;
-        self.release_clusters(range)
+        self.release_clusters(None, range)
     }
 }
 

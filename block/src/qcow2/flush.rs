@@ -21,6 +21,7 @@ use std::ops::Range;
 use super::Qcow2;
 use super::cache::DirtySlice;
 use super::placement::Placement;
+use super::reserved::Field;
 use super::retired::{Batch, Freed};
 use super::table;
 use crate::sync::lock_whole;
@@ -63,8 +64,12 @@ impl Qcow2 {
                 drop(self.give_back(range));
             }
             for freed in &batch {
-                if let Freed::Shared(range) = freed {
-                    drop(self.give_back_shared(range.clone()));
+                match freed.clone() {
+                    Freed::Clusters(_) => {}
+                    Freed::Compressed(range) => drop(self.give_back_compressed(range)),
+                    Freed::Table(range) => {
+                        drop(self.release_clusters(Some(Field::L2Table), range));
+                    }
                 }
             }
             self.retired.finished(&batch);
@@ -125,7 +130,7 @@ impl Qcow2 {
 fn merged(batch: &Batch) -> Vec<Range<u64>> {
     let clusters = |freed: &Freed| match freed {
         Freed::Clusters(range) => Some(range.clone()),
-        Freed::Shared(_) => None,
+        Freed::Compressed(_) | Freed::Table(_) => None,
     };
     let mut sorted: Vec<_> = batch.iter().filter_map(clusters).collect();
     sorted.sort_unstable_by_key(|range| range.start);

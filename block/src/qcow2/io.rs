@@ -266,7 +266,7 @@ impl Qcow2 {
         }
         mapped?;
         match (run.kind, old) {
-            (Kind::Compressed { stored, .. }, _) => self.retired.add_shared(stored.range()),
+            (Kind::Compressed { stored, .. }, _) => self.retired.add_compressed(stored.range()),
             (_, Some(shared)) if reserved.is_none() => {
                 let start = shared.offset - g.in_cluster(offset);
                 self.retire(start, place.clusters << g.cluster_bits);

@@ -19,6 +19,7 @@ use super::refcount::Refcounts;
 use super::requests::Requests;
 use super::reserved::{Field, Reserved};
 use super::retired::Retired;
+use super::snapshot::Snapshot;
 use super::{DataFileLayout, Qcow2, bitmaps, snapshot, table};
 use crate::file::{FileOptions, ImageFile};
 use crate::lock::Access;
@@ -253,7 +254,7 @@ fn open_refcounts(
     }
     reserve_snapshots(image, geometry, header, &mut reserved)?;
     bitmaps::reserve(image, header, &mut reserved)?;
-    reserved.sort(image)?;
+    reserved.complete(image)?;
     refcounts.reserve(image, reserved)?;
     Ok(refcounts)
 }
@@ -270,20 +271,54 @@ fn reserve_snapshots(
     table.check_l1_tables(&image.path, geometry)?;
     let first = geometry.cluster(header.snapshots_offset);
     reserved.push(Field::SnapshotTable, first, geometry.clusters(table.len));
-    for snapshot in table.snapshots {
+    for snapshot in &table.snapshots {
         let offset = snapshot.l1_table_offset;
         let clusters = snapshot.l1_clusters(geometry);
-        reserved.push(Field::SnapshotL1Table, geometry.cluster(offset), clusters);
-        let count = snapshot.l1_entries as usize;
-        let l1 = table::read(image, "l1_table_offset of a snapshot", offset, count)?;
-        for (index, raw) in l1.into_iter().enumerate().filter(|(_, raw)| *raw != 0) {
-            l1::check_entry(image, geometry, file_size, index, raw)?;
-            let first = geometry.cluster(L1Entry(raw).offset());
-            reserved.push(Field::SnapshotL2Table, first, 1);
+        if clusters > 0 && offset >= file_size {
+            let reason = "the table lies past the end of the file".to_owned();
+            return Err(image.invalid("l1_table_offset of a snapshot", offset, reason));
         }
-        reserved.merge_shared();
+        reserved.push(Field::SnapshotL1Table, geometry.cluster(offset), clusters);
+    }
+    // No two of them overlap, so that to read them all is no more than to read the file.
+    reserved.sort(image)?;
+    for snapshot in table.snapshots {
+        for cluster in snapshot_l2_tables(image, geometry, file_size, &snapshot)? {
+            reserved.push(Field::SnapshotL2Table, cluster, 1);
+        }
+        reserved.merge_shared(image)?;
     }
     Ok(())
+}
+
+/// The clusters of the L2 tables of `snapshot`.
+///
+/// # Errors
+/// [`Error::Invalid`] if there is one twice: an operation on the snapshot would go through it as often
+/// as that, and a small image must not be able to ask for endless work.
+fn snapshot_l2_tables(
+    image: &ImageFile,
+    geometry: Geometry,
+    file_size: u64,
+    snapshot: &Snapshot,
+) -> Result<Vec<u64>> {
+    let mut tables = Vec::new();
+    let (offset, count) = (snapshot.l1_table_offset, snapshot.l1_entries.into());
+    table::for_each(&*image.storage, &image.path, offset, count, |index, raw| {
+        l1::check_entry(image, geometry, file_size, index as usize, raw)?;
+        let offset = L1Entry(raw).offset();
+        if offset != 0 {
+            tables.push(geometry.cluster(offset));
+        }
+        Ok(())
+    })?;
+    tables.sort_unstable();
+    if let Some(pair) = tables.windows(2).find(|pair| pair[0] == pair[1]) {
+        let offset = pair[0] << geometry.cluster_bits;
+        let reason = "two entries lead to the same L2 table".to_owned();
+        return Err(image.invalid("l1_table entry of a snapshot", offset, reason));
+    }
+    Ok(tables)
 }
 
 /// Clears the autoclear bits of features that this version does not know: it will not keep up

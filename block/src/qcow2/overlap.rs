@@ -10,6 +10,7 @@
 //! completed before have changed is still written back, but no cluster is allocated or given back, and
 //! the bitmaps stay marked as in use.
 
+use std::ops::Range;
 use std::sync::OnceLock;
 
 use crate::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -20,6 +21,8 @@ use crate::{Error, Result};
 
 /// Bits of a filter for each cluster of metadata, so that it is seldom in doubt.
 const BITS_PER_CLUSTER: usize = 64;
+/// Bits in a word of a filter.
+const WORD_BITS: u64 = u64::BITS as u64;
 /// Fewest words of a level: 1 KiB.
 const MIN_WORDS: usize = 128;
 /// How many times as large as the one before a level is.
@@ -55,19 +58,28 @@ impl Filter {
         filter
     }
 
-    /// Adds `cluster`. One thread does so at a time.
-    pub fn insert(&self, cluster: u64) {
-        if self.may_contain(cluster) {
-            return;
+    /// Adds `clusters`, those that share a word at once. One thread does so at a time.
+    pub fn insert(&self, clusters: Range<u64>) {
+        let mut first = clusters.start;
+        while first < clusters.end {
+            let end = clusters.end.min((first / WORD_BITS + 1) * WORD_BITS);
+            self.insert_row(first, end - first);
+            first = end;
         }
+    }
+
+    /// Adds `count` clusters from `first` on, which share a word.
+    fn insert_row(&self, first: u64, count: u64) {
         let mut words = MIN_WORDS;
         for (i, level) in self.levels.iter().enumerate() {
             let level = level.get_or_init(|| Level::new(words * GROWTH));
             let room = level.room.load(Ordering::Relaxed);
             if room > 0 || i + 1 == LEVELS {
-                level.room.store(room.saturating_sub(1), Ordering::Relaxed);
-                let (word, bit) = level.place(cluster);
-                word.fetch_or(bit, Ordering::Release);
+                let room = room.saturating_sub(count as usize);
+                level.room.store(room, Ordering::Relaxed);
+                let ones = u64::MAX >> (WORD_BITS - count);
+                let (word, shift) = level.place(first);
+                word.fetch_or(ones.rotate_left(shift), Ordering::Release);
                 return;
             }
             words = level.words.len();
@@ -79,7 +91,7 @@ impl Filter {
         let levels = self.levels.iter().map_while(OnceLock::get);
         levels.into_iter().any(|level| {
             let (word, bit) = level.place(cluster);
-            word.load(Ordering::Acquire) & bit != 0
+            word.load(Ordering::Acquire) >> bit & 1 != 0
         })
     }
 }
@@ -92,11 +104,12 @@ impl Level {
         }
     }
 
-    fn place(&self, cluster: u64) -> (&AtomicU64, u64) {
+    /// The word of `cluster`, and the bit of it there.
+    fn place(&self, cluster: u64) -> (&AtomicU64, u32) {
         // Neighbours share a word; tables that lie at regular distances do not share a bit.
-        let hash = (cluster >> 6).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        let hash = (cluster / WORD_BITS).wrapping_mul(0x9e37_79b9_7f4a_7c15);
         let word = &self.words[(hash >> 32) as usize & (self.words.len() - 1)];
-        (word, 1 << (cluster.wrapping_add(hash >> 20) % 64))
+        (word, (cluster.wrapping_add(hash >> 20) % WORD_BITS) as u32)
     }
 }
 
@@ -111,18 +124,25 @@ impl Qcow2 {
     }
 
     /// As [`check_overlap`](Self::check_overlap), of a place that is about to lose its mapping, and
-    /// is not written. Metadata may lie there if that has a reference of its own, as after a repair.
+    /// is not written. Metadata may lie there if that has references of its own, as after a repair.
     pub(super) fn check_leaving(&self, offset: u64, len: u64) -> Result<()> {
-        self.check_clusters(offset, len, |cluster| {
-            Ok(self.refcounts()?.count(&self.image, cluster)? > 1)
-        })
+        self.check_clusters(offset, len, |cluster| self.can_lose(cluster, 1))
     }
 
-    fn check_clusters(
+    /// Whether `lost` references to `cluster` can go, and the metadata there keeps its own.
+    pub(super) fn can_lose(&self, cluster: u64, lost: u64) -> Result<bool> {
+        let mut refcounts = self.refcounts()?;
+        let needed = refcounts.metadata_users(cluster, None);
+        Ok(refcounts.count(&self.image, cluster)? >= needed + lost)
+    }
+
+    /// Refuses the `len` bytes at `offset` of the file that holds guest data, which an L2 entry leads
+    /// to, if there is metadata, in a cluster that is not allowed.
+    pub(super) fn check_clusters(
         &self,
         offset: u64,
         len: u64,
-        is_allowed: impl Fn(u64) -> Result<bool>,
+        mut is_allowed: impl FnMut(u64) -> Result<bool>,
     ) -> Result<()> {
         let Some(filter) = &self.metadata else {
             return Ok(());
@@ -142,6 +162,14 @@ impl Qcow2 {
             }
         }
         Ok(())
+    }
+
+    /// [`damaged`](Self::damaged) if `error` says that the image is not valid; returns it.
+    pub(super) fn damaged_if_invalid(&self, error: Error) -> Error {
+        match error {
+            Error::Invalid { .. } => self.damaged(error),
+            other => other,
+        }
     }
 
     /// Marks the image as corrupt because of `error`, which it returns.
@@ -169,11 +197,22 @@ mod tests {
         for (expected, added, stride) in [(1000, 1000, 8191), (0, 200_000, 512), (0, 200_000, 1)] {
             let filter = Filter::new(expected);
             let clusters = || (0..added).map(|i| i * stride);
-            clusters().for_each(|cluster| filter.insert(cluster));
+            clusters().for_each(|cluster| filter.insert(cluster..cluster + 1));
             assert!(clusters().all(|cluster| filter.may_contain(cluster)));
             let others = (1 << 40)..(1 << 40) + 100_000;
             let wrong = others.filter(|cluster| filter.may_contain(*cluster));
             assert!(wrong.count() < 7000, "{added} every {stride}");
+        }
+    }
+
+    #[test]
+    fn a_filter_takes_many_clusters_at_once() {
+        for (first, end) in [(3, 3), (3, 4), (0, 64), (60, 200), (63, 65)] {
+            let filter = Filter::new(1);
+            filter.insert(first..end);
+            assert!((first..end).all(|cluster| filter.may_contain(cluster)));
+            assert!(!(1000..1064).any(|cluster| filter.may_contain(cluster)));
+            assert!(!filter.may_contain(end));
         }
     }
 }

@@ -6,6 +6,7 @@
 //! cluster full of anything.
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::free_map::FreeMap;
@@ -13,7 +14,7 @@ use super::geometry::{ENTRY_SIZE, Geometry};
 use super::header::MAX_OFFSET;
 use super::overlap::Filter;
 use super::refcount_width::RefcountWidth;
-use super::reserved::Reserved;
+use super::reserved::{Field, Reserved};
 use super::table;
 use crate::Result;
 use crate::file::ImageFile;
@@ -155,6 +156,16 @@ impl Refcounts {
         self.reserved.structure_at(cluster)
     }
 
+    /// How many references `cluster` has that are those of metadata there, but for one of `but`.
+    pub fn metadata_users(&self, cluster: u64, but: Option<Field>) -> u64 {
+        self.reserved.users(cluster, but)
+    }
+
+    /// How many L2 tables there are, those of snapshots too.
+    pub fn l2_tables(&self) -> usize {
+        self.reserved.l2_tables()
+    }
+
     /// Contains the clusters of all metadata.
     pub fn metadata(&self) -> Arc<Filter> {
         self.reserved.filter()
@@ -165,22 +176,36 @@ impl Refcounts {
     pub(super) fn check_no_block(&self, image: &ImageFile, index: u64) -> Result<()> {
         let first = index * self.counts_per_block();
         self.reserved
-            .check(image, first..first + self.counts_per_block(), |_| false)
+            .check(image, first..first + self.counts_per_block(), |_| 0)
     }
 
     /// Checks that there is no metadata behind everything that the refcount table can count.
     pub(super) fn check_no_more(&self, image: &ImageFile) -> Result<()> {
         let first = self.table.len() as u64 * self.counts_per_block();
-        self.reserved.check(image, first..u64::MAX, |_| false)
+        self.reserved.check(image, first..u64::MAX, |_| 0)
     }
 
-    /// How many of the `max` clusters from `first` on, at least one, are used exactly once like it,
-    /// or more or less often like it. No compressed cluster is added any more to those that are used
-    /// once: they are about to go.
-    pub fn run_alike(&mut self, image: &ImageFile, first: u64, max: u64) -> Result<Alike> {
+    /// How many of `range`, at least one, are used exactly once like its first, or more or less often
+    /// like it. No compressed cluster is added any more to those that are used once: they are about
+    /// to go.
+    ///
+    /// # Errors
+    /// As [`free`](Self::free), or [`free_metadata`](Self::free_metadata) of what `field` led to.
+    pub fn run_alike(
+        &mut self,
+        image: &ImageFile,
+        field: Option<Field>,
+        range: Range<u64>,
+    ) -> Result<Alike> {
+        let first = range.start;
         let exclusive = self.count(image, first)? == 1;
-        let mut clusters = 1;
-        while clusters < max && (self.count(image, first + clusters)? == 1) == exclusive {
+        let mut clusters = 0;
+        for cluster in range {
+            let count = self.count(image, cluster)?;
+            if (count == 1) != exclusive {
+                break;
+            }
+            self.check_free(image, field, cluster, count)?;
             clusters += 1;
         }
         if exclusive {
@@ -255,9 +280,18 @@ impl Refcounts {
     /// Adds a reference to `cluster`, which can be anything.
     ///
     /// # Errors
+    /// As [`check_add`](Self::check_add).
+    pub fn add(&mut self, image: &ImageFile, cluster: u64) -> Result<()> {
+        let count = self.check_add(image, cluster)?;
+        self.set_count(image, cluster, count + 1)
+    }
+
+    /// How often `cluster`, which can be anything and get another reference, is used.
+    ///
+    /// # Errors
     /// [`Error::Invalid`](crate::Error::Invalid) for one that is counted as free, and for one that
     /// has as many references as can be counted.
-    pub fn add(&mut self, image: &ImageFile, cluster: u64) -> Result<()> {
+    pub fn check_add(&mut self, image: &ImageFile, cluster: u64) -> Result<u64> {
         let count = self.count(image, cluster)?;
         let offset = cluster << self.geometry.cluster_bits;
         if count == 0 {
@@ -271,7 +305,7 @@ impl Refcounts {
             );
             return Err(image.invalid("refcount", count, reason));
         }
-        self.set_count(image, cluster, count + 1)
+        Ok(count)
     }
 
     /// Sets the refcount of `cluster`, whose block exists, to one that it can have.
@@ -316,7 +350,7 @@ impl Refcounts {
         let first = number * self.counts_per_slice();
         self.reserved
             .check(image, first..first + self.counts_per_slice(), |cluster| {
-                self.width.get(&counts, (cluster - first) as usize) != 0
+                self.width.get(&counts, (cluster - first) as usize)
             })?;
         let mut free = FreeMap::default();
         let room = self.end.saturating_sub(first).min(self.counts_per_slice());

@@ -9,6 +9,8 @@ use super::geometry::ENTRY_SIZE;
 use super::mapping::{Kind, Run};
 use super::placement::Placement;
 use super::reserved::Field;
+#[cfg(doc)]
+use crate::Error;
 use crate::Result;
 use crate::sync::atomic::{AtomicU64, Ordering};
 
@@ -94,7 +96,8 @@ impl Qcow2 {
                 _ => self.copy_table(old, table.offset),
             };
             if let Err(e) = made {
-                self.refcounts()?.free(&self.image, table.offset, 1)?;
+                self.refcounts()?
+                    .free_metadata(&self.image, Field::L2Table, table.offset, 1)?;
                 return Err(e);
             }
             Ok(table.offset)
@@ -102,7 +105,7 @@ impl Qcow2 {
         if let Some(old) = shared {
             // After the entry has changed: what is written back before leaves the old one in use.
             let size = self.geometry.cluster_size();
-            self.retired.add_shared(old..old + size);
+            self.retired.add_table(old..old + size);
         }
         Ok(())
     }
@@ -127,7 +130,11 @@ impl Qcow2 {
             .allocate_metadata(&self.image, field, clusters)?;
         let mut bytes = table.to_vec();
         bytes.resize((clusters << g.cluster_bits) as usize, 0);
-        self.image.write_bytes_at(&bytes, place.offset)?;
+        if let Err(e) = self.image.write_bytes_at(&bytes, place.offset) {
+            self.refcounts()?
+                .free_metadata(&self.image, field, place.offset, clusters)?;
+            return Err(e);
+        }
         Ok(place.offset)
     }
 
@@ -178,7 +185,7 @@ impl Qcow2 {
     /// Gives back a range of clusters that nothing can lead to any more. An error leaks them.
     pub(super) fn give_back(&self, range: Range<u64>) -> Result<()> {
         match &self.placement {
-            Placement::Internal => self.release_clusters(range),
+            Placement::Internal => self.release_clusters(None, range),
             Placement::External(external) | Placement::Raw(external, _) => {
                 // A request that had found the old mapping may have written there since.
                 external.forget_hole();
@@ -195,21 +202,27 @@ impl Qcow2 {
     }
 
     /// Takes a reference from each of the clusters of the image file that `range` lies in, and
-    /// releases the space of those that have no other.
-    pub(super) fn release_clusters(&self, range: Range<u64>) -> Result<()> {
+    /// releases the space of those that have no other, before anybody can get them. The reference is
+    /// that of `field` or, without that, of data, and nothing on disk leads there by it any more.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for metadata that needs all the references that it has: the image is
+    /// damaged.
+    pub(super) fn release_clusters(&self, field: Option<Field>, range: Range<u64>) -> Result<()> {
         let g = self.geometry;
         let (mut cluster, end) = (g.cluster(range.start), g.clusters(range.end));
         while cluster < end {
             let offset = cluster << g.cluster_bits;
             let alike = self
                 .refcounts()?
-                .run_alike(&self.image, cluster, end - cluster)?;
+                .run_alike(&self.image, field, cluster..end);
+            let alike = alike.map_err(|e| self.damaged_if_invalid(e))?;
             if alike.exclusive {
                 self.image
                     .discard(offset, alike.clusters << g.cluster_bits)?;
             }
             self.refcounts()?
-                .free(&self.image, offset, alike.clusters)?;
+                .take_references(&self.image, field, offset, alike.clusters)?;
             cluster += alike.clusters;
         }
         Ok(())

@@ -4,9 +4,15 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::geometry::ENTRY_SIZE;
+use super::header::MAX_L1_SIZE;
 use super::overlap::Filter;
 use crate::Result;
 use crate::file::ImageFile;
+
+/// Most L2 tables that snapshots can have, each of them counted once: 256 MiB of memory for an open
+/// image.
+pub(crate) const MAX_SNAPSHOT_TABLES: usize = 1 << 24;
 
 /// Clusters of metadata, in order; 16 bytes for each L2 table and refcount block.
 #[derive(Debug)]
@@ -24,6 +30,8 @@ pub(crate) struct Reserved {
 struct Piece {
     first: u64,
     clusters: u32,
+    /// How many L1 tables lead there, or as many as this can tell; 1 for what is no L2 table.
+    users: u16,
     field: Field,
 }
 
@@ -60,6 +68,12 @@ impl Field {
         }
     }
 
+    /// Whether both lead to structures of the same kind: snapshots share L2 tables with the disk.
+    fn is_like(self, other: Self) -> bool {
+        let is_l2 = |field| matches!(field, Self::L2Table | Self::SnapshotL2Table);
+        self == other || is_l2(self) && is_l2(other)
+    }
+
     /// What it leads to, in QEMU's words.
     fn structure(self) -> &'static str {
         match self {
@@ -81,8 +95,8 @@ impl Field {
 impl Piece {
     /// Whether it is an L2 table that snapshots share with another of its kind.
     fn is_shared_table(&self, first: &Self) -> bool {
-        let is_l2 = |piece: &Self| matches!(piece.field, Field::L2Table | Field::SnapshotL2Table);
-        self.first == first.first && self.field == Field::SnapshotL2Table && is_l2(first)
+        let is_shared = self.field == Field::SnapshotL2Table && self.field.is_like(first.field);
+        is_shared && self.first == first.first
     }
 
     fn end(&self) -> u64 {
@@ -93,7 +107,7 @@ impl Piece {
         Self {
             first: range.start,
             clusters: (range.end - range.start) as u32,
-            field: self.field,
+            ..*self
         }
     }
 }
@@ -116,6 +130,7 @@ impl Reserved {
             self.pieces.push(Piece {
                 first,
                 clusters: clusters as u32,
+                users: 1,
                 field,
             });
         }
@@ -123,22 +138,51 @@ impl Reserved {
 
     /// Forgets copies of L2 tables that snapshots share, when they have become many: a thousand
     /// snapshots need no more memory than one.
-    pub fn merge_shared(&mut self) {
+    ///
+    /// # Errors
+    /// [`Error::Invalid`](crate::Error::Invalid) if there are too many all the same.
+    pub fn merge_shared(&mut self, image: &ImageFile) -> Result<()> {
         const FEW: usize = 1024;
+        // Those of the disk, too.
+        const MOST: usize = MAX_SNAPSHOT_TABLES + (MAX_L1_SIZE / ENTRY_SIZE) as usize;
         if self.pieces.len() > FEW + 2 * self.distinct {
             self.sort_pieces();
+            self.check_l2_tables(image, MOST)?;
         }
+        Ok(())
+    }
+
+    /// Checks that there are `most` L2 tables at most.
+    fn check_l2_tables(&self, image: &ImageFile, most: usize) -> Result<()> {
+        let count = self.l2_tables();
+        if count > most {
+            let reason =
+                format!("there are more than {most} L2 tables, those of snapshots included");
+            return Err(image.invalid("l1_table entries of snapshots", count as u64, reason));
+        }
+        Ok(())
     }
 
     fn sort_pieces(&mut self) {
         self.pieces
             .sort_unstable_by_key(|piece| (piece.first, piece.field));
-        self.pieces
-            .dedup_by(|next, first| next.is_shared_table(first));
+        self.pieces.dedup_by(|next, first| {
+            let is_shared = next.is_shared_table(first);
+            if is_shared {
+                first.users = first.users.saturating_add(next.users);
+            }
+            is_shared
+        });
         self.distinct = self.pieces.len();
     }
 
-    /// Puts the pieces in order, once all have been added.
+    /// How many L2 tables there are.
+    pub fn l2_tables(&self) -> usize {
+        let is_l2 = |piece: &&Piece| piece.field.is_like(Field::L2Table);
+        self.pieces.iter().filter(is_l2).count()
+    }
+
+    /// Puts the pieces in order.
     ///
     /// # Errors
     /// [`Error::Invalid`](crate::Error::Invalid) if two of them overlap: what two tables share
@@ -156,10 +200,16 @@ impl Reserved {
                 return Err(image.invalid(pair[1].field.name(), offset, reason));
             }
         }
-        let clusters = |piece: &Piece| piece.first..piece.end();
-        self.filter = Arc::new(Filter::new(self.pieces.iter().flat_map(clusters).count()));
-        for cluster in self.pieces.iter().flat_map(clusters) {
-            self.filter.insert(cluster);
+        Ok(())
+    }
+
+    /// [`sort`](Self::sort), after which no more are [`push`](Self::push)ed.
+    pub fn complete(&mut self, image: &ImageFile) -> Result<()> {
+        self.sort(image)?;
+        let clusters = self.pieces.iter().map(|piece| u64::from(piece.clusters));
+        self.filter = Arc::new(Filter::new(clusters.sum::<u64>() as usize));
+        for piece in &self.pieces {
+            self.filter.insert(piece.first..piece.end());
         }
         Ok(())
     }
@@ -170,16 +220,31 @@ impl Reserved {
         let piece = Piece {
             first,
             clusters: clusters as u32,
+            users: 1,
             field,
         };
         self.pieces.insert(index, piece);
-        (first..piece.end()).for_each(|cluster| self.filter.insert(cluster));
+        self.filter.insert(first..piece.end());
     }
 
     /// The structure that `cluster` is a part of.
     pub fn structure_at(&self, cluster: u64) -> Option<&'static str> {
+        Some(self.piece_at(cluster)?.field.structure())
+    }
+
+    /// How many references `cluster` has that `but` is no part of, or more: those of the metadata
+    /// there.
+    pub fn users(&self, cluster: u64, but: Option<Field>) -> u64 {
+        let Some(piece) = self.piece_at(cluster) else {
+            return 0;
+        };
+        let is_part = but.is_some_and(|field| field.is_like(piece.field));
+        u64::from(piece.users) - u64::from(is_part)
+    }
+
+    fn piece_at(&self, cluster: u64) -> Option<&Piece> {
         let piece = self.pieces.get(self.index_of(cluster))?;
-        (piece.first <= cluster).then(|| piece.field.structure())
+        (piece.first <= cluster).then_some(piece)
     }
 
     /// Contains all clusters of metadata, now and later.
@@ -187,8 +252,8 @@ impl Reserved {
         self.filter.clone()
     }
 
-    /// Checks that each cluster of metadata in `range` is counted as used: the allocator would hand
-    /// it out, and what is there be overwritten.
+    /// Checks that each cluster of metadata in `range` is used as often as `count` tells, or less:
+    /// the allocator would hand it out, and what is there be overwritten.
     ///
     /// # Errors
     /// [`Error::Invalid`](crate::Error::Invalid), naming the field that leads there.
@@ -196,7 +261,7 @@ impl Reserved {
         &self,
         image: &ImageFile,
         range: Range<u64>,
-        is_used: impl Fn(u64) -> bool,
+        count: impl Fn(u64) -> u64,
     ) -> Result<()> {
         for piece in &self.pieces[self.index_of(range.start)..] {
             let first = piece.first.max(range.start);
@@ -204,10 +269,15 @@ impl Reserved {
             if first >= range.end {
                 break;
             }
-            if let Some(cluster) = (first..end).find(|cluster| !is_used(*cluster)) {
+            let is_bad = |cluster: &u64| count(*cluster) < piece.users.into();
+            if let Some(cluster) = (first..end).find(is_bad) {
+                let counted = match count(cluster) {
+                    0 => "is counted as free".to_owned(),
+                    count => format!("is used {} times and counted {count} times", piece.users),
+                };
                 let reason = format!(
-                    "cluster {cluster} holds metadata and is counted as free; repair the image \
-                     first: tandem-img check -r all"
+                    "cluster {cluster} holds metadata and {counted}; repair the image first: \
+                     tandem-img check -r all"
                 );
                 let offset = piece.first << self.cluster_bits;
                 return Err(image.invalid(piece.field.name(), offset, reason));
@@ -222,16 +292,20 @@ impl Reserved {
         Some(piece.first.max(cluster))
     }
 
-    /// `cluster` is not used for metadata any more.
-    pub fn release(&mut self, cluster: u64) {
+    /// `field` does not lead to `cluster` any more, if it did.
+    pub fn release(&mut self, field: Field, cluster: u64) {
         let index = self.index_of(cluster);
-        let Some(&piece) = self
-            .pieces
-            .get(index)
-            .filter(|piece| piece.first <= cluster)
-        else {
+        let Some(piece) = self.pieces.get_mut(index) else {
             return;
         };
+        if piece.first > cluster || !field.is_like(piece.field) {
+            return;
+        }
+        if piece.users > 1 {
+            piece.users -= 1;
+            return;
+        }
+        let piece = *piece;
         let rest = [piece.first..cluster, cluster + 1..piece.end()];
         let rest = rest.into_iter().filter(|range| !range.is_empty());
         self.pieces
@@ -247,6 +321,7 @@ impl Reserved {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{CacheMode, FileStorage};
 
     fn clusters(reserved: &Reserved) -> Vec<u64> {
         let next = |cluster: &u64| reserved.first_from(cluster + 1);
@@ -259,12 +334,58 @@ mod tests {
         reserved.push(Field::L1Table, 5, 4);
         reserved.push(Field::L2Table, 12, 1);
         assert_eq!(clusters(&reserved), [5, 6, 7, 8, 12]);
-        reserved.release(7);
-        reserved.release(9);
+        let release = |reserved: &mut Reserved, cluster| {
+            reserved.release(Field::L1Table, cluster);
+            reserved.release(Field::SnapshotL2Table, cluster);
+        };
+        release(&mut reserved, 7);
+        release(&mut reserved, 9);
+        assert_eq!(clusters(&reserved), [5, 6, 8, 12]);
+        reserved.release(Field::BitmapData, 5);
         assert_eq!(clusters(&reserved), [5, 6, 8, 12]);
         for cluster in [12, 5, 6, 8, 8] {
-            reserved.release(cluster);
+            release(&mut reserved, cluster);
         }
         assert!(clusters(&reserved).is_empty());
+    }
+
+    #[test]
+    fn a_shared_table_is_metadata_until_its_last_user_is_gone() {
+        let mut reserved = Reserved::new(9);
+        for field in [
+            Field::SnapshotL2Table,
+            Field::L2Table,
+            Field::SnapshotL2Table,
+        ] {
+            reserved.push(field, 7, 1);
+        }
+        reserved.push(Field::L1Table, 9, 1);
+        reserved.sort_pieces();
+        assert_eq!(reserved.l2_tables(), 1);
+        for left in [3, 2, 1] {
+            assert_eq!(reserved.users(7, None), left);
+            assert_eq!(reserved.users(7, Some(Field::L2Table)), left - 1);
+            assert_eq!(reserved.users(7, Some(Field::L1Table)), left);
+            reserved.release(Field::SnapshotL2Table, 7);
+        }
+        assert_eq!(reserved.users(7, None), 0);
+        assert_eq!(clusters(&reserved), [9]);
+    }
+
+    #[test]
+    fn l2_tables_are_counted_once() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let storage = Box::new(FileStorage::open(file.path(), true).unwrap());
+        let image = ImageFile::new(storage, file.path(), CacheMode::default());
+        let mut reserved = Reserved::new(9);
+        for cluster in [20, 21, 20, 22, 21] {
+            reserved.push(Field::SnapshotL2Table, cluster, 1);
+        }
+        reserved.push(Field::L2Table, 22, 1);
+        reserved.push(Field::L1Table, 30, 5);
+        reserved.sort(&image).unwrap();
+        reserved.check_l2_tables(&image, 3).unwrap();
+        let error = reserved.check_l2_tables(&image, 2).unwrap_err().to_string();
+        assert!(error.contains("more than 2 L2 tables"), "{error}");
     }
 }

@@ -21,6 +21,7 @@ use super::geometry::ENTRY_SIZE;
 use super::header::{MAX_L1_SIZE, MAX_OFFSET};
 use super::mapping::{Kind, Place};
 use super::placement::Placement;
+use super::refcount::Refcounts;
 use super::reserved::Field;
 use super::subclusters::Subclusters;
 use super::zeroes::Zeroed;
@@ -243,10 +244,13 @@ impl Qcow2 {
         let offset = place.offset;
         let switched = self.switch_l1_table(offset, needed);
         let mut refcounts = self.refcounts()?;
+        let free = |refcounts: &mut Refcounts, offset, count| {
+            refcounts.free_metadata(&self.image, Field::L1Table, offset, count)
+        };
         // Either table serves, whether the other's clusters come back or are leaked.
         drop(match &switched {
-            Ok(()) => refcounts.free(&self.image, old_offset, clusters(old_size)),
-            Err(_) => refcounts.free(&self.image, offset, count),
+            Ok(()) => free(&mut refcounts, old_offset, clusters(old_size)),
+            Err(_) => free(&mut refcounts, offset, count),
         });
         switched
     }

@@ -26,9 +26,10 @@ pub(crate) type Batch = Vec<Freed>;
 pub(crate) enum Freed {
     /// Whole clusters.
     Clusters(Range<u64>),
-    /// A part of the image file that shares the clusters that it lies in with others: a compressed
-    /// cluster, or an L2 table that snapshots have too.
-    Shared(Range<u64>),
+    /// A compressed cluster: it shares the clusters of the image file that it lies in with others.
+    Compressed(Range<u64>),
+    /// An L2 table that snapshots have too.
+    Table(Range<u64>),
 }
 
 /// Clusters that have lost their mapping.
@@ -66,10 +67,14 @@ impl Retired {
         }
     }
 
-    /// What is in `range` of the image file, and shares its clusters with others, has lost its
-    /// mapping, in memory.
-    pub fn add_shared(&self, range: Range<u64>) {
-        self.push(&mut lock(&self.lists), Freed::Shared(range));
+    /// The compressed cluster in `range` of the image file has lost its mapping, in memory.
+    pub fn add_compressed(&self, range: Range<u64>) {
+        self.push(&mut lock(&self.lists), Freed::Compressed(range));
+    }
+
+    /// The disk does not use the L2 table in `range` of the image file any more, in memory.
+    pub fn add_table(&self, range: Range<u64>) {
+        self.push(&mut lock(&self.lists), Freed::Table(range));
     }
 
     fn push(&self, lists: &mut Lists, freed: Freed) {

@@ -169,7 +169,7 @@ impl Qcow2 {
             self.retire(range.start, range.end - range.start);
         }
         for range in lost.compressed {
-            self.retired.add_shared(range);
+            self.retired.add_compressed(range);
         }
         Ok(())
     }

@@ -1,6 +1,7 @@
 //! Files in memory for tests of the engine.
 
 pub mod gated;
+pub mod structures;
 
 use std::io;
 use std::path::Path;
@@ -67,6 +68,11 @@ impl Memory {
     /// Overwrites the big-endian word at `offset`.
     pub fn put_word(&self, offset: u64, value: u64) {
         self.bytes.lock().unwrap()[offset as usize..][..8].copy_from_slice(&value.to_be_bytes());
+    }
+
+    /// Overwrites the bytes at `offset`.
+    pub fn put_bytes(&self, offset: u64, bytes: &[u8]) {
+        self.bytes.lock().unwrap()[offset as usize..][..bytes.len()].copy_from_slice(bytes);
     }
 
     /// The big-endian word at `offset`.

@@ -77,9 +77,23 @@ fn fill(disk: &Qcow2, at: u64, len: usize, byte: u8) {
         .unwrap();
 }
 
+/// What an image has besides snapshots.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum More {
+    Nothing,
+    /// Compressed clusters in all snapshots, several in one cluster of the file.
+    Compressed,
+    /// A persistent bitmap.
+    Bitmap,
+}
+
 /// An image in which clusters of some snapshots are shared, and others not: it, what the disk holds,
 /// and what each snapshot does.
-fn image_with_snapshots(version: u32, cluster_size: u64) -> (Vec<u8>, Vec<u8>, Vec<Vec<u8>>) {
+fn image_with_snapshots(
+    version: u32,
+    cluster_size: u64,
+    more: More,
+) -> (Vec<u8>, Vec<u8>, Vec<Vec<u8>>) {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("image");
     let options = CreateOptions {
@@ -94,6 +108,13 @@ fn image_with_snapshots(version: u32, cluster_size: u64) -> (Vec<u8>, Vec<u8>, V
     for (i, (at, len)) in [(0, 40_000), (30_000, 20_000)].into_iter().enumerate() {
         let disk = open();
         fill(&disk, at, len, i as u8 + 1);
+        if more == More::Compressed {
+            for cluster in [2, 3 + i as u64, 6] {
+                let data = vec![0x60 + i as u8; cluster_size as usize];
+                let data = disk.compress(data).unwrap();
+                disk.write_compressed(data, cluster * cluster_size).unwrap();
+            }
+        }
         contents.push(content(&disk));
         disk.create_snapshot(format!("s{i}").as_bytes()).unwrap();
     }
@@ -102,6 +123,9 @@ fn image_with_snapshots(version: u32, cluster_size: u64) -> (Vec<u8>, Vec<u8>, V
     disk.flush().unwrap();
     let now = content(&disk);
     drop(disk);
+    if more == More::Bitmap {
+        add_bitmap(&path);
+    }
     (std::fs::read(&path).unwrap(), now, contents)
 }
 
@@ -122,17 +146,30 @@ fn snapshot_operation(
     change: impl Fn(Qcow2) -> Result<()>,
     after: impl Fn(&[u8], &[Vec<u8>]) -> Vec<u8>,
 ) {
-    for (seed, cluster_size) in [(1, 512), (2, 1024), (3, 4096)] {
-        let (start, before, contents) = image_with_snapshots(3, cluster_size);
+    for (seed, cluster_size, more) in [
+        (1, 512, More::Nothing),
+        (2, 1024, More::Nothing),
+        (3, 4096, More::Nothing),
+        (4, 1024, More::Compressed),
+        (5, 4096, More::Compressed),
+        (6, 4096, More::Bitmap),
+    ] {
+        let (start, before, contents) = image_with_snapshots(3, cluster_size, more);
         let after = after(&before, &contents);
         explore(
             &start,
             seed,
             |image| change(open(image).unwrap()).unwrap(),
             |state, what| {
+                let bits = (more == More::Bitmap).then(|| bits(&state)).flatten();
                 let (shown, image) = reopened(state, what);
                 assert!(shown == before || shown == after, "{what}: the disk");
-                let image = image.lock().unwrap().clone();
+                if let Some(bits) = bits {
+                    expect_marked(&bits, &before, &shown, what);
+                }
+                let mut image = image.lock().unwrap().clone();
+                // A bitmap that is marked as in use keeps snapshots from being applied.
+                image[AUTOCLEAR] &= !1;
                 let listed = open(plain(&image)).unwrap().snapshots().unwrap();
                 for snapshot in listed {
                     let image = Arc::new(Mutex::new(image.clone()));
@@ -162,7 +199,7 @@ fn operations_without_a_dirty_bit() {
         |disk| disk.delete_snapshot(b"s1"),
     ];
     for (seed, change) in (0..).zip(changes) {
-        let (start, before, contents) = image_with_snapshots(2, 1024);
+        let (start, before, contents) = image_with_snapshots(2, 1024, More::Nothing);
         explore(
             &start,
             seed,
@@ -235,7 +272,7 @@ fn repair(image: &Memory) -> u64 {
 fn repairing() {
     for seed in 0..24 {
         let cluster_size = [512, 4096][seed as usize % 2];
-        let (mut start, before, _) = image_with_snapshots(3, cluster_size);
+        let (mut start, before, _) = image_with_snapshots(3, cluster_size, More::Nothing);
         damage(&mut start, cluster_size as usize, &mut Random(seed));
         explore(
             &start,
@@ -271,8 +308,21 @@ fn damage(image: &mut [u8], cluster_size: usize, random: &mut Random) {
     }
 }
 
+/// Offset of the byte with the autoclear bit that says that bitmaps are valid.
+const AUTOCLEAR: usize = 95;
 /// Bytes of the disk that a bit of the bitmap stands for.
 const GRANULARITY: usize = 512;
+
+/// Adds a persistent bitmap, which follows changes, to the image at `path`.
+fn add_bitmap(path: &Path) {
+    let add = Command::new("qemu-img")
+        .args(["bitmap", "--add", "-g", "512"])
+        .arg(path)
+        .arg("changes")
+        .output()
+        .unwrap();
+    assert!(add.status.success(), "{add:?}");
+}
 
 /// An image with a persistent bitmap.
 fn image_with_bitmap() -> Vec<u8> {
@@ -291,20 +341,14 @@ fn image_with_bitmap() -> Vec<u8> {
         SIZE,
         7,
     );
-    let add = Command::new("qemu-img")
-        .args(["bitmap", "--add", "-g", "512"])
-        .arg(&path)
-        .arg("changes")
-        .output()
-        .unwrap();
-    assert!(add.status.success(), "{add:?}");
+    add_bitmap(&path);
     std::fs::read(&path).unwrap()
 }
 
 /// The bits of the only bitmap, unless it is marked as in use.
 fn bits(image: &[u8]) -> Option<Vec<u8>> {
     let word = |at: usize| u64::from_be_bytes(image[at..at + 8].try_into().unwrap()) as usize;
-    assert_eq!(image[95] & 1, 1, "autoclear bit of bitmaps");
+    assert_eq!(image[AUTOCLEAR] & 1, 1, "autoclear bit of bitmaps");
     let extension = (104..4096)
         .step_by(8)
         .find(|at| image[*at..at + 4] == [0x23, 0x85, 0x28, 0x75])
@@ -318,6 +362,15 @@ fn bits(image: &[u8]) -> Option<Vec<u8>> {
         offset => offset,
     };
     Some(image[cluster..cluster + 4096].to_vec())
+}
+
+/// There is a bit for everything that is not as it was `before`.
+fn expect_marked(bits: &[u8], before: &[u8], now: &[u8], what: &str) {
+    let sectors = now.chunks(GRANULARITY).zip(before.chunks(GRANULARITY));
+    for (i, (now, before)) in sectors.enumerate() {
+        let is_marked = bits[i / 8] >> (i % 8) & 1 != 0;
+        assert!(is_marked || now == before, "{what}: sector {i}");
+    }
 }
 
 /// A bitmap that is not marked has a bit for everything that is not as it was.
@@ -341,12 +394,7 @@ fn following_changes_in_a_bitmap() {
             };
             clean += 1;
             let disk = open(plain(&state)).unwrap_or_else(|e| panic!("{what}: {e}"));
-            let sectors = content(&disk);
-            let now = sectors.chunks(GRANULARITY).zip(before.chunks(GRANULARITY));
-            for (i, (now, before)) in now.enumerate() {
-                let is_marked = bits[i / 8] >> (i % 8) & 1 != 0;
-                assert!(is_marked || now == before, "{what}: sector {i}");
-            }
+            expect_marked(&bits, &before, &content(&disk), what);
         });
         assert!(clean > 0);
     }

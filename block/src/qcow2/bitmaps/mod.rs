@@ -341,10 +341,10 @@ impl Qcow2 {
             places.push((entry.at, self.write_bitmap(entry, bits)?));
             let (image, path) = (&*self.image.storage, &self.image.path);
             let table = entry.table_clusters(self.geometry) << self.geometry.cluster_bits;
-            old.push((entry.table_offset, table));
+            old.push((Field::BitmapTable, entry.table_offset, table));
             for part in directory::read_table(image, path, self.geometry, entry)? {
                 if let Part::At(offset) = part {
-                    old.push((offset, self.geometry.cluster_size()));
+                    old.push((Field::BitmapData, offset, self.geometry.cluster_size()));
                 }
             }
         }
@@ -355,8 +355,8 @@ impl Qcow2 {
         }
         self.image.sync()?;
         bitmaps.write_flags(&self.image, 0)?;
-        for (offset, len) in old {
-            self.release_clusters(offset..offset + len)?;
+        for (field, offset, len) in old {
+            self.release_clusters(Some(field), offset..offset + len)?;
         }
         self.write_counts()
     }

@@ -89,6 +89,7 @@ impl Check<'_> {
     fn read_snapshots(&mut self) -> Result<SnapshotTable> {
         let files = self.files;
         let table = read_table(files.image, files.path, &self.header)?;
+        table.check_overlaps(files.path)?;
         for (i, snapshot) in table.snapshots.iter().enumerate() {
             if self.header.version >= 3 && !snapshot.is_complete {
                 self.corruption(format!("ERROR snapshot table entry {i} is incomplete"));
@@ -143,11 +144,10 @@ impl Check<'_> {
     fn count_snapshot(&mut self, snapshot: &Snapshot) -> Result<()> {
         let entries = u64::from(snapshot.l1_entries);
         self.count_metadata(snapshot.l1_table_offset, entries * ENTRY_SIZE);
-        let l1 = self.read_table(snapshot.l1_table_offset, entries)?;
-        for (i, entry) in (0..).zip(l1) {
-            self.count_l2_table(i, L1Entry(entry), Owner::Snapshot)?;
-        }
-        Ok(())
+        let (files, offset) = (self.files, snapshot.l1_table_offset);
+        table::for_each(files.image, files.path, offset, entries, |i, entry| {
+            self.count_l2_table(i, L1Entry(entry), Owner::Snapshot)
+        })
     }
 
     /// Checks L1 entry `i`, and counts the L2 table that it refers to, with what that does.

@@ -8,7 +8,11 @@
 //! meanwhile: refcounts and flags cannot change at once. The switch from the old state to the new one
 //! is a single write to the header. References are on disk before it that the new state needs, and
 //! those that only the old one needed go after it, so a crash at worst leaks clusters and leaves
-//! wrong COPIED flags, which the repair of a dirty image mends.
+//! wrong COPIED flags, which the repair of a dirty image mends. After an error before the switch,
+//! what was made for the new state is taken back.
+//!
+//! What L2 entries say is the image's word: before anything changes they are all looked at, and an
+//! image in which data would take the place of metadata, or be given back with it, stays as it is.
 
 mod references;
 mod table;
@@ -19,12 +23,13 @@ use super::Qcow2;
 use super::entry::COPIED;
 use super::geometry::ENTRY_SIZE;
 use super::header::{Header, MAX_L1_SIZE, incompatible};
-use super::reserved::Field;
+use super::reserved::{Field, MAX_SNAPSHOT_TABLES};
 use super::table as entries;
 use crate::sync::atomic::Ordering;
 use crate::{Disk, Error, Result};
 
 use references::References;
+use table::MAX_TABLE_SIZE;
 pub(crate) use table::{Snapshot, SnapshotTable, read_table};
 
 /// Offset of `size` in the header; `crypt_method`, `l1_size` and `l1_table_offset` follow it.
@@ -85,20 +90,17 @@ impl Qcow2 {
     /// Takes a snapshot of the disk, called `name`, and closes the image.
     ///
     /// # Errors
-    /// [`Error::Option`] for a name of more than 255 bytes, and for an image with an external data
-    /// file, which can have no snapshots; [`Error::Invalid`] if a refcount would become too large:
-    /// all before anything has changed. After an error of another kind the old state or the new
-    /// one is there, and the image is marked as dirty.
+    /// [`Error::Option`] for a name of more than 255 bytes, for an image with an external data file,
+    /// which can have no snapshots, and where there is no room for one more; [`Error::Invalid`] for
+    /// damage, or if a refcount would become too large: nothing has changed then, but for the mark of
+    /// a corrupt image. After an error of another kind the old state or the new one is there, and the
+    /// image is marked as dirty unless all of the old state is.
     pub fn create_snapshot(self, name: &[u8]) -> Result<()> {
         if name.len() > MAX_NAME {
             let reason = format!("the name of a snapshot can have {MAX_NAME} bytes at most");
             return Err(Error::Option(reason));
         }
-        if self.placement.data_file_layout().is_some() {
-            let reason = "an image with an external data file cannot have internal snapshots";
-            return Err(Error::Option(reason.to_owned()));
-        }
-        self.change_snapshots(|change| change.create(name))
+        Change::new(&self)?.run(|change| change.create(name))
     }
 
     /// Makes the disk what it was when the snapshot with the ID or, if there is none, the name
@@ -107,7 +109,11 @@ impl Qcow2 {
     /// # Errors
     /// [`Error::NoSnapshot`]; as [`create_snapshot`](Self::create_snapshot).
     pub fn apply_snapshot(self, name: &[u8]) -> Result<()> {
-        self.change_snapshots(|change| change.apply(name))
+        let change = Change::new(&self)?;
+        let index = change
+            .find(name, |snapshot| snapshot.id == name)
+            .or_else(|_| change.find(name, |snapshot| snapshot.name == name))?;
+        change.run(|change| change.apply(index))
     }
 
     /// Deletes the first snapshot called `name`, and closes the image.
@@ -115,27 +121,9 @@ impl Qcow2 {
     /// # Errors
     /// [`Error::NoSnapshot`]; as [`create_snapshot`](Self::create_snapshot).
     pub fn delete_snapshot(self, name: &[u8]) -> Result<()> {
-        self.change_snapshots(|change| change.delete(name))
-    }
-
-    fn change_snapshots(self, change: impl FnOnce(&mut Change<'_>) -> Result<()>) -> Result<()> {
-        self.check_writable()?;
-        // No request is running: the first time gives back all clusters, the second one writes
-        // their counts.
-        self.write_back()?;
-        self.write_back()?;
-        let header = Header::read(&*self.image.storage, &self.image.path)?;
-        let table = read_table(&*self.image.storage, &self.image.path, &header)?;
-        let (offset, size) = self.l1.place();
-        let mut state = Change {
-            disk: &self,
-            header,
-            table,
-            l1: self.l1.entries(size).collect(),
-            l1_offset: offset,
-        };
-        change(&mut state)?;
-        self.close()
+        let change = Change::new(&self)?;
+        let index = change.find(name, |snapshot| snapshot.name == name)?;
+        change.run(|change| change.delete(index))
     }
 }
 
@@ -147,64 +135,113 @@ struct Change<'a> {
     /// The active L1 table.
     l1: Vec<u64>,
     l1_offset: u64,
+    stage: Stage,
+    made: Made,
 }
 
-impl Change<'_> {
-    fn create(&mut self, name: &[u8]) -> Result<()> {
-        if self.table.snapshots.len() >= MAX_SNAPSHOTS {
-            let reason = format!("an image can have {MAX_SNAPSHOTS} snapshots at most");
-            return Err(Error::Option(reason));
+/// How far a change has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    /// The image is as it was.
+    Checked,
+    /// The header leads to the old state.
+    Begun,
+    /// The header leads to the new state, or may do so.
+    Switched,
+}
+
+/// What has been made for the new state, while the header leads to the old one.
+#[derive(Default)]
+struct Made {
+    /// What will lead to each table, its offset and its clusters.
+    tables: Vec<(Field, u64, u64)>,
+    /// A reference has been added for each one that the entries of this L1 table lead to.
+    added: Vec<u64>,
+}
+
+impl<'a> Change<'a> {
+    fn new(disk: &'a Qcow2) -> Result<Self> {
+        disk.check_writable()?;
+        let image = &disk.image;
+        let header = Header::read(&*image.storage, &image.path)?;
+        let table = read_table(&*image.storage, &image.path, &header)?;
+        let (l1_offset, size) = disk.l1.place();
+        Ok(Self {
+            disk,
+            header,
+            table,
+            l1: disk.l1.entries(size).collect(),
+            l1_offset,
+            stage: Stage::Checked,
+            made: Made::default(),
+        })
+    }
+
+    fn run(mut self, operation: impl FnOnce(&mut Self) -> Result<()>) -> Result<()> {
+        if self.disk.placement.data_file_layout().is_some() {
+            let reason = "an image with an external data file cannot have internal snapshots";
+            return Err(Error::Option(reason.to_owned()));
         }
-        let mut active = self.l1.clone();
-        self.add_references(&active)?;
-        let shared: Vec<u64> = active.iter().map(|entry| entry & !COPIED).collect();
-        let l1_table_offset = self
-            .disk
-            .add_table(Field::SnapshotL1Table, &entries::encode(shared))?;
+        // No request is running: the first time gives back all clusters, the second one writes
+        // their counts.
+        self.disk.write_back()?;
+        self.disk.write_back()?;
+        let done = operation(&mut self);
+        if done.is_err() {
+            // The error is told already.
+            drop(self.recover());
+        }
+        done?;
+        self.disk.close()
+    }
+
+    fn create(&mut self, name: &[u8]) -> Result<()> {
         let mut snapshots = self.table.snapshots.clone();
         snapshots.push(Snapshot {
-            l1_table_offset,
-            l1_entries: active.len() as u32,
+            l1_entries: self.l1.len() as u32,
             id: self.next_id().into_bytes(),
             name: name.to_owned(),
             disk_size: self.disk.size(),
             ..taken_now()
         });
-        let new = self.add_snapshot_table(&snapshots)?;
+        self.check_room(&snapshots)?;
+        self.references().check(&self.l1)?;
+        self.references().check_add(&self.l1)?;
+        self.begin()?;
+        let shared = self.l1.iter().map(|entry| entry & !COPIED);
+        let shared = entries::encode(shared);
+        let l1_table_offset = self.make_table(Field::SnapshotL1Table, &shared)?;
+        if let Some(last) = snapshots.last_mut() {
+            last.l1_table_offset = l1_table_offset;
+        }
+        let new = self.make_table(Field::SnapshotTable, &table::encode(&snapshots))?;
+        self.add_references(self.l1.clone())?;
         self.disk.write_counts()?;
-        self.with_references(|references| references.set_copied(&mut active))?;
-        self.write_l1(&active)?;
-        self.switch_table(&snapshots, new)?;
+        self.update_flags()?;
+        self.switch_table(snapshots.len(), new)?;
         self.finish()
     }
 
-    fn delete(&mut self, name: &[u8]) -> Result<()> {
-        let named = |snapshot: &Snapshot| snapshot.name == name;
-        let index = self.find(name, named)?;
+    fn delete(&mut self, index: usize) -> Result<()> {
         let mut snapshots = self.table.snapshots.clone();
         let gone = snapshots.remove(index);
         let l1 = self.read_l1(&gone)?;
-        self.set_dirty(true)?;
-        let new = self.add_snapshot_table(&snapshots)?;
+        self.references().check(&l1)?;
+        self.begin()?;
+        let new = self.make_table(Field::SnapshotTable, &table::encode(&snapshots))?;
         self.disk.write_counts()?;
-        self.switch_table(&snapshots, new)?;
+        self.switch_table(snapshots.len(), new)?;
         let clusters = gone.l1_clusters(self.disk.geometry);
-        let mut active = self.l1.clone();
-        self.with_references(|references| {
-            references.remove(&l1)?;
-            references.remove_table(gone.l1_table_offset, clusters)
-        })?;
+        let references = self.references();
+        references.remove(&l1)?;
+        references.remove_table(Field::SnapshotL1Table, gone.l1_table_offset, clusters)?;
         // A flag says that there is no other reference: that must be so on disk by then.
         self.disk.write_counts()?;
-        self.with_references(|references| references.set_copied(&mut active))?;
-        self.write_l1(&active)?;
+        self.update_flags()?;
         self.finish()
     }
 
-    fn apply(&mut self, name: &[u8]) -> Result<()> {
-        let index = self
-            .find(name, |snapshot| snapshot.id == name)
-            .or_else(|_| self.find(name, |snapshot| snapshot.name == name))?;
+    fn apply(&mut self, index: usize) -> Result<()> {
         let snapshot = self.table.snapshots[index].clone();
         let size = snapshot.disk_size & !511;
         let g = self.disk.geometry;
@@ -215,46 +252,106 @@ impl Change<'_> {
             return Err(self.disk.image.invalid("disk_size", disk_size, reason));
         }
         let mut l1 = self.read_l1(&snapshot)?;
+        self.references().check(&l1)?;
+        self.references().check_add(&l1)?;
+        self.references().check(&self.l1)?;
         // What differs is not known.
         self.disk.check_bitmaps(size.max(self.disk.size()))?;
         self.disk.track(0, size.max(self.disk.size()))?;
-        self.add_references(&l1)?;
+        self.begin()?;
         l1.resize(needed as usize, 0);
         // Everything is shared with the snapshot.
         l1.iter_mut().for_each(|entry| *entry &= !COPIED);
-        let offset = self
-            .disk
-            .add_table(Field::L1Table, &entries::encode(l1.iter().copied()))?;
+        let offset = self.make_table(Field::L1Table, &entries::encode(l1.iter().copied()))?;
+        self.add_references(l1.clone())?;
         self.disk.write_counts()?;
-        self.with_references(|references| references.set_copied(&mut l1))?;
-        self.disk.image.sync()?;
+        self.references().set_copied(&mut l1)?;
 
         let mut fields = size.to_be_bytes().to_vec();
         fields.extend(self.header.crypt_method.to_be_bytes());
         fields.extend((needed as u32).to_be_bytes());
         fields.extend(offset.to_be_bytes());
-        self.disk.image.write_bytes_at(&fields, HEADER_SIZE)?;
-        self.disk.image.sync()?;
+        self.switch(&fields, HEADER_SIZE)?;
+        let old = std::mem::replace(&mut self.l1, l1);
+        let old_offset = std::mem::replace(&mut self.l1_offset, offset);
         self.disk.size.store(size, Ordering::Relaxed);
 
-        let (old, old_offset) = (self.l1.clone(), self.l1_offset);
         let clusters = g.clusters(old.len() as u64 * ENTRY_SIZE);
-        self.with_references(|references| {
-            references.remove(&old)?;
-            references.remove_table(old_offset, clusters)
-        })?;
+        let references = self.references();
+        references.remove(&old)?;
+        references.remove_table(Field::L1Table, old_offset, clusters)?;
         self.finish()
     }
 
-    /// Adds a reference for each one that the entries of `l1` lead to. The image is dirty from then
-    /// on, unless that fails.
-    fn add_references(&self, l1: &[u64]) -> Result<()> {
-        self.set_dirty(true)?;
-        let added = self.with_references(|references| references.add(l1));
-        if added.is_err() {
-            self.finish()?;
+    /// Checks that an image can have `snapshots`, one more than now.
+    fn check_room(&self, snapshots: &[Snapshot]) -> Result<()> {
+        let reason = if snapshots.len() > MAX_SNAPSHOTS {
+            format!("an image can have {MAX_SNAPSHOTS} snapshots at most")
+        } else if table::encode(snapshots).len() as u64 > MAX_TABLE_SIZE {
+            format!("the snapshot table can have {MAX_TABLE_SIZE} bytes at most")
+        } else if self.disk.refcounts()?.l2_tables() > MAX_SNAPSHOT_TABLES {
+            format!("the snapshots of an image can have {MAX_SNAPSHOT_TABLES} L2 tables at most")
+        } else {
+            return Ok(());
+        };
+        Err(Error::Option(reason))
+    }
+
+    /// From now on the image changes.
+    fn begin(&mut self) -> Result<()> {
+        self.stage = Stage::Begun;
+        self.set_dirty(true)
+    }
+
+    /// Writes a table that the new state needs, and returns its offset.
+    fn make_table(&mut self, field: Field, table: &[u8]) -> Result<u64> {
+        let offset = self.disk.add_table(field, table)?;
+        let clusters = self.disk.geometry.clusters(table.len() as u64);
+        self.made.tables.push((field, offset, clusters));
+        Ok(offset)
+    }
+
+    /// Adds a reference for each one that the entries of `l1` lead to.
+    fn add_references(&mut self, l1: Vec<u64>) -> Result<()> {
+        self.references().add(&l1)?;
+        self.made.added = l1;
+        Ok(())
+    }
+
+    /// Makes the COPIED flags of the disk fit the refcounts.
+    fn update_flags(&mut self) -> Result<()> {
+        let mut l1 = self.l1.clone();
+        self.references().set_copied(&mut l1)?;
+        if l1 != self.l1 {
+            let bytes = entries::encode(l1.iter().copied());
+            self.disk.image.write_bytes_at(&bytes, self.l1_offset)?;
+            self.l1 = l1;
         }
-        added
+        Ok(())
+    }
+
+    /// After an error: takes back what was made for a state that the header does not lead to, and
+    /// makes the COPIED flags fit the refcounts. What remains is a leak, and the dirty bit if there
+    /// may be one.
+    fn recover(&mut self) -> Result<()> {
+        if self.stage == Stage::Checked {
+            return Ok(());
+        }
+        self.disk.check_writable()?;
+        self.disk.image.check_synced()?;
+        let made = std::mem::take(&mut self.made);
+        let references = self.references();
+        let mut taken = references.take_back(&made.added, u64::MAX);
+        for (field, offset, clusters) in made.tables {
+            taken = taken.and(references.remove_table(field, offset, clusters));
+        }
+        self.disk.write_counts()?;
+        self.update_flags()?;
+        taken?;
+        match self.stage {
+            Stage::Switched => self.disk.image.sync(),
+            Stage::Checked | Stage::Begun => self.set_dirty(false),
+        }
     }
 
     /// Index of the first snapshot that `is_it`, called `name` in the error that there is none.
@@ -284,41 +381,29 @@ impl Change<'_> {
         )
     }
 
-    fn with_references<R>(&self, f: impl FnOnce(&mut References<'_>) -> Result<R>) -> Result<R> {
-        let mut refcounts = self.disk.refcounts()?;
-        f(&mut References::new(
-            &self.disk.image,
-            self.disk.geometry,
-            &mut refcounts,
-        ))
+    fn references(&self) -> References<'a> {
+        References::new(self.disk)
     }
 
-    fn add_snapshot_table(&self, snapshots: &[Snapshot]) -> Result<u64> {
-        self.disk
-            .add_table(Field::SnapshotTable, &table::encode(snapshots))
+    /// Writes `fields` at `at` in the header, which lead to the new state, once that is on disk.
+    fn switch(&mut self, fields: &[u8], at: u64) -> Result<()> {
+        self.disk.image.sync()?;
+        self.stage = Stage::Switched;
+        self.made = Made::default();
+        self.disk.image.write_bytes_at(fields, at)?;
+        self.disk.image.sync()
     }
 
-    /// Writes the active L1 table where it is. Only flags of it have changed.
-    fn write_l1(&self, l1: &[u64]) -> Result<()> {
-        if l1 == self.l1 {
-            return Ok(());
-        }
-        let bytes = entries::encode(l1.iter().copied());
-        self.disk.image.write_bytes_at(&bytes, self.l1_offset)
-    }
-
-    /// Makes the header name the table of `snapshots` at `offset`, once that is on disk, and gives
-    /// back the old one.
-    fn switch_table(&self, snapshots: &[Snapshot], offset: u64) -> Result<()> {
-        let image = &self.disk.image;
-        image.sync()?;
-        let mut fields = (snapshots.len() as u32).to_be_bytes().to_vec();
+    /// Makes the header name the table of `count` snapshots at `offset`, once that is on disk, and
+    /// gives back the old one.
+    fn switch_table(&mut self, count: usize, offset: u64) -> Result<()> {
+        let mut fields = (count as u32).to_be_bytes().to_vec();
         fields.extend(offset.to_be_bytes());
-        image.write_bytes_at(&fields, HEADER_SNAPSHOTS)?;
-        image.sync()?;
+        self.switch(&fields, HEADER_SNAPSHOTS)?;
         let clusters = self.disk.geometry.clusters(self.table.len);
         let old = self.header.snapshots_offset;
-        self.with_references(|references| references.remove_table(old, clusters))
+        self.references()
+            .remove_table(Field::SnapshotTable, old, clusters)
     }
 
     fn finish(&self) -> Result<()> {

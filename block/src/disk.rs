@@ -1,5 +1,7 @@
 //! The [`Disk`] trait: what a device model sees of an image.
 
+use std::os::fd::BorrowedFd;
+
 use vm_memory::VolatileSlice;
 
 use crate::{Error, Result};
@@ -129,6 +131,28 @@ pub trait Disk: Send + Sync {
     /// zero.
     fn backing(&self) -> Option<&dyn Disk> {
         None
+    }
+
+    /// The file whose offsets [`extent`](Disk::extent) tells, if the system can copy from it.
+    fn host_file(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    /// Writes the `len` bytes at `offset` by having the system copy those at `from` of the file
+    /// `source`, where it can: the two may share their space then. Returns whether it could; if not,
+    /// each part of the range is as it was or copied.
+    ///
+    /// # Errors
+    /// Those of [`write_at`](Disk::write_at).
+    fn copy_from(
+        &self,
+        source: BorrowedFd<'_>,
+        from: u64,
+        offset: u64,
+        len: u64,
+    ) -> Result<bool> {
+        let _ = (source, from, offset, len);
+        Ok(false)
     }
 
     /// Changes the size of the disk to `size` bytes. What it gains reads as zero, but for what a

@@ -200,6 +200,14 @@ impl Error {
         }
     }
 
+    /// The system's answer alone if that is what went wrong, else [`reason`](Self::reason).
+    pub fn cause(&self) -> String {
+        match self {
+            Self::Io { source, .. } => system_text(source),
+            other => other.reason(),
+        }
+    }
+
     /// Whether there is no space left where something was to be written.
     pub(crate) fn is_no_space(&self) -> bool {
         matches!(self, Self::Io { source, .. } if source.kind() == io::ErrorKind::StorageFull)

@@ -81,6 +81,7 @@ pub(super) fn open(top: &Found, options: &OpenOptions) -> Result<Option<Box<dyn 
     let options = OpenOptions {
         read_only: true,
         data_file: None,
+        snapshot: None,
         ..options.clone()
     };
     let mut images: Vec<Found> = Vec::new();

@@ -113,11 +113,12 @@ pub use bitmaps::BitmapInfo;
 pub use check::{CheckOptions, CheckReport, Finding, FindingKind, Repair, check, check_storage};
 pub use compress::CompressedCluster;
 pub use compressed::CompressionType;
+pub(crate) use create::begin;
 pub use create::{CreateOptions, create};
 pub use info::Info;
 pub use open::OpenOptions;
 pub use policy::Follow;
-pub use snapshot::SnapshotInfo;
+pub use snapshot::{SnapshotInfo, SnapshotName};
 
 /// How guest data lies in an external data file.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -19,7 +19,7 @@ use super::refcount::Refcounts;
 use super::requests::Requests;
 use super::reserved::{Field, Reserved};
 use super::retired::Retired;
-use super::{DataFileLayout, Qcow2, bitmaps, snapshot, table};
+use super::{DataFileLayout, Qcow2, SnapshotName, bitmaps, snapshot, table};
 use crate::file::{FileOptions, ImageFile};
 use crate::lock::Access;
 use crate::{Disk, Error, Result, Storage};
@@ -40,6 +40,8 @@ pub struct OpenOptions {
     /// Bytes of memory for L2 tables of each image; a few slices of 4 KiB are always kept. The default of 4 MiB
     /// maps 32 GiB with clusters of 64 KiB. Memory is taken as it is needed.
     pub l2_cache_size: usize,
+    /// The internal snapshot whose state is the disk, in an image that is opened read-only.
+    pub snapshot: Option<SnapshotName>,
     /// How the files are used. Storage of the caller's is not locked, and whether it goes past the
     /// page cache is the caller's affair.
     pub files: FileOptions,
@@ -53,6 +55,7 @@ impl Default for OpenOptions {
             follow: Follow::default(),
             backing_format: None,
             l2_cache_size: 4 << 20,
+            snapshot: None,
             files: FileOptions::default(),
         }
     }
@@ -119,18 +122,27 @@ impl Qcow2 {
         backing: Option<Box<dyn Disk>>,
         options: &OpenOptions,
     ) -> Result<Self> {
-        let found = Found::new(
-            ImageFile::new(image, name, options.files.cache),
-            options.read_only,
-        )?;
-        let data = match (found.header.has_data_file(), data_file) {
-            (false, None) => None,
-            (true, Some(storage)) => {
-                let mut name = name.as_os_str().to_owned();
-                name.push(" (data file)");
-                let cache = options.files.cache;
-                Some(ImageFile::new(storage, Path::new(&name), cache))
-            }
+        let cache = options.files.cache;
+        let data = data_file.map(|storage| {
+            let mut name = name.as_os_str().to_owned();
+            name.push(" (data file)");
+            ImageFile::new(storage, Path::new(&name), cache)
+        });
+        let image = ImageFile::new(image, name, cache);
+        Self::with_files(image, data, backing, options)
+    }
+
+    /// Opens `image` with the files that it names, of which it must name each that is given.
+    pub(crate) fn with_files(
+        image: ImageFile,
+        data: Option<ImageFile>,
+        backing: Option<Box<dyn Disk>>,
+        options: &OpenOptions,
+    ) -> Result<Self> {
+        let found = Found::new(image, options.read_only)?;
+        let name = &found.image.path;
+        match (found.header.has_data_file(), &data) {
+            (false, None) | (true, Some(_)) => {}
             (false, Some(_)) => {
                 let reason = "'data-file' can only be set for images with an external data file";
                 return Err(data_file_error(name, reason));
@@ -139,7 +151,7 @@ impl Qcow2 {
                 let reason = "'data-file' is required for this image";
                 return Err(data_file_error(name, reason));
             }
-        };
+        }
         if backing.is_some() != found.header.backing_file.is_some() {
             return Err(Error::BackingFile {
                 file: name.to_owned(),
@@ -150,9 +162,12 @@ impl Qcow2 {
     }
 
     fn from_files(found: Found, options: &OpenOptions, files: Files) -> Result<Self> {
-        let Found { image, header } = found;
+        let Found { image, mut header } = found;
         let Files { data, backing } = files;
         let read_only = options.read_only;
+        if let Some(name) = &options.snapshot {
+            snapshot::show(&image, &mut header, name, read_only)?;
+        }
         let geometry = header.geometry();
         let l1 = L1Table::open(&image, geometry, header.l1_table_offset, header.l1_size)?;
         let refcounts = if read_only {

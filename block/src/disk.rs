@@ -144,13 +144,7 @@ pub trait Disk: Send + Sync {
     ///
     /// # Errors
     /// Those of [`write_at`](Disk::write_at).
-    fn copy_from(
-        &self,
-        source: BorrowedFd<'_>,
-        from: u64,
-        offset: u64,
-        len: u64,
-    ) -> Result<bool> {
+    fn copy_from(&self, source: BorrowedFd<'_>, from: u64, offset: u64, len: u64) -> Result<bool> {
         let _ = (source, from, offset, len);
         Ok(false)
     }

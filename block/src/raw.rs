@@ -142,13 +142,7 @@ impl Disk for Raw {
         self.file.storage.fd()
     }
 
-    fn copy_from(
-        &self,
-        source: BorrowedFd<'_>,
-        from: u64,
-        offset: u64,
-        len: u64,
-    ) -> Result<bool> {
+    fn copy_from(&self, source: BorrowedFd<'_>, from: u64, offset: u64, len: u64) -> Result<bool> {
         self.check_writable()?;
         check_range(offset, len, self.size())?;
         let is_copied = self.file.copy_from(source, from, offset, len)?;

@@ -113,6 +113,12 @@ impl Parsed {
             .map(|(_, value)| value.as_os_str())
     }
 
+    /// The options and their values, in order.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &OsStr)> {
+        let options = self.options.iter();
+        options.map(|(id, value)| (id.as_str(), value.as_os_str()))
+    }
+
     /// Fails if one of the options, which QEMU has, is there.
     pub fn refuse(&self, ids: &[&str]) -> Result<(), Failure> {
         match ids.iter().find(|id| self.has(id)) {

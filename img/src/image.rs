@@ -144,15 +144,6 @@ impl<'a> Image<'a> {
         Ok(names)
     }
 
-    /// Whether a new image shows what was there before: on a block device that is the disk.
-    pub fn may_hold_other_data(&self) -> bool {
-        let is_device = |metadata: &Metadata| metadata.file_type().is_block_device();
-        match self.format {
-            Format::Raw => is_device(&self.metadata),
-            Format::Qcow2 => self.raw_data_file().is_some_and(|m| is_device(&m)),
-        }
-    }
-
     /// Length of the raw data file of a qcow2 image, as far as its name can be followed.
     pub fn raw_data_file_len(&self) -> Option<u64> {
         Some(self.raw_data_file()?.len())

@@ -6,6 +6,7 @@
 
 mod amend;
 mod check;
+mod compare;
 mod convert;
 mod create;
 mod failure;
@@ -14,12 +15,14 @@ mod image;
 mod info;
 mod json;
 mod map;
+mod opened;
 mod options;
 mod output;
 mod progress;
 mod resize;
 mod size;
 mod snapshot;
+mod workers;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -42,6 +45,10 @@ const SUBCOMMANDS: &[Subcommand] = &[
     Subcommand {
         command: check::command,
         run: check::run,
+    },
+    Subcommand {
+        command: compare::command,
+        run: compare::run,
     },
     Subcommand {
         command: convert::command,
@@ -70,9 +77,7 @@ const SUBCOMMANDS: &[Subcommand] = &[
 ];
 
 /// What `qemu-img` can do besides and this program cannot yet.
-const MISSING: &[&str] = &[
-    "bench", "bitmap", "commit", "compare", "dd", "measure", "rebase",
-];
+const MISSING: &[&str] = &["bench", "bitmap", "commit", "dd", "measure", "rebase"];
 
 fn main() -> ExitCode {
     let mut args = std::env::args_os();

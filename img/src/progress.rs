@@ -1,6 +1,6 @@
 //! How far long work has come.
 
-use std::cell::Cell;
+use std::sync::{Mutex, PoisonError};
 
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -18,7 +18,7 @@ const STEPS: u64 = 10_000;
 pub struct Progress {
     bar: ProgressBar,
     /// Per cent of the last line for programs; `None` if there are no such lines.
-    line: Cell<Option<f32>>,
+    line: Mutex<Option<f32>>,
     /// See [`STEP`].
     step: f32,
 }
@@ -42,7 +42,7 @@ impl Progress {
         };
         let progress = Self {
             bar,
-            line: Cell::new((forced && !quiet).then_some(0.0)),
+            line: Mutex::new((forced && !quiet).then_some(0.0)),
             step,
         };
         progress.print(0.0);
@@ -52,7 +52,7 @@ impl Progress {
     /// `done` of `total` has been done.
     pub fn set(&self, done: u64, total: u64) {
         let percent = percent(done, total);
-        if self.line.get() != Some(percent) {
+        if self.line() != Some(percent) {
             self.set_percent(percent);
         }
     }
@@ -62,11 +62,11 @@ impl Progress {
         let percent = percent.min(100.0);
         let position = f64::from(percent) / 100.0 * STEPS as f64;
         self.bar.set_position(position as u64);
-        let Some(last) = self.line.get() else {
+        let Some(last) = self.line() else {
             return;
         };
         if percent > last + self.step || percent == 100.0 {
-            self.line.set(Some(percent));
+            *self.line.lock().unwrap_or_else(PoisonError::into_inner) = Some(percent);
             self.print(percent);
         }
     }
@@ -76,8 +76,12 @@ impl Progress {
         self.bar.suspend(print);
     }
 
+    fn line(&self) -> Option<f32> {
+        *self.line.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn print(&self, percent: f32) {
-        if self.line.get().is_some() {
+        if self.line().is_some() {
             output::print_now(&format!("    ({percent:.2}/100%)\r"));
         }
     }
@@ -94,7 +98,7 @@ pub fn percent(done: u64, total: u64) -> f32 {
 impl Drop for Progress {
     fn drop(&mut self) {
         self.bar.finish_and_clear();
-        if self.line.get().is_some() {
+        if self.line().is_some() {
             output::print_now("\n");
         }
     }

@@ -35,11 +35,15 @@ pub fn parse(text: &str) -> Result<u64, Wrong> {
 
 /// [`parse`] of what is called `what` in QEMU's message about a mistake in it.
 pub fn parse_named(what: &str, text: &str) -> Result<u64, String> {
+    parse_between(what, text, 0, i64::MAX as u64)
+}
+
+/// As [`parse_named`], of a size from `min` to `max`.
+pub fn parse_between(what: &str, text: &str, min: u64, max: u64) -> Result<u64, String> {
     match parse(text) {
-        Ok(size) if size <= i64::MAX as u64 => Ok(size),
+        Ok(size) if (min..=max).contains(&size) => Ok(size),
         Ok(_) | Err(Wrong::Range) => Err(format!(
-            "Invalid {what} specified. Must be between 0 and {}.",
-            i64::MAX
+            "Invalid {what} specified. Must be between {min} and {max}."
         )),
         Err(Wrong::Syntax) => Err(format!("Invalid {what} specified: '{text}'.")),
     }

@@ -32,7 +32,11 @@ impl Workers {
         let turns = Turns::default();
         let thread = || {
             let mut buffer = vec![0; self.buffer];
-            while let Some((index, piece)) = lock(&queue).take() {
+            loop {
+                let taken = lock(&queue).take();
+                let Some((index, piece)) = taken else {
+                    return;
+                };
                 let turn = Turn {
                     turns: &turns,
                     index: self.in_order.then_some(index),

@@ -97,13 +97,7 @@ impl Disk for Qcow2 {
         self.data().storage.fd()
     }
 
-    fn copy_from(
-        &self,
-        source: BorrowedFd<'_>,
-        from: u64,
-        offset: u64,
-        len: u64,
-    ) -> Result<bool> {
+    fn copy_from(&self, source: BorrowedFd<'_>, from: u64, offset: u64, len: u64) -> Result<bool> {
         self.check_writable()?;
         check_range(offset, len, self.size())?;
         let Some(file) = self.passthrough(offset, len)? else {

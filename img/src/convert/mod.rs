@@ -1,233 +1,344 @@
 //! `tandem-img convert`
 
-use std::ffi::OsStr;
-use std::num::NonZero;
+mod copy;
+mod rate;
+mod request;
+mod source;
+mod sparse;
+mod target;
+
+use std::ffi::{OsStr, OsString};
 
 use clap::Command;
-use tandem_block::qcow2::{CompressedCluster, Follow, OpenOptions, Qcow2};
-use tandem_block::{Disk, ExtentKind, FileOptions, extent_in_chain};
-use vm_memory::VolatileSlice;
+use tandem_block::qcow2::{OpenOptions, SnapshotName};
+use tandem_block::{Error, FileOptions};
 
 use crate::create;
 use crate::failure::Failure;
 use crate::getopt::{self, Parsed, flag, value};
 use crate::image::{
     Format, Image, cache, cache_option, could_not_open, follow, follow_option, force_share_option,
-    local_path, locking,
+    locking,
 };
+use crate::opened::Opened;
+use crate::options;
+use crate::output;
+use crate::progress::Progress;
+use crate::workers::{self, Workers};
+use copy::Copy;
+use rate::Rate;
+use request::Request;
+use source::Sources;
+use sparse::Detection;
+use target::{Plan, Target};
 
-/// Bytes that are copied at once.
-const PIECE: usize = 2 << 20;
-/// Clusters that a thread compresses at a time.
-const CLUSTERS_PER_THREAD: usize = 8;
-/// Zeros of this many bytes, at a multiple of it, are not written.
-const SPARSE: usize = 4096;
+/// Most threads, unless `-m` says how many.
+const MAX_THREADS: usize = 8;
 
 /// Definition of the subcommand.
 pub fn command() -> Command {
+    let source = [
+        value(
+            "format",
+            Some('f'),
+            "FMT",
+            "Format of the source: qcow2 or raw (default: told by its first bytes)",
+        ),
+        value(
+            "snapshot",
+            Some('l'),
+            "SNAPSHOT",
+            "Copy an internal snapshot: its ID or name, or snapshot.id=ID,snapshot.name=NAME",
+        ),
+        cache_option("source-cache", 'T', "the source"),
+        force_share_option(),
+        follow_option(),
+        flag("image-opts", None, "Not supported yet").hide(true),
+    ];
+    let target = [
+        value(
+            "output-format",
+            Some('O'),
+            "FMT",
+            "Format of the target: raw (default) or qcow2",
+        ),
+        value(
+            "options",
+            Some('o'),
+            "OPTIONS",
+            "Options of the target, as for `create` (`-o help` lists them)",
+        ),
+        value(
+            "backing",
+            Some('B'),
+            "FILENAME",
+            "Backing file of the target; what the source's backing file has is not copied",
+        ),
+        value(
+            "backing-format",
+            Some('F'),
+            "FMT",
+            "Format of that backing file",
+        ),
+        flag(
+            "compress",
+            Some('c'),
+            "Compress the clusters of the target (deflate, or as -o compression_type says)",
+        ),
+        flag(
+            "no-create",
+            Some('n'),
+            "Write to a target that exists, and is large enough",
+        ),
+        flag("target-image-opts", None, "Not supported yet").hide(true),
+        flag(
+            "target-is-zero",
+            None,
+            "The target of -n reads as zero: what is zero in the source is not written",
+        ),
+        cache_option("cache", 't', "the target"),
+    ];
+    let way = [
+        value(
+            "sparse-size",
+            Some('S'),
+            "SIZE",
+            "Do not write zeros of SIZE bytes (default 4k; 0: write all zeros)",
+        ),
+        value(
+            "coroutines",
+            Some('m'),
+            "NUMBER",
+            "Copy up to NUMBER pieces at once: 1 to 16",
+        ),
+        flag("out-of-order", Some('W'), "Write pieces in any order"),
+        value(
+            "rate-limit",
+            Some('r'),
+            "RATE",
+            "Write no more than RATE bytes per second",
+        ),
+        flag(
+            "copy-offload",
+            Some('C'),
+            "Let the system copy from file to file, without a look at the data, where it can",
+        ),
+        flag(
+            "salvage",
+            None,
+            "Go on where the source cannot be read, with zeros",
+        ),
+        flag("bitmaps", None, "Copy the persistent bitmaps, too"),
+        flag(
+            "skip-broken-bitmaps",
+            None,
+            "Leave out bitmaps that are not what they should be",
+        ),
+        flag("progress", Some('p'), "Show progress"),
+        flag("quiet", Some('q'), "Print nothing but errors"),
+        value("object", None, "DEFINITION", "Not supported yet").hide(true),
+    ];
     Command::new("convert")
-        .about("Copies a disk into a new image")
+        .about("Copies disks, one behind the other, into a new image or one that exists")
         .disable_help_flag(true)
         .override_usage(
-            "tandem-img convert [-f FMT] [-O FMT] [-o OPTIONS] [-c] [-q] [-t MODE] [-T MODE] [-U] \
-             FILENAME OUTPUT",
+            "tandem-img convert [-f FMT] [-O FMT] [-o OPTIONS] [-B BACKING -F FMT] [-l SNAPSHOT] [-c] \
+             [-n [--target-is-zero]] [-S SIZE] [-m NUMBER] [-W] [-r RATE] [-C] [--salvage] \
+             [--bitmaps [--skip-broken-bitmaps]] [-p] [-q] [-t MODE] [-T MODE] [-U] \
+             FILENAME [FILENAME2 ...] OUTPUT",
         )
-        .args([
-            getopt::help(),
-            flag("quiet", Some('q'), "Print nothing but errors"),
-            value(
-                "format",
-                Some('f'),
-                "FMT",
-                "Format of the image: qcow2 or raw (default: told by its first bytes)",
-            ),
-            value(
-                "output-format",
-                Some('O'),
-                "FMT",
-                "Format of the new image: raw (default) or qcow2",
-            ),
-            value(
-                "options",
-                Some('o'),
-                "OPTIONS",
-                "Options of the new image, as for `create`",
-            ),
-            flag(
-                "compress",
-                Some('c'),
-                "Compress the clusters of the new qcow2 image (deflate, or as -o compression_type says)",
-            ),
-            cache_option("cache", 't', "the new image"),
-            cache_option("source-cache", 'T', "the image that is read"),
-            force_share_option(),
-            follow_option(),
-        ])
+        .arg(getopt::help())
+        .args(source)
+        .args(target)
+        .args(way)
         .after_help(
-            "What reads as zero takes no space in the new image.\n\n\
+            "What reads as zero takes no space in the target. A new target takes its name, and the place of \
+             a file that is there, when it is complete and on disk.\n\n\
              Examples:\n  \
              tandem-img convert -O qcow2 -o data_file=d.raw,data_file_raw=on disk.raw disk.qcow2\n  \
              tandem-img convert -O qcow2 -o data_file=d.data,data_file_layout=packed a.qcow2 b.qcow2\n  \
              tandem-img convert -c -O qcow2 -o compression_type=zstd disk.raw small.qcow2\n  \
-             tandem-img convert b.qcow2 disk.raw",
+             tandem-img convert -p -O qcow2 -B base.qcow2 -F qcow2 overlay.qcow2 copy.qcow2\n  \
+             tandem-img convert -l before-upgrade disk.qcow2 old.raw\n  \
+             tandem-img convert -n -O raw disk.qcow2 /dev/vg/disk",
         )
 }
 
 /// Runs the subcommand.
 pub fn run(args: &Parsed) -> Result<(), Failure> {
-    let [source, target] = &args.operands[..] else {
-        return Err(args.name.usage("Must specify image file name"));
+    let request = Request::from_args(args)?;
+    let (target, sources) = match args.operands.split_last() {
+        Some((target, sources)) if !sources.is_empty() => (Some(target), sources),
+        _ => (None, &[][..]),
     };
-    let list = create::option_list(args)?;
-    let format = args
-        .value("output-format")
-        .unwrap_or(OsStr::new("raw"))
-        .to_string_lossy();
-    let format = Format::from_name(&format)
-        .ok_or_else(|| args.name.error(&format!("Unknown file format '{format}'")))?;
+    if options::asks_for_help(&request.options) {
+        let format = target::format(args).map_err(|reason| args.name.error(&reason))?;
+        output::print(&create::help(format, target.is_some()));
+        return Ok(());
+    }
+    let Some(target) = target else {
+        return Err(args.name.error("Must specify image file name"));
+    };
+    args.refuse(&["object", "image-opts", "target-image-opts", "bitmaps"])?;
     let source_files = FileOptions {
         cache: cache(args, "source-cache")?,
         locking: locking(args),
     };
-    let files = FileOptions {
-        cache: cache(args, "cache")?,
-        ..FileOptions::default()
+    let progress = Progress::new(args);
+    let sources = open_sources(args, &request, sources, source_files)?;
+    convert(args, &request, sources, target, &progress)?;
+    progress.set_percent(100.0);
+    Ok(())
+}
+
+fn open_sources(
+    args: &Parsed,
+    request: &Request,
+    names: &[OsString],
+    files: FileOptions,
+) -> Result<Vec<Opened>, Failure> {
+    let mut options = OpenOptions {
+        read_only: true,
+        follow: follow(args)?,
+        files,
+        snapshot: request.snapshot.clone(),
+        ..OpenOptions::default()
     };
-    let opened = |name: &OsStr, reason: &str| args.name.error(&could_not_open(name, reason));
-    let image = Image::look(source, args.value("format")).map_err(|e| opened(source, &e))?;
-    let follow = follow(args)?;
-    let from = image
-        .open(true, follow, source_files)
-        .map_err(|e| opened(source, &e.reason()))?;
-    let path = local_path(target).map_err(|e| opened(target, &e))?;
-    let compressed = args.has("compress");
-    let created = create::create_copy(format, path, from.size(), &list, compressed);
-    created.map_err(|e| {
-        let (target, format) = (target.display(), format.name());
-        args.name
-            .error(&format!("{target}: error while converting {format}: {e}"))
+    let is_ambiguous =
+        names.len() > 1 && matches!(request.snapshot, Some(SnapshotName::IdOrName(_)));
+    if is_ambiguous {
+        options.snapshot = None;
+    }
+    let mut opened = Vec::new();
+    for name in names {
+        opened.push(open_source(args, name, &options)?);
+        // It is the first one's.
+        options.snapshot = None;
+    }
+    if is_ambiguous {
+        let reason = "No support for concatenating multiple snapshot";
+        return Err(args.name.error(reason));
+    }
+    Ok(opened)
+}
+
+fn open_source(args: &Parsed, name: &OsStr, options: &OpenOptions) -> Result<Opened, Failure> {
+    let failed = |reason: &str| args.name.error(&could_not_open(name, reason));
+    let not_loaded = |reason: &str| {
+        let text = format!("Failed to load snapshot: {reason}");
+        args.name.error(&text)
+    };
+    let image = Image::look(name, args.value("format")).map_err(|reason| failed(&reason))?;
+    let opened = Opened::open(&image, options).map_err(|error| match error {
+        Error::NoSnapshot { .. } => not_loaded("Can't find snapshot"),
+        error => failed(&error.reason()),
     })?;
-    let name = OsStr::new(format.name());
-    let new = Image::look(target, Some(name)).map_err(|e| opened(target, &e))?;
-    if compressed {
-        let options = OpenOptions {
-            follow: Follow::Anywhere,
-            files,
-            ..OpenOptions::default()
-        };
-        let to = Qcow2::open(new.path, &options).map_err(|e| opened(target, &e.reason()))?;
-        return copy_compressed(&*from, &to).map_err(|e| args.name.error(&e.to_string()));
+    if image.format == Format::Raw && options.snapshot.is_some() {
+        return Err(not_loaded(
+            "Block format 'raw' used by device '' does not support temporarily loading internal \
+             snapshots",
+        ));
     }
-    let to = new
-        .open(false, Follow::Anywhere, files)
-        .map_err(|e| opened(target, &e.reason()))?;
-    let is_zero = !new.may_hold_other_data();
-    copy(&*from, &*to, is_zero).map_err(|e| args.name.error(&e.to_string()))
+    Ok(opened)
 }
 
-/// Copies all of `from` to `to`, which is as large, and all zeros if `is_zero`.
-fn copy(from: &dyn Disk, to: &dyn Disk, is_zero: bool) -> tandem_block::Result<()> {
-    let size = from.size();
-    if !is_zero {
-        to.write_zeroes(0, size, true)?;
-    }
-    let mut buffer = vec![0; PIECE];
-    let mut at = 0;
-    while at < size {
-        let (_, extent) = extent_in_chain(from, at, size - at)?;
-        let end = at + extent.len;
-        if matches!(extent.kind, ExtentKind::Data | ExtentKind::Compressed) {
-            while at < end {
-                let piece = &mut buffer[..PIECE.min((end - at) as usize)];
-                from.read_at(&[VolatileSlice::from(&mut *piece)], at)?;
-                write_data(to, piece, at)?;
-                at += piece.len() as u64;
-            }
-        }
-        at = end;
-    }
-    to.flush()
-}
-
-/// Copies all of `from` to `to`, a new disk that is as large, in compressed clusters.
-fn copy_compressed(from: &dyn Disk, to: &Qcow2) -> tandem_block::Result<()> {
-    let threads = std::thread::available_parallelism().map_or(1, NonZero::get);
-    let (size, cluster_size) = (from.size(), to.cluster_size());
-    let mut at = 0;
-    while at < size {
-        let mut clusters = Vec::new();
-        while at < size && clusters.len() < threads * CLUSTERS_PER_THREAD {
-            let (_, extent) = extent_in_chain(from, at, size - at)?;
-            let end = match at + extent.len {
-                end if end == size => end,
-                end => end / cluster_size * cluster_size,
-            };
-            if matches!(extent.kind, ExtentKind::Zero | ExtentKind::Unallocated) && end > at {
-                at = end;
-                continue;
-            }
-            let mut data = vec![0; cluster_size.min(size - at) as usize];
-            from.read_at(&[VolatileSlice::from(&mut data[..])], at)?;
-            clusters.push((at, data));
-            at += cluster_size;
-        }
-        for (offset, cluster) in compress(to, clusters, threads)? {
-            to.write_compressed(cluster, offset)?;
-        }
-    }
-    to.flush()
-}
-
-/// Compresses `clusters` for `disk`, with so many threads.
-fn compress(
-    disk: &Qcow2,
-    clusters: Vec<(u64, Vec<u8>)>,
-    threads: usize,
-) -> tandem_block::Result<Vec<(u64, CompressedCluster)>> {
-    let per_thread = clusters.len().div_ceil(threads).max(1);
-    let mut clusters = clusters.into_iter();
-    let mut parts = Vec::new();
-    while clusters.len() > 0 {
-        parts.push(clusters.by_ref().take(per_thread).collect::<Vec<_>>());
-    }
-    let pack = |part: Vec<(u64, Vec<u8>)>| {
-        let packed = part.into_iter();
-        packed
-            .map(|(offset, data)| Ok((offset, disk.compress(data)?)))
-            .collect::<tandem_block::Result<Vec<_>>>()
+/// Copies `sources` to the image called `target`.
+fn convert(
+    args: &Parsed,
+    request: &Request,
+    sources: Vec<Opened>,
+    target: &OsStr,
+    progress: &Progress,
+) -> Result<(), Failure> {
+    let error = |reason: &str| args.name.error(reason);
+    let is_joined = sources.len() > 1;
+    let sources = Sources::new(sources);
+    let plan = match args.has("no-create") {
+        true => None,
+        false => Some(Plan::new(args, request, target, sources.size())?),
     };
-    std::thread::scope(|scope| {
-        let running: Vec<_> = parts
-            .into_iter()
-            .map(|part| scope.spawn(move || pack(part)))
-            .collect();
-        let mut packed = Vec::new();
-        for thread in running {
-            match thread.join() {
-                Ok(part) => packed.extend(part?),
-                Err(panic) => std::panic::resume_unwind(panic),
-            }
-        }
-        Ok(packed)
+    let has_backing = match &plan {
+        Some(plan) => plan.has_backing(),
+        None => args.has("backing"),
+    };
+    check_backing(args, plan.as_ref(), is_joined && has_backing, has_backing)?;
+    let compress = args.has("compress");
+    if let Some(plan) = plan.as_ref().filter(|_| compress) {
+        plan.check_compressible().map_err(error)?;
+    }
+    let is_new = plan.is_some();
+    let made = match plan {
+        Some(plan) => plan.make(args)?,
+        None => existing(args, target, sources.size(), compress)?,
+    };
+    let sparse = (request.sparse > 0).then(|| Detection::new(request.sparse));
+    let copy = Copy {
+        name: &args.name,
+        sources: &sources,
+        target: &made.opened,
+        // All zeros are written if that is what is wanted.
+        target_is_zero: made.is_zero && (sparse.is_some() || !is_new),
+        has_backing,
+        backing_size: made.backing_size,
+        sparse,
+        compress,
+        salvage: args.has("salvage"),
+        quiet: args.has("quiet"),
+        rate: (request.rate > 0).then(|| Rate::new(request.rate)),
+        offload: args.has("copy-offload").into(),
+    };
+    copy.run(workers(args, request, &made.opened), progress)?;
+    made.finish().map_err(|e| {
+        let name = target.display();
+        error(&format!("Could not finish '{name}': {}", e.reason()))
     })
 }
 
-/// Writes what of `piece` is not zero at `offset`.
-fn write_data(to: &dyn Disk, piece: &mut [u8], offset: u64) -> tandem_block::Result<()> {
-    let is_zero = |block: &[u8]| block.iter().all(|byte| *byte == 0);
-    let mut at = 0;
-    while at < piece.len() {
-        let rest = &piece[at..];
-        let zeros = rest.chunks(SPARSE).take_while(|block| is_zero(block));
-        at += zeros.map(<[u8]>::len).sum::<usize>();
-        let rest = &piece[at..];
-        let data = rest.chunks(SPARSE).take_while(|block| !is_zero(block));
-        let len = data.map(<[u8]>::len).sum::<usize>();
-        if len > 0 {
-            let slice = VolatileSlice::from(&mut piece[at..at + len]);
-            to.write_at(&[slice], offset + at as u64)?;
-            at += len;
-        }
+/// Refuses a backing file of the target where there cannot be one.
+fn check_backing(
+    args: &Parsed,
+    plan: Option<&Plan<'_>>,
+    is_joined: bool,
+    has_backing: bool,
+) -> Result<(), Failure> {
+    let reason = if has_backing && args.has("target-is-zero") {
+        "Cannot use --target-is-zero when the destination image has a backing file"
+    } else if is_joined {
+        "Having a backing file for the target makes no sense when concatenating multiple input \
+         images"
+    } else if plan.is_some_and(|plan| plan.has_backing() && !plan.has_backing_format()) {
+        "Use of backing file requires explicit backing format"
+    } else {
+        return Ok(());
+    };
+    Err(args.name.error(reason))
+}
+
+/// The target that is there, which must have room for `size` bytes.
+fn existing(args: &Parsed, name: &OsStr, size: u64, compress: bool) -> Result<Target, Failure> {
+    let target = Target::existing(args, name)?;
+    let reason = if compress && matches!(target.opened, Opened::Raw(_)) {
+        "Compression not supported for this file format"
+    } else if target.opened.disk().size() < size {
+        "output file is smaller than input file"
+    } else {
+        return Ok(target);
+    };
+    Err(args.name.error(reason))
+}
+
+fn workers(args: &Parsed, request: &Request, target: &Opened) -> Workers {
+    let cluster = match target {
+        Opened::Qcow2(disk) if args.has("compress") => disk.cluster_size() as usize,
+        _ => 0,
+    };
+    let threads = match request.coroutines {
+        Some(number) => number as usize,
+        None => workers::threads(MAX_THREADS),
+    };
+    Workers {
+        threads,
+        buffer: copy::PIECE.max(cluster),
+        in_order: !args.has("out-of-order"),
     }
-    Ok(())
 }

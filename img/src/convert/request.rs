@@ -8,7 +8,7 @@ use tandem_block::qcow2::SnapshotName;
 use crate::create;
 use crate::failure::Failure;
 use crate::getopt::Parsed;
-use crate::options::{self, Definition, Kind, Options};
+use crate::options::{Definition, Kind, Options};
 use crate::size;
 
 /// Most bytes of zeros that `-S` may ask for.
@@ -58,17 +58,21 @@ impl Request {
         };
         for (id, value) in args.iter() {
             let text = value.to_string_lossy();
-            let number = |what: &str| {
-                let parsed = size::parse_named(what, &text);
+            let between = |what: &str, min, max| {
+                let parsed = size::parse_between(what, &text, min, max);
                 parsed.map_err(|reason| args.name.error(&reason))
             };
+            let number = |what: &str| between(what, 0, i64::MAX as u64);
             match id {
                 "snapshot" => request.snapshot = Some(snapshot(args, value)?),
                 "sparse-size" => {
                     request.sparse = number("buffer size for sparse output")?;
                     check_sparse(args, request.sparse)?;
                 }
-                "coroutines" => request.coroutines = Some(coroutines(args, &text)?),
+                "coroutines" => {
+                    let number = between("number of coroutines", 1, MAX_COROUTINES)?;
+                    request.coroutines = Some(number);
+                }
                 "rate-limit" => request.rate = number("rate limit")?,
                 _ => {}
             }
@@ -109,16 +113,6 @@ fn check_sparse(args: &Parsed, bytes: u64) -> Result<(), Failure> {
         "Invalid buffer size for sparse output specified. Valid sizes are multiples of 512 up to \
          {MAX_SPARSE}. Select 0 to disable sparse detection (fully allocates output)."
     )))
-}
-
-fn coroutines(args: &Parsed, text: &str) -> Result<u64, Failure> {
-    match options::parse_number(text) {
-        Ok(number) if (1..=MAX_COROUTINES).contains(&number) => Ok(number),
-        _ => Err(args.name.error(&format!(
-            "Invalid number of coroutines. Allowed number of coroutines is between 1 and \
-             {MAX_COROUTINES}"
-        ))),
-    }
 }
 
 /// The snapshot that `value` means: an ID or a name, or `snapshot.id=ID,snapshot.name=NAME`.

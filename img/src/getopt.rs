@@ -113,6 +113,13 @@ impl Parsed {
             .map(|(_, value)| value.as_os_str())
     }
 
+    /// All options with their values, in order.
+    pub fn all(&self) -> impl Iterator<Item = (&str, &OsStr)> {
+        self.options
+            .iter()
+            .map(|(id, value)| (id.as_str(), value.as_os_str()))
+    }
+
     /// Fails if one of the options, which QEMU has, is there.
     pub fn refuse(&self, ids: &[&str]) -> Result<(), Failure> {
         match ids.iter().find(|id| self.has(id)) {

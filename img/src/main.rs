@@ -5,6 +5,7 @@
 #![deny(missing_docs)]
 
 mod amend;
+mod bitmap;
 mod check;
 mod convert;
 mod create;
@@ -40,6 +41,10 @@ const SUBCOMMANDS: &[Subcommand] = &[
         run: amend::run,
     },
     Subcommand {
+        command: bitmap::command,
+        run: bitmap::run,
+    },
+    Subcommand {
         command: check::command,
         run: check::run,
     },
@@ -70,9 +75,7 @@ const SUBCOMMANDS: &[Subcommand] = &[
 ];
 
 /// What `qemu-img` can do besides and this program cannot yet.
-const MISSING: &[&str] = &[
-    "bench", "bitmap", "commit", "compare", "dd", "measure", "rebase",
-];
+const MISSING: &[&str] = &["bench", "commit", "compare", "dd", "measure", "rebase"];
 
 fn main() -> ExitCode {
     let mut args = std::env::args_os();

@@ -113,10 +113,11 @@ impl Parsed {
             .map(|(_, value)| value.as_os_str())
     }
 
-    /// The options and their values, in order.
-    pub fn iter(&self) -> impl Iterator<Item = (&str, &OsStr)> {
-        let options = self.options.iter();
-        options.map(|(id, value)| (id.as_str(), value.as_os_str()))
+    /// All options with their values, in order.
+    pub fn all(&self) -> impl Iterator<Item = (&str, &OsStr)> {
+        self.options
+            .iter()
+            .map(|(id, value)| (id.as_str(), value.as_os_str()))
     }
 
     /// Fails if one of the options, which QEMU has, is there.

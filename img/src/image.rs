@@ -97,6 +97,19 @@ impl<'a> Image<'a> {
             .map_err(|reason| args.name.error(&could_not_open(name, &reason)))
     }
 
+    /// Warns, as QEMU does before it writes, of a raw image that nobody has said to be one.
+    pub fn warn_of_guess(&self, args: &Parsed) {
+        if self.format == Format::Raw && !args.has("format") {
+            eprint!(
+                "WARNING: Image format was not specified for '{}' and probing guessed raw.\n         \
+                 Automatically detecting the format is dangerous for raw images, write operations on \
+                 block 0 will be restricted.\n         \
+                 Specify the 'raw' format explicitly to remove the restrictions.\n",
+                self.name.display()
+            );
+        }
+    }
+
     /// Opens it as a disk; names in it may lead where `follow` says.
     pub fn open(
         &self,

@@ -5,6 +5,7 @@
 #![deny(missing_docs)]
 
 mod amend;
+mod bitmap;
 mod check;
 mod compare;
 mod convert;
@@ -43,6 +44,10 @@ const SUBCOMMANDS: &[Subcommand] = &[
         run: amend::run,
     },
     Subcommand {
+        command: bitmap::command,
+        run: bitmap::run,
+    },
+    Subcommand {
         command: check::command,
         run: check::run,
     },
@@ -77,7 +82,7 @@ const SUBCOMMANDS: &[Subcommand] = &[
 ];
 
 /// What `qemu-img` can do besides and this program cannot yet.
-const MISSING: &[&str] = &["bench", "bitmap", "commit", "dd", "measure", "rebase"];
+const MISSING: &[&str] = &["bench", "commit", "dd", "measure", "rebase"];
 
 fn main() -> ExitCode {
     let mut args = std::env::args_os();

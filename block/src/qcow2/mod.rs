@@ -109,7 +109,7 @@ use crate::file::ImageFile;
 
 pub use amend::{AmendOptions, amend};
 pub use backing::{BackingFormat, path_of as backing_path};
-pub use bitmaps::BitmapInfo;
+pub use bitmaps::{BitmapEditor, BitmapInfo};
 pub use check::{CheckOptions, CheckReport, Finding, FindingKind, Repair, check, check_storage};
 pub use compress::CompressedCluster;
 pub use compressed::CompressionType;

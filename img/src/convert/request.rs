@@ -56,7 +56,7 @@ impl Request {
             coroutines: None,
             rate: 0,
         };
-        for (id, value) in args.iter() {
+        for (id, value) in args.all() {
             let text = value.to_string_lossy();
             let between = |what: &str, min, max| {
                 let parsed = size::parse_between(what, &text, min, max);

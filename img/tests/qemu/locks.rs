@@ -53,6 +53,7 @@ fn an_image_that_is_written() {
         "info --output=json image",
         "info -U overlay",
         "check image",
+        "bitmap --add image b",
         "map image",
         "map -f qcow2 overlay",
         "resize image 2M",

@@ -10,6 +10,7 @@
 
 mod amend;
 mod backing;
+mod bitmap;
 mod check;
 mod convert;
 mod create;

@@ -10,8 +10,11 @@
 //! A bitmap that is marked already, or says something that is not known here, is not touched; if the
 //! latter should follow changes, it is marked, for it does not.
 
+mod change;
 mod directory;
+mod switch;
 
+use std::ops::Range;
 use std::path::Path;
 
 use super::Qcow2;
@@ -24,6 +27,7 @@ use crate::sync::atomic::{AtomicBool, Ordering};
 use crate::sync::{Mutex, lock};
 use crate::{Disk, Error, Result, Storage};
 
+pub use change::BitmapEditor;
 use directory::{Bitmap, MAX_BITMAP_SIZE, Part, flags};
 
 /// Bits in a word of a bitmap.
@@ -131,7 +135,7 @@ impl Bitmaps {
         }
         let max_words = (MAX_BITMAP_SIZE / 8) as usize;
         let bits = entries.iter().map(|entry| {
-            let is_stored = entry.is_known && !entry.is_in_use();
+            let is_stored = entry.is_known() && !entry.is_in_use();
             is_stored.then(|| Words::new(max_words))
         });
         Ok(Some(Self {
@@ -178,18 +182,7 @@ impl Bitmaps {
     /// Sets the bits of `len` bytes at `offset` in those that follow changes.
     fn mark(&self, offset: u64, len: u64) {
         for (entry, bits) in self.stored().filter(|(entry, _)| entry.is_auto()) {
-            let first = offset >> entry.granularity_bits;
-            let last = (offset + len - 1) >> entry.granularity_bits;
-            for word in first / WORD_BITS..=last / WORD_BITS {
-                let start = first.max(word * WORD_BITS) % WORD_BITS;
-                let end = last.min(word * WORD_BITS + WORD_BITS - 1) % WORD_BITS;
-                let mask = u64::MAX >> (WORD_BITS - 1 - end) & u64::MAX << start;
-                let word = bits.make(word as usize);
-                // Most of what is written was written before.
-                if word.load(Ordering::Relaxed) & mask != mask {
-                    word.fetch_or(mask, Ordering::Relaxed);
-                }
-            }
+            set(bits, entry.granularity_bits, offset, len);
         }
     }
 
@@ -204,6 +197,22 @@ impl Bitmaps {
                     bits.fetch_and(kept, Ordering::Relaxed);
                 }
             }
+        }
+    }
+}
+
+/// Sets the bits of `len` bytes at `offset`; there is at least one.
+fn set(bits: &Words, granularity_bits: u8, offset: u64, len: u64) {
+    let first = offset >> granularity_bits;
+    let last = (offset + len - 1) >> granularity_bits;
+    for word in first / WORD_BITS..=last / WORD_BITS {
+        let start = first.max(word * WORD_BITS) % WORD_BITS;
+        let end = last.min(word * WORD_BITS + WORD_BITS - 1) % WORD_BITS;
+        let mask = u64::MAX >> (WORD_BITS - 1 - end) & u64::MAX << start;
+        let word = bits.make(word as usize);
+        // Most of what is written was written before.
+        if word.load(Ordering::Relaxed) & mask != mask {
+            word.fetch_or(mask, Ordering::Relaxed);
         }
     }
 }
@@ -279,15 +288,8 @@ impl Qcow2 {
         let mut old = Vec::new();
         let mut places = Vec::new();
         for (entry, bits) in bitmaps.stored() {
-            places.push((entry.at, self.write_bitmap(entry, bits)?));
-            let (image, path) = (&*self.image.storage, &self.image.path);
-            let table = entry.table_clusters(self.geometry) << self.geometry.cluster_bits;
-            old.push((entry.table_offset, table));
-            for part in directory::read_table(image, path, self.geometry, entry)? {
-                if let Part::At(offset) = part {
-                    old.push((offset, self.geometry.cluster_size()));
-                }
-            }
+            places.push((entry.at, self.write_bitmap(entry, bits, &mut Vec::new())?));
+            old.extend(self.places(entry)?);
         }
         self.write_counts()?;
         for (at, (offset, size)) in places {
@@ -296,15 +298,34 @@ impl Qcow2 {
         }
         self.image.sync()?;
         bitmaps.write_flags(&self.image, 0)?;
-        for (offset, len) in old {
-            self.release_clusters(offset..offset + len)?;
+        for range in old {
+            self.release_clusters(range)?;
         }
         self.write_counts()
     }
 
-    /// Writes the bits of `bitmap` and a table of them to clusters of their own, and returns the
-    /// offset and the number of entries of the table.
-    fn write_bitmap(&self, bitmap: &Bitmap, bits: &Words) -> Result<(u64, u32)> {
+    /// What the table and the bits of `bitmap` take in the image file, in bytes.
+    fn places(&self, bitmap: &Bitmap) -> Result<Vec<Range<u64>>> {
+        let (image, path, g) = (&*self.image.storage, &self.image.path, self.geometry);
+        let (offset, clusters) = (bitmap.table_offset, bitmap.table_clusters(g));
+        let table = offset..offset + (clusters << g.cluster_bits);
+        let mut places = vec![table];
+        for part in directory::read_table(image, path, g, bitmap)? {
+            if let Part::At(offset) = part {
+                places.push(offset..offset + g.cluster_size());
+            }
+        }
+        Ok(places)
+    }
+
+    /// Writes the bits of `bitmap` and a table of them to clusters of their own, which are added to
+    /// `new`, and returns the offset and the number of entries of the table.
+    fn write_bitmap(
+        &self,
+        bitmap: &Bitmap,
+        bits: &Words,
+        new: &mut Vec<Range<u64>>,
+    ) -> Result<(u64, u32)> {
         let g = self.geometry;
         let count = self.size().div_ceil(1 << bitmap.granularity_bits);
         let parts = g.clusters(count.div_ceil(8)).max(1);
@@ -320,10 +341,12 @@ impl Qcow2 {
             }
             if bytes.iter().any(|byte| *byte != 0) {
                 *entry = self.add_table(Field::BitmapData, &bytes)?;
+                new.push(*entry..*entry + g.cluster_size());
             }
         }
         let table = super::table::encode(entries);
         let offset = self.add_table(Field::BitmapTable, &table)?;
+        new.push(offset..offset + table.len() as u64);
         Ok((offset, parts as u32))
     }
 }

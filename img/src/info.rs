@@ -7,12 +7,14 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use clap::Command;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
-use tandem_block::qcow2::{BitmapInfo, DataFileLayout, Info};
+use tandem_block::FileOptions;
+use tandem_block::qcow2::{BitmapInfo, DataFileLayout, Follow, Info};
 
 use crate::failure::Failure;
 use crate::getopt::{self, Parsed, flag, value};
 use crate::image::{
-    Format, Image, could_not_open, force_share_option, local_path, locking, printable,
+    Format, Image, could_not_open, force_share_option, image_opts_option, local_path, locking,
+    object_option, printable,
 };
 use crate::output::{self, Output};
 use crate::size;
@@ -35,8 +37,8 @@ pub fn command() -> Command {
             value("output", None, "human|json", "How to print the result"),
             force_share_option(),
             flag("backing-chain", Some('b'), "Not supported yet").hide(true),
-            value("object", None, "DEFINITION", "Not supported yet").hide(true),
-            flag("image-opts", None, "Not supported yet").hide(true),
+            image_opts_option(),
+            object_option(),
         ])
         .after_help(
             "Examples:\n  \
@@ -49,15 +51,23 @@ pub fn command() -> Command {
 /// Runs the subcommand.
 pub fn run(args: &Parsed) -> Result<(), Failure> {
     let output = Output::from_args(args)?;
-    args.refuse(&["backing-chain", "object", "image-opts"])?;
+    args.refuse(&["backing-chain", "object"])?;
     let image = Image::from_args(args)?;
+    let opened = |reason: &str| args.name.error(&could_not_open(image.name, reason));
+    let files = FileOptions {
+        locking: locking(args),
+        ..FileOptions::default()
+    };
+    let options = image.options(true, Follow::Nothing, files);
+    let locking = options.map_err(|e| opened(&e.reason()))?.files.locking;
     let info = match image.format {
         Format::Raw => None,
-        Format::Qcow2 => Some(
-            Info::read_with(image.path, locking(args))
-                .map_err(|e| args.name.error(&could_not_open(image.name, &e.reason())))?,
-        ),
+        Format::Qcow2 => {
+            Some(Info::read_with(&image.path, locking).map_err(|e| opened(&e.reason()))?)
+        }
     };
+    let refused = image.described.refuse_backing(image.format);
+    refused.map_err(|reason| opened(&reason))?;
     let report = Report {
         image: &image,
         info: info.as_ref(),
@@ -89,6 +99,14 @@ impl Report<'_> {
         self.image.metadata.blocks() * 512
     }
 
+    fn format(&self) -> &'static str {
+        if self.image.is_protocol {
+            self.protocol()
+        } else {
+            self.image.format.name()
+        }
+    }
+
     fn protocol(&self) -> &'static str {
         if self.image.metadata.file_type().is_block_device() {
             "host_device"
@@ -102,12 +120,15 @@ impl Report<'_> {
         let mut text = format!(
             "image: {}\nfile format: {}\nvirtual size: {} ({} bytes)\ndisk size: {disk_usage}\n",
             printable(self.image.path.as_os_str()),
-            self.image.format.name(),
+            self.format(),
             size::human(self.size()),
             self.size(),
         );
         if let Some(info) = self.info {
             text += &self.human_qcow2(info);
+        }
+        if self.image.is_protocol {
+            return text;
         }
         text + &format!(
             "Child node '/file':\n    filename: {}\n    protocol type: {}\n    \
@@ -149,18 +170,19 @@ impl Report<'_> {
 
     fn json(&self) -> Value {
         let usage = self.disk_usage();
-        let child = json!({
-            "name": "file",
-            "info": {
-                "children": [],
-                "virtual-size": self.file_len(),
-                "filename": self.image.path.to_string_lossy(),
-                "format": self.protocol(),
-                "actual-size": usage,
-                "format-specific": { "type": "file", "data": {} },
-                "dirty-flag": false,
-            },
+        let file = json!({
+            "children": [],
+            "virtual-size": self.file_len(),
+            "filename": self.image.path.to_string_lossy(),
+            "format": self.protocol(),
+            "actual-size": usage,
+            "format-specific": { "type": "file", "data": {} },
+            "dirty-flag": false,
         });
+        if self.image.is_protocol {
+            return file;
+        }
+        let child = json!({ "name": "file", "info": file });
         let mut report = Map::new();
         let mut add = |key: &str, value: Value| report.insert(key.to_owned(), value);
         let text = |bytes: &[u8]| Value::from(String::from_utf8_lossy(bytes));
@@ -177,7 +199,7 @@ impl Report<'_> {
         if let Some(info) = self.info {
             add("cluster-size", info.cluster_size.into());
         }
-        add("format", self.image.format.name().into());
+        add("format", self.format().into());
         add("actual-size", usage.into());
         if let Some(info) = self.info {
             add(

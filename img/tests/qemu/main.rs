@@ -14,6 +14,7 @@ mod check;
 mod convert;
 mod create;
 mod damage;
+mod image_opts;
 mod info;
 mod locks;
 mod map;

@@ -268,7 +268,11 @@ impl<'a> Image<'a> {
         })
     }
 
-    fn look_at(
+    /// Looks at the file `path`, called `name`, of the format that is `given`.
+    ///
+    /// # Errors
+    /// The reason why it cannot be opened.
+    pub fn look_at(
         name: &'a OsStr,
         path: Cow<'a, Path>,
         given: Option<Format>,

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use vm_memory::VolatileSlice;
 
 use super::header::Header;
-use super::policy;
+use super::policy::{self, Follow};
 use super::{OpenOptions, Qcow2, check};
 use crate::buffers::{Buffers, fill_zero};
 use crate::file::ImageFile;
@@ -238,6 +238,17 @@ pub fn path_of(image: &Path, name: &[u8]) -> std::result::Result<PathBuf, String
     };
     let directory = image.parent().unwrap_or(Path::new(""));
     Ok(directory.join(OsStr::from_bytes(local)))
+}
+
+/// The path of the backing file that `image` calls `name`, if it exists and `follow` allows to open
+/// it.
+///
+/// # Errors
+/// [`Error::Option`] with the reason why not.
+pub fn find_backing(image: &Path, name: &[u8], follow: Follow) -> Result<PathBuf> {
+    let path = path_of(image, name).map_err(Error::Option)?;
+    drop(policy::open_backing_file(image, &path, follow)?);
+    Ok(path)
 }
 
 impl Qcow2 {

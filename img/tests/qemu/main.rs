@@ -10,6 +10,7 @@
 
 mod amend;
 mod backing;
+mod chain;
 mod check;
 mod convert;
 mod create;

@@ -146,7 +146,7 @@ fn open<'a>(
     let image = Image::look(file, args.value(format)).map_err(|e| opened(&e))?;
     if image.format == Format::Raw {
         if !read_only {
-            image.warn_of_guess(args);
+            image.warn_of_guess();
         }
         return Ok(Target::Raw(file));
     }
@@ -156,7 +156,7 @@ fn open<'a>(
         follow,
         ..OpenOptions::default()
     };
-    let editor = BitmapEditor::open(image.path, &options).map_err(|e| opened(&e.reason()))?;
+    let editor = BitmapEditor::open(&image.path, &options).map_err(|e| opened(&e.reason()))?;
     Ok(Target::Qcow2(Box::new(editor)))
 }
 

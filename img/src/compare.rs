@@ -9,7 +9,8 @@ use tandem_block::{Disk, ExtentKind, FileOptions, VolatileSlice, extent_in_chain
 use crate::failure::Failure;
 use crate::getopt::{self, Parsed, flag, value};
 use crate::image::{
-    cache, cache_option, could_not_open, follow, follow_option, force_share_option, locking,
+    Image, cache, cache_option, could_not_open, follow, follow_option, force_share_option,
+    image_opts_option, locking, object_option,
 };
 use crate::opened::Opened;
 use crate::output;
@@ -66,8 +67,8 @@ pub fn command() -> Command {
             cache_option("source-cache", 'T', "both images"),
             force_share_option(),
             follow_option(),
-            flag("image-opts", None, "Not supported yet").hide(true),
-            value("object", None, "DEFINITION", "Not supported yet").hide(true),
+            image_opts_option(),
+            object_option(),
         ])
         .after_help(
             "What one disk has more than the other must be zero. The exit status is 0 if they are the same, 1 \
@@ -131,7 +132,7 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
     let [first, second] = &args.operands[..] else {
         return Err(args.name.usage("Expecting two image file names"));
     };
-    args.refuse(&["object", "image-opts"])?;
+    args.refuse(&["object"])?;
     let disks = open(args, [first, second]).map_err(|failure| Failure {
         status: NOT_OPENED,
         ..failure
@@ -166,8 +167,11 @@ fn open(args: &Parsed, names: [&OsStr; 2]) -> Result<[Opened; 2], Failure> {
     };
     let follow = follow(args)?;
     let open = |name: &OsStr, format: &str| {
-        Opened::read(name, args.value(format), follow, files)
-            .map_err(|reason| args.name.error(&could_not_open(name, &reason)))
+        let image = Image::from_operand(args, name, format)?;
+        let options = image.options(true, follow, files);
+        options
+            .and_then(|options| Opened::open(&image, &options))
+            .map_err(|e| args.name.error(&could_not_open(name, &e.reason())))
     };
     Ok([open(names[0], "format")?, open(names[1], "second-format")?])
 }

@@ -1,9 +1,7 @@
 //! Disks that are open, of either format.
 
-use std::ffi::OsStr;
-
-use tandem_block::qcow2::{Follow, OpenOptions, Qcow2};
-use tandem_block::{Disk, FileOptions, Raw};
+use tandem_block::qcow2::{OpenOptions, Qcow2};
+use tandem_block::{Disk, Raw};
 
 use crate::image::{Format, Image};
 
@@ -20,31 +18,11 @@ impl Opened {
     pub fn open(image: &Image<'_>, options: &OpenOptions) -> tandem_block::Result<Self> {
         Ok(match image.format {
             Format::Raw => {
-                let raw = Raw::open_with(image.path, options.read_only, options.files)?;
+                let raw = Raw::open_with(&image.path, options.read_only, options.files)?;
                 Self::Raw(raw)
             }
-            Format::Qcow2 => Self::Qcow2(Box::new(Qcow2::open(image.path, options)?)),
+            Format::Qcow2 => Self::Qcow2(Box::new(Qcow2::open(&image.path, options)?)),
         })
-    }
-
-    /// Opens the file `name`, of which `format` may say what it is, to read it.
-    ///
-    /// # Errors
-    /// The reason why it cannot be opened.
-    pub fn read(
-        name: &OsStr,
-        format: Option<&OsStr>,
-        follow: Follow,
-        files: FileOptions,
-    ) -> Result<Self, String> {
-        let image = Image::look(name, format)?;
-        let options = OpenOptions {
-            read_only: true,
-            follow,
-            files,
-            ..OpenOptions::default()
-        };
-        Self::open(&image, &options).map_err(|e| e.reason())
     }
 
     /// The disk.

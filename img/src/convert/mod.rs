@@ -18,7 +18,7 @@ use crate::failure::Failure;
 use crate::getopt::{self, Parsed, flag, value};
 use crate::image::{
     Format, Image, cache, cache_option, could_not_open, follow, follow_option, force_share_option,
-    locking,
+    image_opts_option, locking, object_option,
 };
 use crate::opened::Opened;
 use crate::options;
@@ -53,7 +53,7 @@ pub fn command() -> Command {
         cache_option("source-cache", 'T', "the source"),
         force_share_option(),
         follow_option(),
-        flag("image-opts", None, "Not supported yet").hide(true),
+        image_opts_option(),
     ];
     let target = [
         value(
@@ -90,7 +90,11 @@ pub fn command() -> Command {
             Some('n'),
             "Write to a target that exists, and is large enough",
         ),
-        flag("target-image-opts", None, "Not supported yet").hide(true),
+        flag(
+            "target-image-opts",
+            None,
+            "The target of -n is a list of options, as those of --image-opts",
+        ),
         flag(
             "target-is-zero",
             None,
@@ -136,7 +140,7 @@ pub fn command() -> Command {
         ),
         flag("progress", Some('p'), "Show progress"),
         flag("quiet", Some('q'), "Print nothing but errors"),
-        value("object", None, "DEFINITION", "Not supported yet").hide(true),
+        object_option(),
     ];
     Command::new("convert")
         .about("Copies disks, one behind the other, into a new image or one that exists")
@@ -179,7 +183,7 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
     let Some(target) = target else {
         return Err(args.name.error("Must specify image file name"));
     };
-    args.refuse(&["object", "image-opts", "target-image-opts", "bitmaps"])?;
+    args.refuse(&["object"])?;
     let source_files = FileOptions {
         cache: cache(args, "source-cache")?,
         locking: locking(args),
@@ -197,23 +201,13 @@ fn open_sources(
     names: &[OsString],
     files: FileOptions,
 ) -> Result<Vec<Opened>, Failure> {
-    let mut options = OpenOptions {
-        read_only: true,
-        follow: follow(args)?,
-        files,
-        snapshot: request.snapshot.clone(),
-        ..OpenOptions::default()
-    };
     let is_ambiguous =
         names.len() > 1 && matches!(request.snapshot, Some(SnapshotName::IdOrName(_)));
-    if is_ambiguous {
-        options.snapshot = None;
-    }
+    // It is the first one's.
+    let mut snapshot = request.snapshot.clone().filter(|_| !is_ambiguous);
     let mut opened = Vec::new();
     for name in names {
-        opened.push(open_source(args, name, &options)?);
-        // It is the first one's.
-        options.snapshot = None;
+        opened.push(open_source(args, name, files, snapshot.take())?);
     }
     if is_ambiguous {
         let reason = "No support for concatenating multiple snapshot";
@@ -222,14 +216,24 @@ fn open_sources(
     Ok(opened)
 }
 
-fn open_source(args: &Parsed, name: &OsStr, options: &OpenOptions) -> Result<Opened, Failure> {
+fn open_source(
+    args: &Parsed,
+    name: &OsStr,
+    files: FileOptions,
+    snapshot: Option<SnapshotName>,
+) -> Result<Opened, Failure> {
     let failed = |reason: &str| args.name.error(&could_not_open(name, reason));
     let not_loaded = |reason: &str| {
         let text = format!("Failed to load snapshot: {reason}");
         args.name.error(&text)
     };
-    let image = Image::look(name, args.value("format")).map_err(|reason| failed(&reason))?;
-    let opened = Opened::open(&image, options).map_err(|error| match error {
+    let image = Image::from_operand(args, name, "format")?;
+    let options = image.options(true, follow(args)?, files);
+    let options = OpenOptions {
+        snapshot,
+        ..options.map_err(|e| failed(&e.reason()))?
+    };
+    let opened = Opened::open(&image, &options).map_err(|error| match error {
         Error::NoSnapshot { .. } => not_loaded("Can't find snapshot"),
         error => failed(&error.reason()),
     })?;

@@ -1,5 +1,6 @@
 //! Where a copy goes: a new image, or one that is there.
 
+use std::borrow::Cow;
 use std::ffi::OsStr;
 use std::path::Path;
 
@@ -140,9 +141,15 @@ impl<'a> Plan<'a> {
             return Ok(None);
         };
         let path = backing_path(self.path, name.as_bytes())?;
-        let format = self.options.text("backing_fmt").map(OsStr::new);
-        let backing = Opened::read(path.as_os_str(), format, follow, FileOptions::default());
-        backing.map(|backing| Some(backing.into_disk()))
+        let format = self.options.text("backing_fmt").and_then(Format::from_name);
+        let image = Image::look_at(path.as_os_str(), Cow::Borrowed(&path), format)?;
+        let options = OpenOptions {
+            read_only: true,
+            follow,
+            ..OpenOptions::default()
+        };
+        let backing = Opened::open(&image, &options).map_err(|e| e.reason())?;
+        Ok(Some(backing.into_disk()))
     }
 }
 
@@ -150,17 +157,17 @@ impl Target {
     /// The image `name`, which is there.
     pub fn existing(args: &Parsed, name: &OsStr) -> Result<Self, Failure> {
         let opened = |reason: &str| args.name.error(&could_not_open(name, reason));
-        let format = args.value("output-format").unwrap_or(OsStr::new("raw"));
-        let options = OpenOptions {
-            follow: follow(args)?,
-            files: FileOptions {
-                cache: cache(args, "cache")?,
-                ..FileOptions::default()
-            },
-            ..OpenOptions::default()
+        let is_list = args.has("target-image-opts");
+        let raw = (!is_list).then_some(OsStr::new("raw"));
+        let format = args.value("output-format").or(raw);
+        let image = Image::from_name(args, name, format, is_list)?;
+        let files = FileOptions {
+            cache: cache(args, "cache")?,
+            ..FileOptions::default()
         };
-        let image = Image::look(name, Some(format)).map_err(|reason| opened(&reason))?;
-        let disk = Opened::open(&image, &options).map_err(|e| opened(&e.reason()))?;
+        let options = image.options(false, follow(args)?, files);
+        let disk = options.and_then(|options| Opened::open(&image, &options));
+        let disk = disk.map_err(|e| opened(&e.reason()))?;
         Ok(Self {
             opened: disk,
             new: None,

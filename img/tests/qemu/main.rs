@@ -11,10 +11,12 @@
 mod amend;
 mod backing;
 mod bitmap;
+mod chain;
 mod check;
 mod convert;
 mod create;
 mod damage;
+mod image_opts;
 mod info;
 mod locks;
 mod map;

@@ -1,5 +1,6 @@
 //! `tandem-img convert`
 
+mod bitmaps;
 mod copy;
 mod rate;
 mod request;
@@ -10,8 +11,8 @@ mod target;
 use std::ffi::{OsStr, OsString};
 
 use clap::Command;
-use tandem_block::qcow2::{OpenOptions, SnapshotName};
-use tandem_block::{Error, FileOptions};
+use tandem_block::qcow2::{BitmapInfo, OpenOptions, SnapshotName};
+use tandem_block::{Error, FileOptions, NewImage};
 
 use crate::create;
 use crate::failure::Failure;
@@ -254,8 +255,6 @@ fn convert(
     target: &OsStr,
     progress: &Progress,
 ) -> Result<(), Failure> {
-    let error = |reason: &str| args.name.error(reason);
-    let is_joined = sources.len() > 1;
     let sources = Sources::new(sources);
     let plan = match args.has("no-create") {
         true => None,
@@ -265,49 +264,86 @@ fn convert(
         Some(plan) => plan.has_backing(),
         None => args.has("backing"),
     };
-    check_backing(args, plan.as_ref(), is_joined && has_backing, has_backing)?;
-    let compress = args.has("compress");
-    if let Some(plan) = plan.as_ref().filter(|_| compress) {
-        plan.check_compressible().map_err(error)?;
+    check_backing(args, plan.as_ref(), has_backing, sources.only().is_none())?;
+    if let Some(plan) = plan.as_ref().filter(|_| args.has("compress")) {
+        plan.check_compressible()
+            .map_err(|reason| args.name.error(reason))?;
     }
-    let is_new = plan.is_some();
+    let bitmaps = bitmaps_to_copy(args, &sources, plan.as_ref())?;
     let made = match plan {
         Some(plan) => plan.make(args)?,
-        None => existing(args, target, sources.size(), compress)?,
+        None => existing(args, target, sources.size())?,
     };
     let sparse = (request.sparse > 0).then(|| Detection::new(request.sparse));
     let copy = Copy {
         name: &args.name,
         sources: &sources,
         target: &made.opened,
-        // All zeros are written if that is what is wanted.
-        target_is_zero: made.is_zero && (sparse.is_some() || !is_new),
+        // All zeros are written to a new image if that is what is wanted.
+        target_is_zero: made.is_zero && (sparse.is_some() || args.has("no-create")),
         has_backing,
         backing_size: made.backing_size,
         sparse,
-        compress,
+        compress: args.has("compress"),
         salvage: args.has("salvage"),
         quiet: args.has("quiet"),
         rate: (request.rate > 0).then(|| Rate::new(request.rate)),
         offload: args.has("copy-offload").into(),
     };
     copy.run(workers(args, request, &made.opened), progress)?;
-    made.finish().map_err(|e| {
-        let name = target.display();
-        error(&format!("Could not finish '{name}': {}", e.reason()))
+    finish(args, bitmaps.as_deref(), sources, made, target)
+}
+
+/// Copies `bitmaps`, closes the disks, and gives a new image its name.
+fn finish(
+    args: &Parsed,
+    bitmaps: Option<&[BitmapInfo]>,
+    sources: Sources,
+    made: Target,
+    target: &OsStr,
+) -> Result<(), Failure> {
+    let (opened, new) = made.into_parts();
+    match (bitmaps, sources.into_first()) {
+        (Some(bitmaps), Some(source)) => bitmaps::copy(args, bitmaps, source, opened)?,
+        _ => drop(opened),
+    }
+    new.map_or(Ok(()), NewImage::commit).map_err(|e| {
+        let (name, reason) = (target.display(), e.reason());
+        args.name
+            .error(&format!("Could not finish '{name}': {reason}"))
     })
+}
+
+/// The bitmaps that are copied, if any are to be.
+fn bitmaps_to_copy(
+    args: &Parsed,
+    sources: &Sources,
+    plan: Option<&Plan<'_>>,
+) -> Result<Option<Vec<BitmapInfo>>, Failure> {
+    if !args.has("bitmaps") {
+        return Ok(None);
+    }
+    let source = sources.only().ok_or_else(|| {
+        args.name
+            .error("Copying bitmaps only possible with single source")
+    })?;
+    let bitmaps = bitmaps::to_copy(args, source)?;
+    if let Some(plan) = plan.filter(|plan| !plan.can_have_bitmaps()) {
+        return Err(bitmaps::unsupported(args, plan.format().name()));
+    }
+    Ok(Some(bitmaps))
 }
 
 /// Refuses a backing file of the target where there cannot be one.
 fn check_backing(
     args: &Parsed,
     plan: Option<&Plan<'_>>,
-    is_joined: bool,
     has_backing: bool,
+    is_joined: bool,
 ) -> Result<(), Failure> {
     let reason = if has_backing && args.has("target-is-zero") {
         "Cannot use --target-is-zero when the destination image has a backing file"
-    } else if is_joined {
+    } else if is_joined && has_backing {
         "Having a backing file for the target makes no sense when concatenating multiple input \
          images"
     } else if plan.is_some_and(|plan| plan.has_backing() && !plan.has_backing_format()) {
@@ -319,9 +355,12 @@ fn check_backing(
 }
 
 /// The target that is there, which must have room for `size` bytes.
-fn existing(args: &Parsed, name: &OsStr, size: u64, compress: bool) -> Result<Target, Failure> {
+fn existing(args: &Parsed, name: &OsStr, size: u64) -> Result<Target, Failure> {
     let target = Target::existing(args, name)?;
-    let reason = if compress && matches!(target.opened, Opened::Raw(_)) {
+    if args.has("bitmaps") && !target.can_have_bitmaps() {
+        return Err(bitmaps::unsupported(args, target.format().name()));
+    }
+    let reason = if args.has("compress") && matches!(target.opened, Opened::Raw(_)) {
         "Compression not supported for this file format"
     } else if target.opened.disk().size() < size {
         "output file is smaller than input file"

@@ -61,9 +61,17 @@ impl Sources {
         self.parts.last().map_or(0, |part| part.end)
     }
 
-    /// The first disk.
-    pub fn first(&self) -> Option<&Opened> {
-        self.parts.first().map(|part| &part.opened)
+    /// The disk, if it is the only one.
+    pub fn only(&self) -> Option<&Opened> {
+        match &self.parts[..] {
+            [part] => Some(&part.opened),
+            _ => None,
+        }
+    }
+
+    /// The first disk; the others are closed.
+    pub fn into_first(self) -> Option<Opened> {
+        self.parts.into_iter().next().map(|part| part.opened)
     }
 
     /// The disk that has what lies at `offset`, and as much of the `len` bytes there as it has.

@@ -79,10 +79,15 @@ impl<'a> Plan<'a> {
         Ok(())
     }
 
-    /// Refuses what cannot have bitmaps.
-    pub fn check_bitmaps(&self) -> Result<(), String> {
+    /// Whether it can have bitmaps, which raw disks and qcow2 images of version 2 cannot.
+    pub fn can_have_bitmaps(&self) -> bool {
         let is_old = matches!(self.options.text("compat"), Some("0.10" | "v2"));
-        check_bitmaps(self.format, is_old)
+        self.format == Format::Qcow2 && !is_old
+    }
+
+    /// Its format.
+    pub fn format(&self) -> Format {
+        self.format
     }
 
     /// Makes it, without a name. The copy ends by giving it its name, so that needs no syncs, unless
@@ -141,8 +146,12 @@ impl<'a> Plan<'a> {
             return Ok(None);
         };
         let path = backing_path(self.path, name.as_bytes())?;
-        let format = self.options.text("backing_fmt").and_then(Format::from_name);
-        let image = Image::look_at(path.as_os_str(), Cow::Borrowed(&path), format)?;
+        // Which has been seen to be one of the two.
+        let format = match self.options.text("backing_fmt") {
+            Some("qcow2") => Format::Qcow2,
+            _ => Format::Raw,
+        };
+        let image = Image::look_at(path.as_os_str(), Cow::Borrowed(&path), Some(format))?;
         let options = OpenOptions {
             read_only: true,
             follow,
@@ -176,10 +185,26 @@ impl Target {
         })
     }
 
-    /// Closes the disk. A new image takes its name.
-    pub fn finish(self) -> tandem_block::Result<()> {
-        drop(self.opened);
-        self.new.map_or(Ok(()), NewImage::commit)
+    /// Whether it can have bitmaps.
+    pub fn can_have_bitmaps(&self) -> bool {
+        let Opened::Qcow2(disk) = &self.opened else {
+            return false;
+        };
+        // An error will come up when they are written.
+        disk.bitmaps().map_or(true, |bitmaps| bitmaps.is_some())
+    }
+
+    /// Its format.
+    pub fn format(&self) -> Format {
+        match self.opened {
+            Opened::Raw(_) => Format::Raw,
+            Opened::Qcow2(_) => Format::Qcow2,
+        }
+    }
+
+    /// The disk, and the new image, which is committed once that is closed.
+    pub fn into_parts(self) -> (Opened, Option<NewImage>) {
+        (self.opened, self.new)
     }
 }
 
@@ -188,13 +213,4 @@ pub fn format(args: &Parsed) -> Result<Format, String> {
     let name = args.value("output-format").unwrap_or(OsStr::new("raw"));
     let name = name.to_string_lossy();
     Format::from_name(&name).ok_or_else(|| format!("Unknown file format '{name}'"))
-}
-
-/// Refuses what cannot have bitmaps: raw disks, and qcow2 images of version 2.
-pub fn check_bitmaps(format: Format, is_version_2: bool) -> Result<(), String> {
-    if format == Format::Raw || is_version_2 {
-        let format = format.name();
-        return Err(format!("Format driver '{format}' does not support bitmaps"));
-    }
-    Ok(())
 }

@@ -239,6 +239,18 @@ fn load(image: &ImageFile, geometry: Geometry, bitmap: &Bitmap, bits: &Words) ->
 }
 
 impl Qcow2 {
+    /// The persistent bitmaps, as the image tells; `None` if it cannot have any, in version 2.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for a directory that is not valid; [`Error::Io`].
+    pub fn bitmaps(&self) -> Result<Option<Vec<BitmapInfo>>> {
+        if self.version < 3 {
+            return Ok(None);
+        }
+        let (image, path) = (&*self.image.storage, &self.image.path);
+        list(image, path, &Header::read(image, path)?).map(Some)
+    }
+
     /// The `len` bytes at `offset` are about to change.
     pub(super) fn track(&self, offset: u64, len: u64) -> Result<()> {
         let Some(bitmaps) = self.bitmaps.as_ref().filter(|_| len > 0) else {

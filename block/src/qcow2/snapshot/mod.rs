@@ -444,3 +444,68 @@ fn taken_now() -> Snapshot {
         is_complete: true,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::VolatileSlice;
+    use crate::qcow2::{CreateOptions, OpenOptions, create};
+
+    #[test]
+    fn a_snapshot_is_opened_read_only() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("image");
+        let options = CreateOptions {
+            size: 1 << 20,
+            ..CreateOptions::default()
+        };
+        create(&path, &options).unwrap();
+        for (fill, name) in [(1, "first"), (2, "1")] {
+            let disk = Qcow2::open(&path, &OpenOptions::default()).unwrap();
+            let bytes = &mut [fill; 4096][..];
+            disk.write_at(&[VolatileSlice::from(bytes)], 65536).unwrap();
+            disk.create_snapshot(name.as_bytes()).unwrap();
+        }
+        let disk = Qcow2::open(&path, &OpenOptions::default()).unwrap();
+        disk.resize(2 << 20).unwrap();
+        drop(disk);
+        let exact = |id: Option<&str>, name: Option<&str>| SnapshotName::Exact {
+            id: id.map(|id| id.as_bytes().to_owned()),
+            name: name.map(|name| name.as_bytes().to_owned()),
+        };
+        for (name, expected) in [
+            (SnapshotName::IdOrName(b"first".to_vec()), Some(1)),
+            (SnapshotName::IdOrName(b"1".to_vec()), Some(1)),
+            (SnapshotName::IdOrName(b"2".to_vec()), Some(2)),
+            (SnapshotName::IdOrName(b"3".to_vec()), None),
+            (exact(None, Some("1")), Some(2)),
+            (exact(Some("1"), None), Some(1)),
+            (exact(Some("1"), Some("first")), Some(1)),
+            (exact(Some("2"), Some("first")), None),
+        ] {
+            let options = OpenOptions {
+                read_only: true,
+                snapshot: Some(name.clone()),
+                ..OpenOptions::default()
+            };
+            let disk = match (Qcow2::open(&path, &options), expected) {
+                (Ok(disk), Some(_)) => disk,
+                (Err(Error::NoSnapshot { .. }), None) => continue,
+                (other, _) => panic!("{name:?}: {:?}", other.err()),
+            };
+            assert_eq!(disk.size(), 1 << 20);
+            let mut byte = [0];
+            let slice = VolatileSlice::from(&mut byte[..]);
+            disk.read_at(&[slice], 65536).unwrap();
+            assert_eq!(Some(byte[0]), expected, "{name:?}");
+            let writable = OpenOptions {
+                read_only: false,
+                ..options
+            };
+            assert!(matches!(
+                Qcow2::open(&path, &writable),
+                Err(Error::Option(_))
+            ));
+        }
+    }
+}

@@ -498,6 +498,7 @@ mod tests {
             let slice = VolatileSlice::from(&mut byte[..]);
             disk.read_at(&[slice], 65536).unwrap();
             assert_eq!(Some(byte[0]), expected, "{name:?}");
+            drop(disk);
             let writable = OpenOptions {
                 read_only: false,
                 ..options

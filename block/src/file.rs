@@ -192,6 +192,16 @@ impl ImageFile {
             .map_err(|e| Error::io_at(&self.path, "look for holes in", offset, e))
     }
 
+    /// Bytes that it takes on the host, if that can be told.
+    pub fn allocated(&self) -> Result<Option<u64>> {
+        let Some(file) = self.storage.fd() else {
+            return Ok(None);
+        };
+        let stat = rustix::fs::fstat(file);
+        let stat = stat.map_err(|e| Error::io(&self.path, "stat", e.into()))?;
+        Ok(Some(stat.st_blocks.unsigned_abs() * 512))
+    }
+
     pub fn size(&self) -> Result<u64> {
         self.storage
             .size()

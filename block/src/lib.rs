@@ -58,7 +58,7 @@ mod vectored;
 mod writers;
 
 pub use cache_mode::CacheMode;
-pub use disk::{Disk, Extent, ExtentKind, Limits, extent_in_chain};
+pub use disk::{Disk, Extent, ExtentKind, Limits, extent_in_chain, sparse_extent_in_chain};
 pub use error::{Error, Result};
 pub use file::FileOptions;
 pub use lock::Locking;

@@ -306,7 +306,8 @@ fn format(args: &Parsed) -> Result<Format, String> {
     Format::from_name(&name).ok_or_else(|| format!("Unknown file format '{name}'"))
 }
 
-fn definitions(format: Format) -> &'static [Definition] {
+/// The options that a format has.
+pub fn definitions(format: Format) -> &'static [Definition] {
     match format {
         Format::Raw => RAW,
         Format::Qcow2 => QCOW2,
@@ -499,7 +500,7 @@ fn not_accepted(name: &str, value: &str) -> String {
 }
 
 /// Why a disk could not be created, in QEMU's words.
-fn reason(error: &Error, format: Format) -> String {
+pub fn reason(error: &Error, format: Format) -> String {
     match error {
         Error::Io { source, .. } if source.kind() == io::ErrorKind::FileTooLarge => match format {
             Format::Raw => "The image size is too large for file format 'raw'".to_owned(),

@@ -17,6 +17,7 @@ mod image_opts;
 mod info;
 mod json;
 mod map;
+mod measure;
 mod opened;
 mod options;
 mod output;
@@ -73,6 +74,10 @@ const SUBCOMMANDS: &[Subcommand] = &[
         run: map::run,
     },
     Subcommand {
+        command: measure::command,
+        run: measure::run,
+    },
+    Subcommand {
         command: resize::command,
         run: resize::run,
     },
@@ -83,7 +88,7 @@ const SUBCOMMANDS: &[Subcommand] = &[
 ];
 
 /// What `qemu-img` can do besides and this program cannot yet.
-const MISSING: &[&str] = &["bench", "commit", "dd", "measure", "rebase"];
+const MISSING: &[&str] = &["bench", "commit", "dd", "rebase"];
 
 fn main() -> ExitCode {
     let mut args = std::env::args_os();

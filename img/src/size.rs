@@ -63,6 +63,34 @@ pub fn parse_between(what: &str, text: &str, min: u64, max: u64) -> Result<u64, 
     }
 }
 
+/// A number from `min` to `max`, written as in C, of what is called `what` in QEMU's message about a
+/// mistake in it.
+pub fn parse_count(what: &str, text: &str, min: u64, max: u64) -> Result<u64, String> {
+    let digits = text.trim_start_matches([' ', '\t', '\n', '\u{b}', '\u{c}', '\r']);
+    let (negative, digits) = match digits.strip_prefix(['+', '-']) {
+        Some(rest) => (digits.starts_with('-'), rest),
+        None => (false, digits),
+    };
+    let hexadecimal = digits
+        .strip_prefix("0x")
+        .or_else(|| digits.strip_prefix("0X"));
+    let (digits, radix) = match hexadecimal {
+        Some(digits) => (digits, 16),
+        None if digits.starts_with('0') => (digits, 8),
+        None => (digits, 10),
+    };
+    if digits.is_empty() || !digits.chars().all(|digit| digit.is_digit(radix)) {
+        return Err(format!("Invalid {what} specified: '{text}'."));
+    }
+    match u64::from_str_radix(digits, radix) {
+        Ok(0) if min == 0 => Ok(0),
+        Ok(number) if !negative && (min..=max).contains(&number) => Ok(number),
+        _ => Err(format!(
+            "Invalid {what} specified. Must be between {min} and {max}."
+        )),
+    }
+}
+
 fn parse_decimal(text: &str) -> Result<u64, Wrong> {
     let digits_end = |text: &str| {
         text.bytes()
@@ -177,6 +205,29 @@ mod tests {
         }
         for text in ["-1", "16E", "99999999999999999999", "0x10000000000000000"] {
             assert_eq!(parse(text), Err(Wrong::Range), "{text}");
+        }
+    }
+
+    /// As `qemu-img dd count=` does.
+    #[test]
+    fn reads_numbers_like_qemu() {
+        let parse = |text| parse_count("count", text, 0, i64::MAX as u64);
+        for (text, expected) in [
+            ("0", 0),
+            ("-0", 0),
+            ("+3", 3),
+            (" 2", 2),
+            ("0x1F", 31),
+            ("010", 8),
+        ] {
+            assert_eq!(parse(text), Ok(expected), "{text}");
+        }
+        for text in ["", "x", "1k", "2 ", "0x", "08", "1.5", "-", "0x-1", "++1"] {
+            let reason = format!("Invalid count specified: '{text}'.");
+            assert_eq!(parse(text), Err(reason), "{text}");
+        }
+        for text in ["-1", "9223372036854775808", "99999999999999999999"] {
+            assert!(parse(text).unwrap_err().contains("between 0 and"), "{text}");
         }
     }
 

@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime};
 use chrono::{DateTime, Local};
 use clap::Command;
 use serde_json::{Map, Value};
-use tandem_block::qcow2::{Qcow2, SnapshotInfo};
+use tandem_block::qcow2::{Qcow2, SnapshotInfo, SnapshotName};
 use tandem_block::{Error, FileOptions};
 
 use crate::failure::Failure;
@@ -16,6 +16,7 @@ use crate::image::{
     Format, Image, could_not_open, follow, follow_option, force_share_option, image_opts_option,
     locking, object_option, printable,
 };
+use crate::options::{Definition, Kind, Options};
 use crate::output;
 use crate::size;
 
@@ -149,6 +150,41 @@ fn failed(args: &Parsed, doing: &str, name: &OsStr, reason: &str) -> Failure {
     let name = printable(name);
     args.name
         .error(&format!("Could not {doing} snapshot '{name}': {reason}"))
+}
+
+/// What the parameters of `-l` of other subcommands are called.
+const PARAMETERS: &[Definition] = &[
+    Definition {
+        name: "snapshot.id",
+        kind: Kind::Text,
+        default: None,
+        help: "ID of the snapshot",
+    },
+    Definition {
+        name: "snapshot.name",
+        kind: Kind::Text,
+        default: None,
+        help: "Name of the snapshot",
+    },
+];
+
+/// The snapshot that `value` means: an ID or a name, or `snapshot.id=ID,snapshot.name=NAME`.
+pub fn selected(args: &Parsed, value: &OsStr) -> Result<SnapshotName, Failure> {
+    let Some(list) = value.to_str().filter(|text| text.starts_with("snapshot.")) else {
+        return Ok(SnapshotName::IdOrName(value.as_bytes().to_owned()));
+    };
+    let mut options = Options::new(PARAMETERS);
+    options.parse(list).map_err(|reason| {
+        let mut failure = args.name.error(&reason);
+        let text = format!("Failed in parsing snapshot param '{list}'");
+        failure.message += &args.name.error(&text).message;
+        failure
+    })?;
+    let text = |name: &str| options.text(name).map(|text| text.as_bytes().to_owned());
+    Ok(SnapshotName::Exact {
+        id: text("snapshot.id"),
+        name: text("snapshot.name"),
+    })
 }
 
 /// The list for people; nothing if there are none.

@@ -93,6 +93,11 @@ impl Disk for Qcow2 {
         self.find_extent(offset, len)
     }
 
+    fn sparse_extent(&self, offset: u64, len: u64) -> Result<Extent> {
+        check_range(offset, len, self.size())?;
+        self.find_sparse_extent(offset, len)
+    }
+
     fn host_file(&self) -> Option<BorrowedFd<'_>> {
         self.data().storage.fd()
     }

@@ -3,6 +3,7 @@
 use crate::sync::atomic::{AtomicBool, AtomicU64};
 use crate::sync::{Mutex, lock};
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use super::backing::{self, Backing, BackingFormat, Found};
 use super::bitmaps::Bitmaps;
@@ -230,6 +231,7 @@ impl Qcow2 {
             ranges: RangeLocks::default(),
             requests: Requests::default(),
             retired: Retired::default(),
+            preallocated: OnceLock::new(),
             resizing: Mutex::default(),
             flushing: Mutex::default(),
         })

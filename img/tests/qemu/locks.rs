@@ -54,6 +54,8 @@ fn an_image_that_is_written() {
         "info -U overlay",
         "check image",
         "bitmap --add image b",
+        "measure -O qcow2 image",
+        "measure -U -O qcow2 image",
         "map image",
         "map -f qcow2 overlay",
         "resize image 2M",

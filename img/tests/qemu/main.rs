@@ -23,6 +23,7 @@ mod image_opts;
 mod info;
 mod locks;
 mod map;
+mod measure;
 mod resize;
 mod run;
 mod snapshot;

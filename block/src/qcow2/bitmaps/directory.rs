@@ -153,6 +153,11 @@ fn parse(bytes: &[u8]) -> Option<(Bitmap, usize)> {
     (len <= bytes.len()).then_some((bitmap, len))
 }
 
+/// Bytes of an entry with `variable` bytes of extra data and name.
+pub(super) fn entry_len(variable: usize) -> usize {
+    (size_of::<Fixed>() + variable).next_multiple_of(ALIGNMENT)
+}
+
 /// The directory of `bitmaps`.
 pub(super) fn encode<'a>(bitmaps: impl Iterator<Item = &'a Bitmap>) -> Vec<u8> {
     let mut bytes = Vec::new();
@@ -210,7 +215,7 @@ impl Bitmap {
 
     /// Bytes of the entry.
     fn entry_len(&self) -> usize {
-        (size_of::<Fixed>() + self.extra.len() + self.name.len()).next_multiple_of(ALIGNMENT)
+        entry_len(self.extra.len() + self.name.len())
     }
 
     /// Whether it does not tell what has changed, since it was not stored.

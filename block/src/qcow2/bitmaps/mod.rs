@@ -47,6 +47,11 @@ pub struct BitmapInfo {
     pub auto: bool,
 }
 
+/// Bytes of the entry in the directory for a bitmap whose name has `name_len` bytes.
+pub(super) fn entry_len(name_len: usize) -> u64 {
+    directory::entry_len(name_len) as u64
+}
+
 /// What the directory of `image` tells of its bitmaps.
 pub(super) fn list(image: &dyn Storage, file: &Path, header: &Header) -> Result<Vec<BitmapInfo>> {
     let Some(extension) = header.extensions.bitmaps else {

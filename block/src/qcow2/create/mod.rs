@@ -309,7 +309,7 @@ fn too_large() -> Error {
 }
 
 /// Clusters of the refcount table, and refcount blocks, that count `other` clusters and themselves.
-fn refcount_clusters(other: u64, cluster_size: u64, width: RefcountWidth) -> (u64, u64) {
+pub(super) fn refcount_clusters(other: u64, cluster_size: u64, width: RefcountWidth) -> (u64, u64) {
     let per_block = width.count_in(cluster_size);
     let (mut table, mut blocks) = (1, 1);
     loop {

@@ -10,6 +10,7 @@ mod check;
 mod compare;
 mod convert;
 mod create;
+mod dd;
 mod failure;
 mod getopt;
 mod image;
@@ -66,6 +67,10 @@ const SUBCOMMANDS: &[Subcommand] = &[
         run: create::run,
     },
     Subcommand {
+        command: dd::command,
+        run: dd::run,
+    },
+    Subcommand {
         command: info::command,
         run: info::run,
     },
@@ -88,7 +93,7 @@ const SUBCOMMANDS: &[Subcommand] = &[
 ];
 
 /// What `qemu-img` can do besides and this program cannot yet.
-const MISSING: &[&str] = &["bench", "commit", "dd", "rebase"];
+const MISSING: &[&str] = &["bench", "commit", "rebase"];
 
 fn main() -> ExitCode {
     let mut args = std::env::args_os();

@@ -56,6 +56,8 @@ fn an_image_that_is_written() {
         "bitmap --add image b",
         "measure -O qcow2 image",
         "measure -U -O qcow2 image",
+        "dd if=image of=out",
+        "dd if=free of=image",
         "map image",
         "map -f qcow2 overlay",
         "resize image 2M",

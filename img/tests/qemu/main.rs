@@ -19,6 +19,7 @@ mod convert_interrupted;
 mod convert_options;
 mod create;
 mod damage;
+mod dd;
 mod image_opts;
 mod info;
 mod locks;

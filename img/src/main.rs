@@ -5,6 +5,7 @@
 #![deny(missing_docs)]
 
 mod amend;
+mod bench;
 mod bitmap;
 mod check;
 mod compare;
@@ -45,6 +46,10 @@ const SUBCOMMANDS: &[Subcommand] = &[
     Subcommand {
         command: amend::command,
         run: amend::run,
+    },
+    Subcommand {
+        command: bench::command,
+        run: bench::run,
     },
     Subcommand {
         command: bitmap::command,
@@ -93,7 +98,7 @@ const SUBCOMMANDS: &[Subcommand] = &[
 ];
 
 /// What `qemu-img` can do besides and this program cannot yet.
-const MISSING: &[&str] = &["bench", "commit", "rebase"];
+const MISSING: &[&str] = &["commit", "rebase"];
 
 fn main() -> ExitCode {
     let mut args = std::env::args_os();

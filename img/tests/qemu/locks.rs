@@ -56,6 +56,7 @@ fn an_image_that_is_written() {
         "bitmap --add image b",
         "measure -O qcow2 image",
         "measure -U -O qcow2 image",
+        "bench -c 1 image",
         "dd if=image of=out",
         "dd if=free of=image",
         "map image",

@@ -10,6 +10,7 @@
 
 mod amend;
 mod backing;
+mod bench;
 mod bitmap;
 mod chain;
 mod check;

@@ -86,8 +86,8 @@ pub fn command() -> Command {
             flag("image-opts", None, "Not supported yet").hide(true),
         ])
         .after_help(
-            "Requests that reach beyond the end of the disk start at its beginning again, as far as \
-             their offset is concerned.\n\n\
+            "Behind the end of the disk, offsets go on from its beginning; a request that reaches beyond \
+             the end fails, and ends the run.\n\n\
              Examples:\n  \
              tandem-img bench -c 10000 -d 8 disk.qcow2\n  \
              tandem-img bench -t none -s 1M -c 1000 -d 4 disk.qcow2\n  \

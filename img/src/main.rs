@@ -127,7 +127,8 @@ fn command() -> Command {
              tandem-img check disk.qcow2\n  \
              tandem-img map disk.qcow2\n  \
              tandem-img resize disk.qcow2 +10G\n  \
-             tandem-img snapshot -c before-upgrade disk.qcow2",
+             tandem-img snapshot -c before-upgrade disk.qcow2\n  \
+             tandem-img bitmap --add disk.qcow2 monday",
         )
 }
 

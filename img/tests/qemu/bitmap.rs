@@ -140,8 +140,9 @@ fn what_qemu_reads() {
             assert_eq!(same(&both, &format!("bitmap {line}")).status, Some(0));
             let [expected, found] = [&both.qemu, &both.tandem].map(|place| listed(place, image));
             assert_eq!(found, expected, "{line}");
-            sound(&both.tandem, image);
+            both.tandem.make(&format!("check -q -f qcow2 {image}"));
         }
+        sound(&both.tandem, image);
         for bitmap in ["a", "b", "c", "d"] {
             let [expected, found] = [&both.qemu, &both.tandem].map(|p| bits(p, image, bitmap));
             assert!(expected.contains("\"present\": true"));
@@ -351,4 +352,59 @@ fn stale_bitmaps_make_room() {
     assert_eq!(list[0]["name"], "new");
     place.make("check -q -r leaks image");
     sound(&place, "image");
+}
+
+/// The backing file is of no interest, the data file must be there.
+#[test]
+fn other_files() {
+    let both = Both::new(|place| {
+        images(place);
+        fs::remove_file(place.path("base")).unwrap();
+        fs::remove_file(place.path("raw-data.d")).unwrap();
+        fs::create_dir(place.path("elsewhere")).unwrap();
+    });
+    for line in [
+        "--add overlay a",
+        "--merge a overlay a",
+        "--merge a -b overlay plain a",
+    ] {
+        same(&both, &format!("bitmap {line}"));
+    }
+    both.tandem.make("create -q -f raw base 8M");
+    sound(&both.tandem, "overlay");
+    same(&both, "bitmap --add raw-data a");
+    let place = &both.tandem;
+    place.make("create -q -f qcow2 -o data_file=away.d elsewhere/image 1M");
+    let run = |line: &str| place.run(&words(line));
+    let refused = run("bitmap --add --follow=nothing elsewhere/image a");
+    assert_eq!(refused.status, Some(1));
+    assert_eq!(
+        run("bitmap --add --follow=anywhere elsewhere/image a").status,
+        Some(0)
+    );
+}
+
+/// QEMU does not know such images.
+#[test]
+fn a_packed_data_file() {
+    let place = Place::tandem();
+    images(&place);
+    let run = |line: &str| {
+        let run = place.run(&words(line));
+        assert_eq!((run.status, &*run.stderr), (Some(0), ""), "{line}");
+        run.stdout
+    };
+    run("convert -O qcow2 -o data_file=p.d,data_file_layout=packed other packed");
+    let before = fs::read(place.path("p.d")).unwrap();
+    run("bitmap --add -g 64k packed a");
+    run("bitmap --merge full --merge coarse -b other --disable packed a");
+    run("bitmap --add -g 4k --merge a packed b");
+    run("bitmap --remove packed a");
+    let info = run("info packed");
+    assert!(
+        info.contains("name: b") && !info.contains("name: a"),
+        "{info}"
+    );
+    run("check -q packed");
+    assert!(fs::read(place.path("p.d")).unwrap() == before);
 }

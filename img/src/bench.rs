@@ -10,7 +10,9 @@ use tandem_block::{CacheMode, Disk, Error, FileOptions, VolatileSlice};
 
 use crate::failure::Failure;
 use crate::getopt::{self, Parsed, flag, value};
-use crate::image::{Image, could_not_open, follow, follow_option, force_share_option, locking};
+use crate::image::{
+    Image, could_not_open, follow, follow_option, force_share_option, image_opts_option, locking,
+};
 use crate::output;
 use crate::size;
 
@@ -83,7 +85,7 @@ pub fn command() -> Command {
             flag("no-drain", None, "Do not stop requests while a flush is going on"),
             force_share_option(),
             follow_option(),
-            flag("image-opts", None, "Not supported yet").hide(true),
+            image_opts_option(),
         ])
         .after_help(
             "Behind the end of the disk, offsets go on from its beginning; a request that reaches beyond \
@@ -207,9 +209,8 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
         return Err(args.name.usage("Expecting one image file name"));
     };
     plan.check().map_err(|reason| args.name.error(reason))?;
-    args.refuse(&["image-opts"])?;
     let opened = |reason: &str| args.name.error(&could_not_open(file, reason));
-    let image = Image::look(file, args.value("format")).map_err(|e| opened(&e))?;
+    let image = Image::from_operand(args, file, "format")?;
     if plan.write && args.has("force-share") {
         return Err(opened(
             "force-share=on can only be used with read-only images",
@@ -221,7 +222,7 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
         ));
     }
     if plan.write {
-        image.warn_of_guess(args);
+        image.warn_of_guess();
     }
     let files = FileOptions {
         cache: plan.cache,

@@ -4,11 +4,15 @@ use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 
 use clap::Command;
-use tandem_block::qcow2::{BitmapEditor, Follow, OpenOptions};
+use tandem_block::FileOptions;
+use tandem_block::qcow2::BitmapEditor;
 
 use crate::failure::Failure;
 use crate::getopt::{self, Parsed, flag, value};
-use crate::image::{Format, Image, could_not_open, follow, follow_option, printable};
+use crate::image::{
+    Format, Image, could_not_open, follow, follow_option, image_opts_option, object_option,
+    printable,
+};
 use crate::size;
 
 /// Definition of the subcommand.
@@ -54,8 +58,8 @@ pub fn command() -> Command {
             ),
             value("source-format", Some('F'), "FMT", "Format of that image"),
             follow_option(),
-            value("object", None, "DEFINITION", "Not supported yet").hide(true),
-            flag("image-opts", None, "Not supported yet").hide(true),
+            object_option(),
+            image_opts_option(),
         ])
         .after_help(
             "What is asked for is done in the order of the command line: all of it, or nothing if a \
@@ -98,13 +102,16 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
     if source.is_some() && !args.has("merge") {
         return wrong("Merge bitmap source file only supported with --merge");
     }
-    args.refuse(&["object", "image-opts"])?;
+    args.refuse(&["object"])?;
     let [file, bitmap] = &args.operands[..] else {
         return wrong("Expecting filename and bitmap name");
     };
-    let mut target = open(args, file, "format", false)?;
+    let mut target = open(args, &Image::from_operand(args, file, "format")?, false)?;
     let source = match source {
-        Some(file) => Some(open(args, file, "source-format", true)?),
+        Some(file) => {
+            let image = Image::from_name(args, file, args.value("source-format"), false)?;
+            Some(open(args, &image, true)?)
+        }
         None => None,
     };
     for (action, value) in actions {
@@ -135,28 +142,18 @@ enum Target<'a> {
     Raw(&'a OsStr),
 }
 
-/// Opens the image `file`, of which the option `format` may say what it is.
-fn open<'a>(
-    args: &Parsed,
-    file: &'a OsStr,
-    format: &str,
-    read_only: bool,
-) -> Result<Target<'a>, Failure> {
-    let opened = |reason: &str| args.name.error(&could_not_open(file, reason));
-    let image = Image::look(file, args.value(format)).map_err(|e| opened(&e))?;
+/// Opens the image `image` for what is asked of it.
+fn open<'a>(args: &Parsed, image: &Image<'a>, read_only: bool) -> Result<Target<'a>, Failure> {
+    let opened = |e: tandem_block::Error| args.name.error(&could_not_open(image.name, &e.reason()));
+    let options = image.options(read_only, follow(args)?, FileOptions::default());
+    let options = options.map_err(opened)?;
     if image.format == Format::Raw {
         if !read_only {
             image.warn_of_guess();
         }
-        return Ok(Target::Raw(file));
+        return Ok(Target::Raw(image.name));
     }
-    let follow: Follow = follow(args)?;
-    let options = OpenOptions {
-        read_only,
-        follow,
-        ..OpenOptions::default()
-    };
-    let editor = BitmapEditor::open(&image.path, &options).map_err(|e| opened(&e.reason()))?;
+    let editor = BitmapEditor::open(&image.path, &options).map_err(opened)?;
     Ok(Target::Qcow2(Box::new(editor)))
 }
 

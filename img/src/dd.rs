@@ -12,9 +12,10 @@ use tandem_block::{
 
 use crate::create;
 use crate::failure::Failure;
-use crate::getopt::{self, Parsed, flag, value};
+use crate::getopt::{self, Parsed, value};
 use crate::image::{
-    Format, Image, could_not_open, follow, follow_option, force_share_option, local_path, locking,
+    Format, Image, could_not_open, follow, follow_option, force_share_option, image_opts_option,
+    local_path, locking, object_option,
 };
 use crate::size;
 
@@ -32,7 +33,7 @@ pub fn command() -> Command {
         )
         .args([
             getopt::help(),
-            value("object", None, "DEFINITION", "Not supported yet").hide(true),
+            object_option(),
             value(
                 "format",
                 Some('f'),
@@ -47,7 +48,7 @@ pub fn command() -> Command {
             ),
             force_share_option(),
             follow_option(),
-            flag("image-opts", None, "Not supported yet").hide(true),
+            image_opts_option(),
         ])
         .after_help(
             "Operands:\n  \
@@ -130,9 +131,9 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
     let (Some(input), Some(output)) = (&operands.input, &operands.output) else {
         return Err(fail("Must specify both input and output files"));
     };
-    args.refuse(&["object", "image-opts"])?;
+    args.refuse(&["object"])?;
     let opened = |reason: &str| fail(&could_not_open(input, reason));
-    let image = Image::look(input, args.value("format")).map_err(|e| opened(&e))?;
+    let image = Image::from_operand(args, input, "format")?;
     let files = FileOptions {
         locking: locking(args),
         ..FileOptions::default()

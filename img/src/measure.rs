@@ -4,15 +4,17 @@ use std::ffi::OsStr;
 
 use clap::Command;
 use serde::Serialize;
-use tandem_block::qcow2::{self, Info, OpenOptions, Qcow2, SnapshotName};
+use tandem_block::qcow2::{self, Info, SnapshotName};
 use tandem_block::{Disk, Error, ExtentKind, FileOptions, Locking, sparse_extent_in_chain};
 
 use crate::create;
 use crate::failure::Failure;
-use crate::getopt::{self, Parsed, flag, value};
+use crate::getopt::{self, Parsed, value};
 use crate::image::{
-    Format, Image, could_not_open, follow, follow_option, force_share_option, locking,
+    Format, Image, could_not_open, follow, follow_option, force_share_option, image_opts_option,
+    locking, object_option,
 };
+use crate::opened::Opened;
 use crate::options::Options;
 use crate::output::{self, Output};
 use crate::size;
@@ -42,7 +44,7 @@ pub fn command() -> Command {
                 "Format of the image that is to be copied: qcow2 or raw (default: told by its first \
                  bytes)",
             ),
-            flag("image-opts", None, "Not supported yet").hide(true),
+            image_opts_option(),
             value(
                 "options",
                 Some('o'),
@@ -56,7 +58,7 @@ pub fn command() -> Command {
                 "Measure the disk of this snapshot inside the image: an ID or name, or \
                  snapshot.id=ID,snapshot.name=NAME",
             ),
-            value("object", None, "DEFINITION", "Not supported yet").hide(true),
+            object_option(),
             value("output", None, "human|json", "How to print the result"),
             value("size", None, "SIZE", "Size of the new disk, which is empty"),
             force_share_option(),
@@ -102,7 +104,7 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
         (None, None) => return fail("Either --size N or one filename must be specified."),
         (_, size) => size,
     };
-    args.refuse(&["object", "image-opts"])?;
+    args.refuse(&["object"])?;
     let source = match file {
         Some(file) => Some(Source::open(args, file, request.snapshot)?),
         None => None,
@@ -188,7 +190,7 @@ impl Request {
 
 /// An image that is to be copied.
 struct Source {
-    disk: Box<dyn Disk>,
+    disk: Opened,
     /// Of the disk, whatever it was when the snapshot was taken.
     size: u64,
     /// What the header says of a qcow2 image.
@@ -202,45 +204,34 @@ impl Source {
             let text = format!("Failed to load snapshot: {reason}");
             args.name.error(&text)
         };
-        let image = Image::look(file, args.value("format")).map_err(|e| opened(&e))?;
+        let image = Image::from_operand(args, file, "format")?;
         let files = FileOptions {
             locking: locking(args),
             ..FileOptions::default()
         };
-        let follow = follow(args)?;
-        let (disk, info) = match image.format {
-            Format::Raw => {
-                let disk = image.open(true, follow, files);
-                let disk = disk.map_err(|e| opened(&e.reason()))?;
-                if snapshot.is_some() {
-                    return Err(no_snapshot(
-                        "Block format 'raw' used by device '' does not support temporarily loading \
-                         internal snapshots",
-                    ));
-                }
-                (disk, None)
+        let options = image.options(true, follow(args)?, files);
+        let mut options = options.map_err(|e| opened(&e.reason()))?;
+        options.snapshot = snapshot;
+        let disk = Opened::open(&image, &options).map_err(|error| match error {
+            Error::NoSnapshot { .. } => no_snapshot("Can't find snapshot"),
+            other => opened(&other.reason()),
+        })?;
+        let info = match image.format {
+            Format::Raw if options.snapshot.is_some() => {
+                return Err(no_snapshot(
+                    "Block format 'raw' used by device '' does not support temporarily loading \
+                     internal snapshots",
+                ));
             }
+            Format::Raw => None,
             Format::Qcow2 => {
-                let options = OpenOptions {
-                    read_only: true,
-                    follow,
-                    snapshot,
-                    files,
-                    ..OpenOptions::default()
-                };
-                let disk = Qcow2::open(image.path, &options).map_err(|error| match error {
-                    Error::NoSnapshot { .. } => no_snapshot("Can't find snapshot"),
-                    other => opened(&other.reason()),
-                })?;
-                let info = Info::read_with(image.path, Locking::Off);
-                let info = info.map_err(|e| opened(&e.reason()))?;
-                let disk: Box<dyn Disk> = Box::new(disk);
-                (disk, Some(info))
+                let info = Info::read_with(&image.path, Locking::Off);
+                Some(info.map_err(|e| opened(&e.reason()))?)
             }
         };
         let size = match &info {
             Some(info) => info.size,
-            None => disk.size(),
+            None => disk.disk().size(),
         };
         Ok(Self { disk, size, info })
     }
@@ -278,7 +269,7 @@ fn qcow2_sizes(size: u64, source: Option<&Source>, options: &Options) -> Result<
         None => 0,
         // It may show anything, and have nothing in common with the source.
         Some(_) if options.text("backing_file").is_some() => all,
-        Some(source) => data_size(&*source.disk, size, target.cluster_size)
+        Some(source) => data_size(source.disk.disk(), size, target.cluster_size)
             .map_err(|e| format!("Unable to get block status: {}", e.cause()))?,
     };
     let info = source.and_then(|source| source.info.as_ref());

@@ -1,36 +1,17 @@
 //! What a command line asks for.
 
-use std::ffi::OsStr;
-use std::os::unix::ffi::OsStrExt;
-
 use tandem_block::qcow2::SnapshotName;
 
 use crate::create;
 use crate::failure::Failure;
 use crate::getopt::Parsed;
-use crate::options::{Definition, Kind, Options};
 use crate::size;
+use crate::snapshot;
 
 /// Most bytes of zeros that `-S` may ask for.
 const MAX_SPARSE: u64 = 16 << 20;
 /// Most parts that may be copied at once.
 const MAX_COROUTINES: u64 = 16;
-
-/// What the parameters of `-l` are called.
-const SNAPSHOT: &[Definition] = &[
-    Definition {
-        name: "snapshot.id",
-        kind: Kind::Text,
-        default: None,
-        help: "ID of the snapshot",
-    },
-    Definition {
-        name: "snapshot.name",
-        kind: Kind::Text,
-        default: None,
-        help: "Name of the snapshot",
-    },
-];
 
 /// What is to be done, as far as it is told by values of options.
 pub struct Request {
@@ -64,7 +45,7 @@ impl Request {
             };
             let number = |what: &str| between(what, 0, i64::MAX as u64);
             match id {
-                "snapshot" => request.snapshot = Some(snapshot(args, value)?),
+                "snapshot" => request.snapshot = Some(snapshot::selected(args, value)?),
                 "sparse-size" => {
                     request.sparse = number("buffer size for sparse output")?;
                     check_sparse(args, request.sparse)?;
@@ -113,23 +94,4 @@ fn check_sparse(args: &Parsed, bytes: u64) -> Result<(), Failure> {
         "Invalid buffer size for sparse output specified. Valid sizes are multiples of 512 up to \
          {MAX_SPARSE}. Select 0 to disable sparse detection (fully allocates output)."
     )))
-}
-
-/// The snapshot that `value` means: an ID or a name, or `snapshot.id=ID,snapshot.name=NAME`.
-fn snapshot(args: &Parsed, value: &OsStr) -> Result<SnapshotName, Failure> {
-    let Some(list) = value.to_str().filter(|text| text.starts_with("snapshot.")) else {
-        return Ok(SnapshotName::IdOrName(value.as_bytes().to_owned()));
-    };
-    let mut options = Options::new(SNAPSHOT);
-    options.parse(list).map_err(|reason| {
-        let mut failure = args.name.error(&reason);
-        let text = format!("Failed in parsing snapshot param '{list}'");
-        failure.message += &args.name.error(&text).message;
-        failure
-    })?;
-    let text = |name: &str| options.text(name).map(|text| text.as_bytes().to_owned());
-    Ok(SnapshotName::Exact {
-        id: text("snapshot.id"),
-        name: text("snapshot.name"),
-    })
 }

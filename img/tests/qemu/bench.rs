@@ -49,6 +49,8 @@ fn the_same_lines() {
         "-c 5 --native --cache directsync image",
         "-c 5 -q -U image",
         "-c 5 --no-drain image",
+        "-c 5 --image-opts driver=qcow2,file.filename=image",
+        "-c 5 -t none json:{\"driver\":\"raw\",\"file\":{\"driver\":\"file\",\"filename\":\"raw\"}}",
         "-c 5 --pattern 3 image",
         "--count 5 --depth 2 --buffer-size 4k --step-size 8k --offset 1k --aio threads image",
     ] {
@@ -93,6 +95,9 @@ fn fails_the_same() {
         "a b",
         "missing",
         "-f foo image",
+        "-f qcow2 --image-opts driver=qcow2,file.filename=image",
+        "-w --image-opts driver=qcow2,file.filename=image,read-only=on",
+        "--image-opts driver=qcow2",
         "-f qcow2 raw",
         "-c x image",
         "-c 1k image",
@@ -158,10 +163,6 @@ fn what_there_is_only_of_threads() {
         (
             "-s 1G image",
             "The buffers of all requests would take more than 2 GiB",
-        ),
-        (
-            "--image-opts image",
-            "Option '--image-opts' is not supported yet",
         ),
     ] {
         let run = place.run(&words(&format!("bench {line}")));

@@ -67,6 +67,8 @@ fn the_same_disks() {
             same_disk(&both, &line, format, "out");
         }
     }
+    let line = "dd --image-opts bs=1k if=driver=qcow2,file.filename=external of=out";
+    same_disk(&both, line, "raw", "out");
     same_disk(&both, "dd -f raw if=image of=copy of=file", "raw", "file");
     same_disk(&both, "dd -f qcow2 if=file:image of=file:out", "raw", "out");
     same_disk(
@@ -117,6 +119,8 @@ fn fails_the_same() {
         "-O foo if=image of=out",
         "-O foo if=missing of=out",
         "-f foo if=image of=out",
+        "-f qcow2 --image-opts if=driver=qcow2,file.filename=image of=out",
+        "--image-opts if=driver=qcow2,file.filename=missing of=out",
         "-f qcow2 if=odd of=out",
         "-x",
         "-O",

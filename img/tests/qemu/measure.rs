@@ -88,8 +88,15 @@ fn of_images() {
         "-l snapshot.id=1 -O qcow2",
         "-l snapshot.name=second,snapshot.id=2 -O qcow2 -o cluster_size=4k",
         "-l first -O qcow2 --output=json",
+        "-O qcow2 --image-opts driver=raw,file.filename=sparse,read-only=on",
+        "-l 1 -O qcow2 --image-opts driver=qcow2,file.filename=image",
     ] {
-        both.same(&format!("measure {line} image"));
+        let image = if line.contains("image-opts") {
+            ""
+        } else {
+            "image"
+        };
+        both.same(&format!("measure {line} {image}"));
     }
 }
 
@@ -141,6 +148,9 @@ fn fails_the_same() {
         "-O foo missing",
         "-O qcow2 missing",
         "-f foo image",
+        "-f qcow2 --image-opts driver=qcow2,file.filename=image",
+        "--image-opts driver=qcow2,file.filename=missing",
+        "--image-opts image x",
         "-f qcow2 empty",
         "-l none image",
         "-l none external",

@@ -239,6 +239,6 @@ impl Copy<'_> {
             }
             at = end;
         }
-        self.to.flush().map_err(written)
+        self.to.close().map_err(written)
     }
 }

@@ -3,22 +3,22 @@
 //! Changes are made in memory. To commit them, the bits that have changed, tables of them and a new
 //! directory go to clusters of their own, and once these are on disk, with their counts, the header
 //! is switched to the new directory (`switch`). After that the old clusters are given back. A crash
-//! leaves the old bitmaps or the new ones, and at worst leaked clusters.
+//! leaves the old bitmaps or the new ones (or none, where the header needs more than one step), and at
+//! worst leaked clusters.
 
 use std::ops::Range;
 use std::path::Path;
 
-use super::directory::{self, Bitmap, GRANULARITY_BITS, MAX_BITMAPS, MAX_BITMAPS_SIZE, MAX_NAME};
-use super::{MAX_BITMAP_SIZE, WORD_BITS, flags, load, set, switch};
+use super::bits::Bits;
+use super::directory::{self, Bitmap, GRANULARITY_BITS, MAX_NAME};
+use super::{MAX_BITMAP_SIZE, MAX_BITMAPS, MAX_BITMAPS_SIZE, flags, load, switch, total_size};
 use crate::file::ImageFile;
 use crate::lock::Access;
 use crate::qcow2::backing::Found;
 use crate::qcow2::extension::Bitmaps as Extension;
 use crate::qcow2::header::Header;
 use crate::qcow2::reserved::Field;
-use crate::qcow2::words::Words;
 use crate::qcow2::{OpenOptions, Qcow2};
-use crate::sync::atomic::Ordering;
 use crate::{Disk, Error, Result};
 
 /// The default granularity is the cluster size within these bounds.
@@ -40,7 +40,7 @@ pub struct BitmapEditor {
 struct Edited {
     entry: Bitmap,
     /// What the bitmap on disk has become if it has changed.
-    bits: Option<Words>,
+    bits: Option<Bits>,
 }
 
 impl BitmapEditor {
@@ -61,8 +61,7 @@ impl BitmapEditor {
     pub fn new(mut disk: Qcow2) -> Result<Self> {
         if !disk.read_only {
             // What the bitmaps have followed so far.
-            disk.write_back()?;
-            disk.store_bitmaps()?;
+            disk.store_all()?;
             disk.bitmaps = None;
         }
         let (image, path) = (&*disk.image.storage, &disk.image.path);
@@ -116,7 +115,7 @@ impl BitmapEditor {
         })?;
         self.bitmaps.push(Edited {
             entry: Bitmap::new(name, bits),
-            bits: Some(empty()),
+            bits: Some(Bits::new()),
         });
         self.changed = true;
         Ok(())
@@ -140,22 +139,11 @@ impl BitmapEditor {
         if self.bitmaps.len() >= MAX_BITMAPS {
             return Err("Maximum number of persistent bitmaps is already reached".to_owned());
         }
-        let g = self.disk.geometry;
-        let size = |edited: &Edited| match edited.entry.table_size {
-            0 => self.parts(&edited.entry) << g.cluster_bits,
-            size => u64::from(size) << g.cluster_bits,
-        };
-        let total: u64 = self.bitmaps.iter().map(size).sum();
-        if total + (g.clusters(bytes).max(1) << g.cluster_bits) > MAX_BITMAPS_SIZE {
+        let entries = self.bitmaps.iter().map(|bitmap| &bitmap.entry);
+        if total_size(entries, self.disk.size()).saturating_add(bytes) > MAX_BITMAPS_SIZE {
             return Err("The bitmaps are too large together. Use larger granularity".to_owned());
         }
         Ok(())
-    }
-
-    /// Clusters of bits that `bitmap` needs.
-    fn parts(&self, bitmap: &Bitmap) -> u64 {
-        let bits = self.disk.size().div_ceil(1 << bitmap.granularity_bits);
-        self.disk.geometry.clusters(bits.div_ceil(8)).max(1)
     }
 
     /// Removes a bitmap, in whatever state it is.
@@ -178,7 +166,7 @@ impl BitmapEditor {
     /// [`Error::Bitmap`] if there is none called `name`, or it cannot be used.
     pub fn clear(&mut self, name: &[u8]) -> Result<()> {
         let index = self.find_usable(name)?;
-        self.bitmaps[index].bits = Some(empty());
+        self.bitmaps[index].bits = Some(Bits::new());
         self.changed = true;
         Ok(())
     }
@@ -238,22 +226,23 @@ impl BitmapEditor {
     }
 
     /// The bits of a bitmap, to be put back.
-    fn take_bits(&mut self, index: usize) -> Result<Words> {
+    fn take_bits(&mut self, index: usize) -> Result<Bits> {
         match self.bitmaps[index].bits.take() {
             Some(bits) => Ok(bits),
             None => self.load(index),
         }
     }
 
-    fn load(&self, index: usize) -> Result<Words> {
-        let bits = empty();
+    fn load(&self, index: usize) -> Result<Bits> {
+        let bits = Bits::new();
         let entry = &self.bitmaps[index].entry;
-        load(&self.disk.image, self.disk.geometry, entry, &bits)?;
+        let size = self.disk.size();
+        load(&self.disk.image, self.disk.geometry, entry, &bits, size)?;
         Ok(bits)
     }
 
     /// Sets in `target` what is set in the bitmap at `index`.
-    fn add_bits(&self, index: usize, target: &Words, granularity_bits: u8) -> Result<()> {
+    fn add_bits(&self, index: usize, target: &Bits, granularity_bits: u8) -> Result<()> {
         let loaded;
         let source = match &self.bitmaps[index].bits {
             Some(bits) => bits,
@@ -263,14 +252,11 @@ impl BitmapEditor {
             }
         };
         let (size, source_bits) = (self.disk.size(), self.bitmaps[index].entry.granularity_bits);
-        for (word, value) in values(source) {
-            for run in runs(value) {
-                let first = word as u64 * WORD_BITS + u64::from(run.start);
-                let start = first << source_bits;
-                let end = start + (u64::from(run.end - run.start) << source_bits);
-                if start < size {
-                    set(target, granularity_bits, start, end.min(size) - start);
-                }
+        for run in source.runs() {
+            let (start, end) = (run.start << source_bits, run.end << source_bits);
+            if start < size {
+                let last = end.min(size) - 1;
+                target.set_range(start >> granularity_bits, last >> granularity_bits);
             }
         }
         Ok(())
@@ -389,43 +375,5 @@ impl BitmapEditor {
             directory_size: len,
             directory_offset: offset,
         }))
-    }
-}
-
-/// Bits of which none is set.
-fn empty() -> Words {
-    Words::new((MAX_BITMAP_SIZE / 8) as usize)
-}
-
-/// The words that are not zero, with their indices.
-fn values(bits: &Words) -> impl Iterator<Item = (usize, u64)> + '_ {
-    bits.indices().filter_map(|index| {
-        let value = bits.get(index)?.load(Ordering::Relaxed);
-        (value != 0).then_some((index, value))
-    })
-}
-
-/// The runs of ones in `value`.
-fn runs(value: u64) -> impl Iterator<Item = Range<u32>> {
-    let mut from = 0;
-    std::iter::from_fn(move || {
-        let rest = value.checked_shr(from).filter(|rest| *rest != 0)?;
-        let start = from + rest.trailing_zeros();
-        from = start + (value >> start).trailing_ones();
-        Some(start..from)
-    })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn runs_of_ones() {
-        let all = |value| Vec::from_iter(runs(value).map(|run| (run.start, run.end)));
-        assert_eq!(all(0), []);
-        assert_eq!(all(u64::MAX), [(0, 64)]);
-        assert_eq!(all(0b110_0101), [(0, 1), (2, 3), (5, 7)]);
-        assert_eq!(all(1 << 63 | 1), [(0, 1), (63, 64)]);
     }
 }

@@ -33,7 +33,7 @@ impl CacheMode {
     }
 
     /// Whether data goes past the page cache.
-    pub(crate) fn is_direct(self) -> bool {
+    pub fn is_direct(self) -> bool {
         matches!(self, Self::None | Self::Directsync)
     }
 

@@ -1,5 +1,7 @@
 //! The [`Disk`] trait: what a device model sees of an image.
 
+use std::os::fd::BorrowedFd;
+
 use vm_memory::VolatileSlice;
 
 use crate::{Error, Result};
@@ -125,10 +127,35 @@ pub trait Disk: Send + Sync {
         })
     }
 
+    /// As [`extent`](Disk::extent), but data that lies in holes of the file is told as
+    /// [`ExtentKind::Zero`], as far as it is worth looking for them.
+    ///
+    /// # Errors
+    /// Those of [`extent`](Disk::extent).
+    fn sparse_extent(&self, offset: u64, len: u64) -> Result<Extent> {
+        self.extent(offset, len)
+    }
+
     /// The disk below, which shows where this one has nothing; what lies behind its end reads as
     /// zero.
     fn backing(&self) -> Option<&dyn Disk> {
         None
+    }
+
+    /// The file whose offsets [`extent`](Disk::extent) tells, if the system can copy from it.
+    fn host_file(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    /// Writes the `len` bytes at `offset` by having the system copy those at `from` of the file
+    /// `source`, where it can: the two may share their space then. Returns whether it could; if not,
+    /// each part of the range is as it was or copied.
+    ///
+    /// # Errors
+    /// Those of [`write_at`](Disk::write_at).
+    fn copy_from(&self, source: BorrowedFd<'_>, from: u64, offset: u64, len: u64) -> Result<bool> {
+        let _ = (source, from, offset, len);
+        Ok(false)
     }
 
     /// Changes the size of the disk to `size` bytes. What it gains reads as zero, but for what a
@@ -176,9 +203,28 @@ pub trait Disk: Send + Sync {
 /// # Errors
 /// Those of [`Disk::extent`].
 pub fn extent_in_chain(disk: &dyn Disk, offset: u64, len: u64) -> Result<(usize, Extent)> {
+    find_in_chain(disk, offset, len, |disk, len| disk.extent(offset, len))
+}
+
+/// As [`extent_in_chain`], of [`Disk::sparse_extent`].
+///
+/// # Errors
+/// Those of [`Disk::sparse_extent`].
+pub fn sparse_extent_in_chain(disk: &dyn Disk, offset: u64, len: u64) -> Result<(usize, Extent)> {
+    find_in_chain(disk, offset, len, |disk, len| {
+        disk.sparse_extent(offset, len)
+    })
+}
+
+fn find_in_chain(
+    disk: &dyn Disk,
+    offset: u64,
+    len: u64,
+    find: impl Fn(&dyn Disk, u64) -> Result<Extent>,
+) -> Result<(usize, Extent)> {
     let (mut disk, mut len, mut depth) = (disk, len, 0);
     loop {
-        let extent = disk.extent(offset, len)?;
+        let extent = find(disk, len)?;
         match disk.backing() {
             Some(below)
                 if extent.kind == ExtentKind::Unallocated && offset < below.size() && len > 0 =>

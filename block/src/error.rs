@@ -151,6 +151,15 @@ pub enum Error {
         name: Vec<u8>,
     },
 
+    /// A persistent bitmap is not there, or cannot be what was asked for.
+    #[error("'{}': {reason}", file.display())]
+    Bitmap {
+        /// The image.
+        file: PathBuf,
+        /// What is wrong, in the words that `qemu-img` uses where it has any.
+        reason: String,
+    },
+
     /// A request does not lie within the disk.
     #[error("request of {len} bytes at offset {offset} lies outside the disk of {size} bytes")]
     OutOfRange {
@@ -194,7 +203,9 @@ impl Error {
                 file.display()
             ),
             Self::NotQcow2 { .. } => "Image is not in qcow2 format".to_owned(),
-            Self::Invalid { reason, .. } | Self::DataFile { reason, .. } => reason.clone(),
+            Self::Invalid { reason, .. }
+            | Self::DataFile { reason, .. }
+            | Self::Bitmap { reason, .. } => reason.clone(),
             Self::Unsupported { feature, .. } => {
                 format!("Unsupported qcow2 feature(s): {feature}")
             }
@@ -204,6 +215,14 @@ impl Error {
             }
             Self::NoSnapshot { .. } => "snapshot not found".to_owned(),
             other => other.to_string(),
+        }
+    }
+
+    /// The system's answer alone if that is what went wrong, else [`reason`](Self::reason).
+    pub fn cause(&self) -> String {
+        match self {
+            Self::Io { source, .. } => system_text(source),
+            other => other.reason(),
         }
     }
 

@@ -3,6 +3,7 @@
 use crate::sync::{Mutex, lock};
 use std::fs::File;
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -70,15 +71,26 @@ impl ImageFile {
             // Between the two, another program may have put a new file in this one's place; from
             // now on it would meet the lock.
             if is_at(storage.file(), path) {
-                let storage: Box<dyn Storage> = if options.cache.is_direct() {
-                    Box::new(Direct::new(storage, access.is_read_only()).map_err(failed)?)
-                } else {
-                    Box::new(storage)
-                };
-                return Ok(Self::new(storage, path, options.cache));
+                return Self::with_cache(storage, path, access.is_read_only(), options.cache);
             }
         }
         Err(failed(io::ErrorKind::ResourceBusy.into()))
+    }
+
+    /// The file `storage`, called `path`, by way of the caches that `cache` tells.
+    pub fn with_cache(
+        storage: FileStorage,
+        path: &Path,
+        read_only: bool,
+        cache: CacheMode,
+    ) -> Result<Self> {
+        let storage: Box<dyn Storage> = if cache.is_direct() {
+            let direct = Direct::new(storage, read_only);
+            Box::new(direct.map_err(|e| Error::io(path, "open", e))?)
+        } else {
+            Box::new(storage)
+        };
+        Ok(Self::new(storage, path, cache))
     }
 
     pub fn read_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> Result<()> {
@@ -115,6 +127,19 @@ impl ImageFile {
         self.storage
             .discard(offset, len)
             .map_err(|e| Error::io_at(&self.path, "release space of", offset, e))
+    }
+
+    /// As [`Storage::copy_from`].
+    pub fn copy_from(
+        &self,
+        source: BorrowedFd<'_>,
+        from: u64,
+        offset: u64,
+        len: u64,
+    ) -> Result<bool> {
+        self.storage
+            .copy_from(source, from, offset, len)
+            .map_err(|e| Error::io_at(&self.path, "write to", offset, e))
     }
 
     /// Whether a write is to be durable when it completes.
@@ -165,6 +190,16 @@ impl ImageFile {
         self.storage
             .next_hole(offset)
             .map_err(|e| Error::io_at(&self.path, "look for holes in", offset, e))
+    }
+
+    /// Bytes that it takes on the host, if that can be told.
+    pub fn allocated(&self) -> Result<Option<u64>> {
+        let Some(file) = self.storage.fd() else {
+            return Ok(None);
+        };
+        let stat = rustix::fs::fstat(file);
+        let stat = stat.map_err(|e| Error::io(&self.path, "stat", e.into()))?;
+        Ok(Some(stat.st_blocks.unsigned_abs() * 512))
     }
 
     pub fn size(&self) -> Result<u64> {

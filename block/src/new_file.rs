@@ -12,7 +12,7 @@ use rustix::io::Errno;
 
 use crate::file::is_at;
 use crate::lock::{self, Access, Locking};
-use crate::{Error, Result};
+use crate::{Error, FileStorage, Result};
 
 /// How much of a new disk gets its space at once.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -169,6 +169,26 @@ impl NewFile {
     /// The file, for positioned writes.
     pub fn file(&self) -> &File {
         &self.file
+    }
+
+    /// The name that was asked for.
+    pub fn name(&self) -> &Path {
+        &self.name
+    }
+
+    /// Whether it is no block device, and so reads as zero where nothing has been written.
+    pub fn is_regular(&self) -> bool {
+        matches!(self.kind, Kind::Regular { .. })
+    }
+
+    /// The file for a disk that is filled before it is committed.
+    pub fn storage(&mut self) -> Result<FileStorage> {
+        self.clear_start()?;
+        if let Kind::BlockDevice { clear_start, .. } = &mut self.kind {
+            *clear_start = false;
+        }
+        let storage = self.file.try_clone().and_then(FileStorage::new);
+        self.io("open", storage)
     }
 
     /// Makes it a file of `len` bytes that reads as zero, for metadata.

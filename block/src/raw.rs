@@ -1,5 +1,6 @@
 //! Raw disks: the file is the disk.
 
+use std::os::fd::BorrowedFd;
 use std::path::Path;
 
 use vm_memory::VolatileSlice;
@@ -8,10 +9,10 @@ use crate::cache_mode::CacheMode;
 use crate::disk::{check_range, total_len};
 use crate::file::{FileOptions, ImageFile};
 use crate::lock::Access;
-use crate::new_file::{NewFile, Preallocation};
+use crate::new_file::Preallocation;
 use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::sync::{Mutex, lock};
-use crate::{Disk, Error, Extent, ExtentKind, Limits, Result, Storage};
+use crate::{Disk, Error, Extent, ExtentKind, Limits, NewImage, Result, Storage};
 
 /// A disk whose bytes are the bytes of a file or host block device.
 #[derive(Debug)]
@@ -50,19 +51,9 @@ impl Raw {
     /// first sector is cleared.
     ///
     /// # Errors
-    /// [`Error::Option`] for [`Preallocation::Metadata`], which a raw disk does not have, or if
-    /// the block device is too small; [`Error::Io`].
+    /// As [`NewImage::raw`].
     pub fn create(path: &Path, size: u64, preallocation: Preallocation) -> Result<()> {
-        let wrong = |reason: &str| Error::Option(reason.to_owned());
-        if preallocation == Preallocation::Metadata {
-            return Err(wrong("Unsupported preallocation mode: metadata"));
-        }
-        let size = size
-            .checked_next_multiple_of(512)
-            .ok_or_else(|| wrong("The image size is too large for file format 'raw'"))?;
-        let mut file = NewFile::begin(path)?;
-        file.with_data(size, preallocation)?;
-        NewFile::commit(vec![file])
+        NewImage::raw(path, size, preallocation)?.commit()
     }
 
     /// Serves `storage` as a disk; `name` stands for it in error messages.
@@ -145,6 +136,18 @@ impl Disk for Raw {
             kind,
             offset: Some(offset),
         })
+    }
+
+    fn host_file(&self) -> Option<BorrowedFd<'_>> {
+        self.file.storage.fd()
+    }
+
+    fn copy_from(&self, source: BorrowedFd<'_>, from: u64, offset: u64, len: u64) -> Result<bool> {
+        self.check_writable()?;
+        check_range(offset, len, self.size())?;
+        let is_copied = self.file.copy_from(source, from, offset, len)?;
+        self.settle()?;
+        Ok(is_copied)
     }
 
     fn resize(&self, size: u64) -> Result<()> {

@@ -3,11 +3,12 @@
 use std::fmt::Debug;
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 
 use rustix::fs::{FallocateFlags, SeekFrom};
+use rustix::io::Errno;
 use vm_memory::VolatileSlice;
 
 use crate::lock::{self, Access};
@@ -50,6 +51,24 @@ pub trait Storage: Debug + Send + Sync {
     fn next_hole(&self, offset: u64) -> io::Result<u64> {
         let _ = offset;
         self.size()
+    }
+
+    /// The file, if the system can copy from it.
+    fn fd(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    /// Has the system copy `len` bytes at `from` of the file `source` to `offset`, where it can.
+    /// Returns whether it could.
+    fn copy_from(
+        &self,
+        source: BorrowedFd<'_>,
+        from: u64,
+        offset: u64,
+        len: u64,
+    ) -> io::Result<bool> {
+        let _ = (source, from, offset, len);
+        Ok(false)
     }
 
     /// Makes completed writes durable, with the metadata needed to read them back.
@@ -141,7 +160,6 @@ impl FileStorage {
     /// Whether `fallocate` fails with `error` where it is not to be had: on this file system, or for
     /// parts of a device's blocks.
     fn cannot_fallocate(&self, error: rustix::io::Errno) -> bool {
-        use rustix::io::Errno;
         match error {
             Errno::OPNOTSUPP | Errno::NODEV => true,
             Errno::INVAL => self.is_block_device,
@@ -270,6 +288,34 @@ impl Storage for FileStorage {
         }
     }
 
+    fn fd(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.file.as_fd())
+    }
+
+    fn copy_from(
+        &self,
+        source: BorrowedFd<'_>,
+        mut from: u64,
+        mut offset: u64,
+        mut len: u64,
+    ) -> io::Result<bool> {
+        while len > 0 {
+            let at = (Some(&mut from), Some(&mut offset));
+            let some = usize::try_from(len).unwrap_or(usize::MAX);
+            match rustix::fs::copy_file_range(source, at.0, &self.file, at.1, some) {
+                // The source ends before.
+                Ok(0) => return Ok(false),
+                Ok(copied) => len -= copied as u64,
+                Err(Errno::INTR) => {}
+                Err(Errno::XDEV | Errno::OPNOTSUPP | Errno::INVAL | Errno::NOSYS) => {
+                    return Ok(false);
+                }
+                Err(e) => return Err(e.into()),
+            }
+        }
+        Ok(true)
+    }
+
     fn sync(&self) -> io::Result<()> {
         Ok(rustix::io::retry_on_intr(|| {
             rustix::fs::fdatasync(&self.file)
@@ -374,6 +420,22 @@ mod tests {
         assert!(data <= 4 << 20);
         assert_eq!(s.next_data(4 << 20).unwrap(), Some(4 << 20));
         assert_eq!(s.next_data(9 << 20).unwrap(), None);
+    }
+
+    #[test]
+    fn copies_from_another_file() {
+        let (source, target) = (storage(), storage());
+        let bytes: Vec<u8> = (0..100_000).map(|i| (i % 251) as u8).collect();
+        source.write_bytes_at(&bytes, 0).unwrap();
+        let fd = source.fd().unwrap();
+        if target.copy_from(fd, 1000, 5000, 90_000).unwrap() {
+            let mut back = vec![0; 95_000];
+            target.read_bytes_at(&mut back, 0).unwrap();
+            assert_eq!(back[..5000], [0; 5000]);
+            assert_eq!(back[5000..], bytes[1000..91_000]);
+        }
+        // What the source does not have is for the caller to read.
+        assert!(!target.copy_from(fd, 99_000, 0, 2000).unwrap());
     }
 
     #[test]

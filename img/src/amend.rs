@@ -132,7 +132,7 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
     if progress {
         output::print("    (0.00/100%)\r");
     }
-    qcow2::amend(image.path, &changes).map_err(|e| match e {
+    qcow2::amend(&image.path, &changes).map_err(|e| match e {
         tandem_block::Error::Option(text) => args.name.error(&text),
         other => args
             .name

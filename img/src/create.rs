@@ -8,11 +8,11 @@ use clap::Command;
 use tandem_block::qcow2::{
     self, BackingFormat, CompressionType, CreateOptions, DataFileLayout, Follow,
 };
-use tandem_block::{Error, FileOptions, Locking, Preallocation, Raw};
+use tandem_block::{Error, FileOptions, Locking, NewImage, Preallocation};
 
 use crate::failure::Failure;
 use crate::getopt::{self, Parsed, flag, value};
-use crate::image::{Format, Image, could_not_open, local_path};
+use crate::image::{Format, Image, could_not_open, local_path, object_option};
 use crate::options::{self, Definition, Kind, Options, Value};
 use crate::output;
 use crate::size;
@@ -26,7 +26,7 @@ pub fn command() -> Command {
         .args([
             getopt::help(),
             flag("quiet", Some('q'), "Print nothing but errors"),
-            value("object", None, "DEFINITION", "Not supported yet").hide(true),
+            object_option(),
             value(
                 "format",
                 Some('f'),
@@ -264,53 +264,38 @@ fn create(args: &Parsed, file: &OsStr, size: Option<u64>, list: &str) -> Result<
     make(format, path, &options)
 }
 
-/// Creates an image for a copy of a disk of `size` bytes, with the options of `list`.
-pub fn create_copy(
+/// The options of an image for a copy of a disk of `size` bytes: those of `list`, and the backing file
+/// that `args` tell.
+pub fn copy_options(
+    args: &Parsed,
     format: Format,
-    path: &Path,
-    size: u64,
     list: &str,
-    compressed: bool,
-) -> Result<(), String> {
+    size: u64,
+) -> Result<Options, String> {
     let mut options = Options::new(definitions(format));
     if !list.is_empty() {
         options.parse(list)?;
     }
-    if options.text("backing_file").is_some() {
-        return Err("Option 'backing_file' is not supported yet".to_owned());
-    }
-    if options.number("size").is_none() {
-        options.set("size", Value::Number(size));
-    }
-    if compressed {
-        check_compressible(format, &options)?;
-    }
-    make(format, path, &options)
-}
-
-/// Refuses what cannot have compressed clusters.
-fn check_compressible(format: Format, options: &Options) -> Result<(), String> {
-    let refused = |reason: &str| Err(reason.to_owned());
-    if format == Format::Raw {
-        return refused("Compression not supported for this file format");
-    }
-    if preallocation(options)? != Preallocation::Off {
-        return refused("Compression and preallocation not supported at the same time");
-    }
-    if options.text("data_file").is_some() {
-        return refused("Compression is not supported for images with an external data file");
-    }
-    Ok(())
+    options.set("size", Value::Number(size));
+    set_backing(args, format, &mut options)?;
+    Ok(options)
 }
 
 fn make(format: Format, path: &Path, options: &Options) -> Result<(), String> {
+    begin(format, path, options)?
+        .commit()
+        .map_err(|error| reason(&error, format))
+}
+
+/// A new image with `options` that has not taken its name yet.
+pub fn begin(format: Format, path: &Path, options: &Options) -> Result<NewImage, String> {
     let size = options.number("size").unwrap_or_default();
     let preallocation = preallocation(options)?;
-    let created = match format {
-        Format::Raw => Raw::create(path, size, preallocation),
-        Format::Qcow2 => qcow2::create(path, &qcow2_options(size, preallocation, options)?),
+    let new = match format {
+        Format::Raw => NewImage::raw(path, size, preallocation),
+        Format::Qcow2 => NewImage::qcow2(path, &qcow2_options(size, preallocation, options)?),
     };
-    created.map_err(|error| reason(&error, format))
+    new.map_err(|error| reason(&error, format))
 }
 
 fn format(args: &Parsed) -> Result<Format, String> {
@@ -321,7 +306,8 @@ fn format(args: &Parsed) -> Result<Format, String> {
     Format::from_name(&name).ok_or_else(|| format!("Unknown file format '{name}'"))
 }
 
-fn definitions(format: Format) -> &'static [Definition] {
+/// The options that a format has.
+pub fn definitions(format: Format) -> &'static [Definition] {
     match format {
         Format::Raw => RAW,
         Format::Qcow2 => QCOW2,
@@ -329,7 +315,7 @@ fn definitions(format: Format) -> &'static [Definition] {
 }
 
 /// The help on the options of a format; those of files are known `with_file` only.
-fn help(format: Format, with_file: bool) -> String {
+pub fn help(format: Format, with_file: bool) -> String {
     let definitions = definitions(format);
     if with_file {
         return format!("Supported options:\n{}", options::describe(definitions));
@@ -514,7 +500,7 @@ fn not_accepted(name: &str, value: &str) -> String {
 }
 
 /// Why a disk could not be created, in QEMU's words.
-fn reason(error: &Error, format: Format) -> String {
+pub fn reason(error: &Error, format: Format) -> String {
     match error {
         Error::Io { source, .. } if source.kind() == io::ErrorKind::FileTooLarge => match format {
             Format::Raw => "The image size is too large for file format 'raw'".to_owned(),

@@ -5,21 +5,29 @@
 #![deny(missing_docs)]
 
 mod amend;
+mod bench;
+mod bitmap;
 mod check;
+mod compare;
 mod convert;
 mod create;
+mod dd;
 mod failure;
 mod getopt;
 mod image;
+mod image_opts;
 mod info;
 mod json;
 mod map;
+mod measure;
+mod opened;
 mod options;
 mod output;
 mod progress;
 mod resize;
 mod size;
 mod snapshot;
+mod workers;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -40,8 +48,20 @@ const SUBCOMMANDS: &[Subcommand] = &[
         run: amend::run,
     },
     Subcommand {
+        command: bench::command,
+        run: bench::run,
+    },
+    Subcommand {
+        command: bitmap::command,
+        run: bitmap::run,
+    },
+    Subcommand {
         command: check::command,
         run: check::run,
+    },
+    Subcommand {
+        command: compare::command,
+        run: compare::run,
     },
     Subcommand {
         command: convert::command,
@@ -52,12 +72,20 @@ const SUBCOMMANDS: &[Subcommand] = &[
         run: create::run,
     },
     Subcommand {
+        command: dd::command,
+        run: dd::run,
+    },
+    Subcommand {
         command: info::command,
         run: info::run,
     },
     Subcommand {
         command: map::command,
         run: map::run,
+    },
+    Subcommand {
+        command: measure::command,
+        run: measure::run,
     },
     Subcommand {
         command: resize::command,
@@ -70,9 +98,7 @@ const SUBCOMMANDS: &[Subcommand] = &[
 ];
 
 /// What `qemu-img` can do besides and this program cannot yet.
-const MISSING: &[&str] = &[
-    "bench", "bitmap", "commit", "compare", "dd", "measure", "rebase",
-];
+const MISSING: &[&str] = &["commit", "rebase"];
 
 fn main() -> ExitCode {
     let mut args = std::env::args_os();
@@ -101,7 +127,8 @@ fn command() -> Command {
              tandem-img check disk.qcow2\n  \
              tandem-img map disk.qcow2\n  \
              tandem-img resize disk.qcow2 +10G\n  \
-             tandem-img snapshot -c before-upgrade disk.qcow2",
+             tandem-img snapshot -c before-upgrade disk.qcow2\n  \
+             tandem-img bitmap --add disk.qcow2 monday",
         )
 }
 

@@ -1,6 +1,6 @@
 //! How far long work has come.
 
-use std::cell::Cell;
+use std::sync::{Mutex, PoisonError};
 
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -8,30 +8,42 @@ use crate::getopt::Parsed;
 use crate::output;
 
 /// Per cent that the work must have come further before a line for programs says so.
-const STEP: f64 = 1.0;
+const STEP: f32 = 1.0;
+
+/// Steps of the bar.
+const STEPS: u64 = 10_000;
 
 /// Shows how far work has come: with `-p` in lines on standard output as `qemu-img` prints them, else
 /// by a bar on standard error if that is a terminal, and not at all with `-q`.
 pub struct Progress {
     bar: ProgressBar,
     /// Per cent of the last line for programs; `None` if there are no such lines.
-    line: Cell<Option<f64>>,
+    line: Mutex<Option<f32>>,
+    /// See [`STEP`].
+    step: f32,
 }
 
 impl Progress {
     /// As the options `progress` and `quiet` of `args` say.
     pub fn new(args: &Parsed) -> Self {
+        Self::with_step(args, STEP)
+    }
+
+    /// As [`new`](Self::new), with a line where the work has come `step` per cent further.
+    pub fn with_step(args: &Parsed, step: f32) -> Self {
         let (forced, quiet) = (args.has("progress"), args.has("quiet"));
         let bar = if forced || quiet {
             ProgressBar::hidden()
         } else {
             // It is drawn on standard error, and only if that is a terminal.
             let style = ProgressStyle::with_template("{bar:40} {percent:>3}% {eta}");
-            ProgressBar::new(0).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+            let style = style.unwrap_or_else(|_| ProgressStyle::default_bar());
+            ProgressBar::new(STEPS).with_style(style)
         };
         let progress = Self {
             bar,
-            line: Cell::new((forced && !quiet).then_some(0.0)),
+            line: Mutex::new((forced && !quiet).then_some(0.0)),
+            step,
         };
         progress.print(0.0);
         progress
@@ -39,17 +51,22 @@ impl Progress {
 
     /// `done` of `total` has been done.
     pub fn set(&self, done: u64, total: u64) {
-        self.bar.set_length(total);
-        self.bar.set_position(done);
-        let Some(last) = self.line.get() else {
+        let percent = percent(done, total);
+        if self.line() != Some(percent) {
+            self.set_percent(percent);
+        }
+    }
+
+    /// So much has been done. A line says that this is all, however often that is told.
+    pub fn set_percent(&self, percent: f32) {
+        let percent = percent.min(100.0);
+        let position = f64::from(percent) / 100.0 * STEPS as f64;
+        self.bar.set_position(position as u64);
+        let Some(last) = self.line() else {
             return;
         };
-        let percent = match total {
-            0 => 100.0,
-            _ => (done as f64 / total as f64).min(1.0) * 100.0,
-        };
-        if percent - last >= STEP || percent > last && percent == 100.0 {
-            self.line.set(Some(percent));
+        if percent > last + self.step || percent == 100.0 {
+            *self.line.lock().unwrap_or_else(PoisonError::into_inner) = Some(percent);
             self.print(percent);
         }
     }
@@ -59,17 +76,29 @@ impl Progress {
         self.bar.suspend(print);
     }
 
-    fn print(&self, percent: f64) {
-        if self.line.get().is_some() {
+    fn line(&self) -> Option<f32> {
+        *self.line.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn print(&self, percent: f32) {
+        if self.line().is_some() {
             output::print_now(&format!("    ({percent:.2}/100%)\r"));
         }
+    }
+}
+
+/// How much of `total` `done` is, as precisely as `qemu-img` tells it.
+pub fn percent(done: u64, total: u64) -> f32 {
+    match total {
+        0 => 100.0,
+        _ => (100.0 * done as f64 / total as f64) as f32,
     }
 }
 
 impl Drop for Progress {
     fn drop(&mut self) {
         self.bar.finish_and_clear();
-        if self.line.get().is_some() {
+        if self.line().is_some() {
             output::print_now("\n");
         }
     }

@@ -9,6 +9,20 @@ pub enum Wrong {
     Range,
 }
 
+impl Wrong {
+    /// QEMU's message about `value` as the value of the parameter `name`.
+    pub fn message(self, name: &str, value: &str) -> String {
+        match self {
+            Self::Range => format!("Value '{value}' is out of range for parameter '{name}'"),
+            Self::Syntax => format!(
+                "Parameter '{name}' expects a non-negative number below 2^64\n\
+                 Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\n\
+                 and exabytes, respectively."
+            ),
+        }
+    }
+}
+
 /// Reads a size in bytes: decimal, possibly with a fraction, with one of the suffixes b, k, M, G,
 /// T, P, E (powers of 1024, in either case), or hexadecimal without any.
 pub fn parse(text: &str) -> Result<u64, Wrong> {
@@ -35,13 +49,45 @@ pub fn parse(text: &str) -> Result<u64, Wrong> {
 
 /// [`parse`] of what is called `what` in QEMU's message about a mistake in it.
 pub fn parse_named(what: &str, text: &str) -> Result<u64, String> {
+    parse_between(what, text, 0, i64::MAX as u64)
+}
+
+/// As [`parse_named`], of a size from `min` to `max`.
+pub fn parse_between(what: &str, text: &str, min: u64, max: u64) -> Result<u64, String> {
     match parse(text) {
-        Ok(size) if size <= i64::MAX as u64 => Ok(size),
+        Ok(size) if (min..=max).contains(&size) => Ok(size),
         Ok(_) | Err(Wrong::Range) => Err(format!(
-            "Invalid {what} specified. Must be between 0 and {}.",
-            i64::MAX
+            "Invalid {what} specified. Must be between {min} and {max}."
         )),
         Err(Wrong::Syntax) => Err(format!("Invalid {what} specified: '{text}'.")),
+    }
+}
+
+/// A number from `min` to `max`, written as in C, of what is called `what` in QEMU's message about a
+/// mistake in it.
+pub fn parse_count(what: &str, text: &str, min: u64, max: u64) -> Result<u64, String> {
+    let digits = text.trim_start_matches([' ', '\t', '\n', '\u{b}', '\u{c}', '\r']);
+    let (negative, digits) = match digits.strip_prefix(['+', '-']) {
+        Some(rest) => (digits.starts_with('-'), rest),
+        None => (false, digits),
+    };
+    let hexadecimal = digits
+        .strip_prefix("0x")
+        .or_else(|| digits.strip_prefix("0X"));
+    let (digits, radix) = match hexadecimal {
+        Some(digits) => (digits, 16),
+        None if digits.starts_with('0') => (digits, 8),
+        None => (digits, 10),
+    };
+    if digits.is_empty() || !digits.chars().all(|digit| digit.is_digit(radix)) {
+        return Err(format!("Invalid {what} specified: '{text}'."));
+    }
+    match u64::from_str_radix(digits, radix) {
+        Ok(0) if min == 0 => Ok(0),
+        Ok(number) if !negative && (min..=max).contains(&number) => Ok(number),
+        _ => Err(format!(
+            "Invalid {what} specified. Must be between {min} and {max}."
+        )),
     }
 }
 
@@ -159,6 +205,29 @@ mod tests {
         }
         for text in ["-1", "16E", "99999999999999999999", "0x10000000000000000"] {
             assert_eq!(parse(text), Err(Wrong::Range), "{text}");
+        }
+    }
+
+    /// As `qemu-img dd count=` does.
+    #[test]
+    fn reads_numbers_like_qemu() {
+        let parse = |text| parse_count("count", text, 0, i64::MAX as u64);
+        for (text, expected) in [
+            ("0", 0),
+            ("-0", 0),
+            ("+3", 3),
+            (" 2", 2),
+            ("0x1F", 31),
+            ("010", 8),
+        ] {
+            assert_eq!(parse(text), Ok(expected), "{text}");
+        }
+        for text in ["", "x", "1k", "2 ", "0x", "08", "1.5", "-", "0x-1", "++1"] {
+            let reason = format!("Invalid count specified: '{text}'.");
+            assert_eq!(parse(text), Err(reason), "{text}");
+        }
+        for text in ["-1", "9223372036854775808", "99999999999999999999"] {
+            assert!(parse(text).unwrap_err().contains("between 0 and"), "{text}");
         }
     }
 

@@ -7,14 +7,16 @@ use std::time::{Duration, SystemTime};
 use chrono::{DateTime, Local};
 use clap::Command;
 use serde_json::{Map, Value};
-use tandem_block::qcow2::{OpenOptions, Qcow2, SnapshotInfo};
+use tandem_block::qcow2::{Qcow2, SnapshotInfo, SnapshotName};
 use tandem_block::{Error, FileOptions};
 
 use crate::failure::Failure;
 use crate::getopt::{self, Parsed, flag, value};
 use crate::image::{
-    Format, Image, could_not_open, follow, follow_option, force_share_option, locking, printable,
+    Format, Image, could_not_open, follow, follow_option, force_share_option, image_opts_option,
+    locking, object_option, printable,
 };
+use crate::options::{Definition, Kind, Options};
 use crate::output;
 use crate::size;
 
@@ -55,8 +57,8 @@ pub fn command() -> Command {
             flag("quiet", Some('q'), "Print nothing but errors and the list"),
             force_share_option(),
             follow_option(),
-            value("object", None, "DEFINITION", "Not supported yet").hide(true),
-            flag("image-opts", None, "Not supported yet").hide(true),
+            image_opts_option(),
+            object_option(),
         ])
         .after_help(
             "No other program may use the image while a snapshot is taken, applied or deleted.\n\
@@ -96,27 +98,20 @@ impl<'a> Action<'a> {
 /// Runs the subcommand.
 pub fn run(args: &Parsed) -> Result<(), Failure> {
     let action = Action::from_args(args)?;
-    args.refuse(&["object", "image-opts"])?;
+    args.refuse(&["object"])?;
     let image = Image::from_args(args)?;
     let opened = |reason: &str| args.name.error(&could_not_open(image.name, reason));
-    if !matches!(action, Action::List) && args.has("force-share") {
-        return Err(opened(
-            "force-share=on can only be used with read-only images",
-        ));
-    }
+    let files = FileOptions {
+        locking: locking(args),
+        ..FileOptions::default()
+    };
+    let read_only = matches!(action, Action::List);
+    let options = image.options(read_only, follow(args)?, files);
+    let options = options.map_err(|e| opened(&e.reason()))?;
     if image.format == Format::Raw {
         return on_raw(args, action);
     }
-    let options = OpenOptions {
-        read_only: matches!(action, Action::List),
-        follow: follow(args)?,
-        files: FileOptions {
-            locking: locking(args),
-            ..FileOptions::default()
-        },
-        ..OpenOptions::default()
-    };
-    let disk = Qcow2::open(image.path, &options).map_err(|e| opened(&e.reason()))?;
+    let disk = Qcow2::open(&image.path, &options).map_err(|e| opened(&e.reason()))?;
     let (doing, name, done) = match action {
         Action::List => {
             let snapshots = disk.snapshots().map_err(|e| opened(&e.reason()))?;
@@ -155,6 +150,41 @@ fn failed(args: &Parsed, doing: &str, name: &OsStr, reason: &str) -> Failure {
     let name = printable(name);
     args.name
         .error(&format!("Could not {doing} snapshot '{name}': {reason}"))
+}
+
+/// What the parameters of `-l` of other subcommands are called.
+const PARAMETERS: &[Definition] = &[
+    Definition {
+        name: "snapshot.id",
+        kind: Kind::Text,
+        default: None,
+        help: "ID of the snapshot",
+    },
+    Definition {
+        name: "snapshot.name",
+        kind: Kind::Text,
+        default: None,
+        help: "Name of the snapshot",
+    },
+];
+
+/// The snapshot that `value` means: an ID or a name, or `snapshot.id=ID,snapshot.name=NAME`.
+pub fn selected(args: &Parsed, value: &OsStr) -> Result<SnapshotName, Failure> {
+    let Some(list) = value.to_str().filter(|text| text.starts_with("snapshot.")) else {
+        return Ok(SnapshotName::IdOrName(value.as_bytes().to_owned()));
+    };
+    let mut options = Options::new(PARAMETERS);
+    options.parse(list).map_err(|reason| {
+        let mut failure = args.name.error(&reason);
+        let text = format!("Failed in parsing snapshot param '{list}'");
+        failure.message += &args.name.error(&text).message;
+        failure
+    })?;
+    let text = |name: &str| options.text(name).map(|text| text.as_bytes().to_owned());
+    Ok(SnapshotName::Exact {
+        id: text("snapshot.id"),
+        name: text("snapshot.name"),
+    })
 }
 
 /// The list for people; nothing if there are none.

@@ -11,10 +11,9 @@ use std::path::{Path, PathBuf};
 use vm_memory::VolatileSlice;
 
 use super::header::Header;
-use super::policy;
+use super::policy::{self, Follow};
 use super::{OpenOptions, Qcow2, check};
 use crate::buffers::{Buffers, fill_zero};
-use crate::error::system_text;
 use crate::file::ImageFile;
 use crate::lock::Access;
 use crate::{Disk, Error, Raw, Result};
@@ -50,6 +49,23 @@ impl BackingFormat {
     }
 }
 
+/// What is to be below an image.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Backing {
+    /// The backing file that the image names, if it names one.
+    #[default]
+    Named,
+    /// Nothing, whatever the image names: where it has nothing, it reads as zero.
+    Nothing,
+    /// Another file, wherever it is.
+    File {
+        /// The file.
+        path: PathBuf,
+        /// Its format, if the image is not to say what it is.
+        format: Option<BackingFormat>,
+    },
+}
+
 /// An image that has been found, and its header.
 pub(super) struct Found {
     pub image: ImageFile,
@@ -78,11 +94,25 @@ impl Found {
 /// Opens what lies below `top`: from the backing file that it names down to an image that names none,
 /// and then from there up to the one below `top`.
 pub(super) fn open(top: &Found, options: &OpenOptions) -> Result<Option<Box<dyn Disk>>> {
+    let given = &options.backing;
     let options = OpenOptions {
         read_only: true,
         data_file: None,
+        snapshot: None,
+        backing: Backing::Named,
         ..options.clone()
     };
+    match given {
+        Backing::Named => {}
+        Backing::Nothing => return Ok(None),
+        Backing::File { path, format } => {
+            let opened = open_given(top, path, *format, &options);
+            return opened.map(Some).map_err(|reason| Error::BackingFile {
+                file: top.image.path.clone(),
+                reason,
+            });
+        }
+    }
     let mut images: Vec<Found> = Vec::new();
     // From the image whose backing file could not be opened up to the top one.
     let failed = |above: &[Found], reason: String| {
@@ -110,6 +140,31 @@ pub(super) fn open(top: &Found, options: &OpenOptions) -> Result<Option<Box<dyn 
         disk = Some(Box::new(opened.map_err(|e| failed(&images, e.reason()))?));
     }
     Ok(disk)
+}
+
+/// Opens the file `path`, which is to be below `top`.
+fn open_given(
+    top: &Found,
+    path: &Path,
+    format: Option<BackingFormat>,
+    options: &OpenOptions,
+) -> std::result::Result<Box<dyn Disk>, String> {
+    let format = match format {
+        Some(format) => format,
+        None => format_of(&top.header, options)?,
+    };
+    if id(path)? == id(&top.image.path)? {
+        return Err(format!("'{}' is below itself", path.display()));
+    }
+    let opened = match format {
+        BackingFormat::Raw => ImageFile::open(path, Access::Read, options.files)
+            .and_then(|file| Raw::from_file(file, true))
+            .map(|raw| -> Box<dyn Disk> { Box::new(raw) }),
+        BackingFormat::Qcow2 => {
+            Qcow2::open(path, options).map(|image| -> Box<dyn Disk> { Box::new(image) })
+        }
+    };
+    opened.map_err(|e| e.reason())
 }
 
 /// A backing file.
@@ -147,7 +202,8 @@ fn find(
 
 /// Device and inode of the file at `path`.
 fn id(path: &Path) -> std::result::Result<(u64, u64), String> {
-    let metadata = path.metadata().map_err(|e| system_text(&e))?;
+    let failed = |e| Error::io(path, "open", e).reason();
+    let metadata = path.metadata().map_err(failed)?;
     Ok((metadata.dev(), metadata.ino()))
 }
 
@@ -183,6 +239,17 @@ pub fn path_of(image: &Path, name: &[u8]) -> std::result::Result<PathBuf, String
     };
     let directory = image.parent().unwrap_or(Path::new(""));
     Ok(directory.join(OsStr::from_bytes(local)))
+}
+
+/// The path of the backing file that `image` calls `name`, if it exists and `follow` allows to open
+/// it.
+///
+/// # Errors
+/// [`Error::Option`] with the reason why not.
+pub fn find_backing(image: &Path, name: &[u8], follow: Follow) -> Result<PathBuf> {
+    let path = path_of(image, name).map_err(Error::Option)?;
+    drop(policy::open_backing_file(image, &path, follow)?);
+    Ok(path)
 }
 
 impl Qcow2 {

@@ -203,18 +203,44 @@ impl Extensions {
             append(out, FEATURE_NAMES, &names);
         }
         if let Some(bitmaps) = self.bitmaps {
-            let data = BitmapsLayout {
-                count: bitmaps.count.into(),
-                reserved: 0.into(),
-                directory_size: bitmaps.directory_size.into(),
-                directory_offset: bitmaps.directory_offset.into(),
-            };
-            append(out, BITMAPS, data.as_bytes());
+            append(out, BITMAPS, bitmaps.layout().as_bytes());
         }
         for (kind, data) in &self.unknown {
             append(out, *kind, data);
         }
         append(out, END, &[]);
+    }
+}
+
+/// The extensions in `bytes` with `bitmaps` in place of those that are there, and the length of the
+/// old ones; each with the end marker.
+pub(crate) fn replace_bitmaps(bytes: &[u8], bitmaps: Option<Bitmaps>) -> (usize, Vec<u8>) {
+    let mut old_len = size_of::<ExtensionHeader>();
+    let mut out = Vec::new();
+    let mut bitmaps = bitmaps.map(Bitmaps::layout);
+    for (kind, data) in Items(bytes).map_while(|item| item.ok()) {
+        old_len += size_of::<ExtensionHeader>() + data.len().next_multiple_of(8);
+        if kind != BITMAPS {
+            append(&mut out, kind, data);
+        } else if let Some(layout) = bitmaps.take() {
+            append(&mut out, BITMAPS, layout.as_bytes());
+        }
+    }
+    if let Some(layout) = bitmaps {
+        append(&mut out, BITMAPS, layout.as_bytes());
+    }
+    append(&mut out, END, &[]);
+    (old_len.min(bytes.len()), out)
+}
+
+impl Bitmaps {
+    fn layout(self) -> BitmapsLayout {
+        BitmapsLayout {
+            count: self.count.into(),
+            reserved: 0.into(),
+            directory_size: self.directory_size.into(),
+            directory_offset: self.directory_offset.into(),
+        }
     }
 }
 

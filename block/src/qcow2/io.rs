@@ -3,6 +3,7 @@
 use crate::sync::atomic::Ordering;
 use crate::sync::sleep;
 use std::ops::Range;
+use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
 use vm_memory::VolatileSlice;
@@ -88,6 +89,27 @@ impl Disk for Qcow2 {
     fn extent(&self, offset: u64, len: u64) -> Result<Extent> {
         check_range(offset, len, self.size())?;
         self.find_extent(offset, len)
+    }
+
+    fn sparse_extent(&self, offset: u64, len: u64) -> Result<Extent> {
+        check_range(offset, len, self.size())?;
+        self.find_sparse_extent(offset, len)
+    }
+
+    fn host_file(&self) -> Option<BorrowedFd<'_>> {
+        self.data().storage.fd()
+    }
+
+    fn copy_from(&self, source: BorrowedFd<'_>, from: u64, offset: u64, len: u64) -> Result<bool> {
+        self.check_writable()?;
+        check_range(offset, len, self.size())?;
+        let Some(file) = self.passthrough(offset, len)? else {
+            return Ok(false);
+        };
+        self.track(offset, len)?;
+        let is_copied = file.copy_from(source, from, offset, len)?;
+        self.settle()?;
+        Ok(is_copied)
     }
 
     fn backing(&self) -> Option<&dyn Disk> {

@@ -23,7 +23,7 @@
 //! | `snapshot` | internal snapshots: their table, taking, applying and deleting them |
 //! | `bitmaps` | persistent bitmaps of what has changed |
 //! | `create`, `amend` | making new images, and changing options of others |
-//! | `info` | what a user wants to know of an image |
+//! | `info`, `measure` | what a user wants to know of an image, and how large one will be |
 //! | `check` | checking and repairing an image that is not open |
 //!
 //! # Lock order
@@ -68,6 +68,7 @@ mod info;
 mod io;
 mod l1;
 mod mapping;
+mod measure;
 mod open;
 mod overlap;
 mod packed;
@@ -90,7 +91,7 @@ mod zeroes;
 
 use crate::sync::Mutex;
 use crate::sync::atomic::{AtomicBool, AtomicU64};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use bitmaps::Bitmaps;
 use cache::SliceCache;
@@ -108,16 +109,18 @@ use crate::Disk;
 use crate::file::ImageFile;
 
 pub use amend::{AmendOptions, amend};
-pub use backing::{BackingFormat, path_of as backing_path};
-pub use bitmaps::BitmapInfo;
+pub use backing::{Backing, BackingFormat, find_backing, path_of as backing_path};
+pub use bitmaps::{BitmapEditor, BitmapInfo};
 pub use check::{CheckOptions, CheckReport, Finding, FindingKind, Repair, check, check_storage};
 pub use compress::CompressedCluster;
 pub use compressed::CompressionType;
+pub(crate) use create::begin;
 pub use create::{CreateOptions, create};
 pub use info::Info;
+pub use measure::{bitmaps_size, full_size};
 pub use open::OpenOptions;
 pub use policy::Follow;
-pub use snapshot::SnapshotInfo;
+pub use snapshot::{SnapshotInfo, SnapshotName};
 
 /// How guest data lies in an external data file.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -168,6 +171,8 @@ pub struct Qcow2 {
     ranges: RangeLocks,
     requests: Requests,
     retired: Retired,
+    /// Whether the image file looks as if its clusters had been allocated beforehand.
+    preallocated: OnceLock<bool>,
     /// Held by whoever changes the size.
     resizing: Mutex<()>,
     /// Held by whoever writes metadata back.

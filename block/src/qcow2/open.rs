@@ -3,8 +3,9 @@
 use crate::sync::atomic::{AtomicBool, AtomicU64};
 use crate::sync::{Mutex, lock};
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
-use super::backing::{self, BackingFormat, Found};
+use super::backing::{self, Backing, BackingFormat, Found};
 use super::bitmaps::Bitmaps;
 use super::cache::SliceCache;
 use super::entry::L1Entry;
@@ -20,7 +21,7 @@ use super::requests::Requests;
 use super::reserved::{Field, Reserved};
 use super::retired::Retired;
 use super::snapshot::Snapshot;
-use super::{DataFileLayout, Qcow2, bitmaps, snapshot, table};
+use super::{DataFileLayout, Qcow2, SnapshotName, bitmaps, snapshot, table};
 use crate::file::{FileOptions, ImageFile};
 use crate::lock::Access;
 use crate::{Disk, Error, Result, Storage};
@@ -35,12 +36,16 @@ pub struct OpenOptions {
     pub data_file: Option<PathBuf>,
     /// Where the names in the image, and in those below it, may lead.
     pub follow: Follow,
+    /// What is below the image.
+    pub backing: Backing,
     /// Format of the backing file, if the image names one and not its format. It is never guessed:
     /// what a guest has written into a raw image could look like anything.
     pub backing_format: Option<BackingFormat>,
     /// Bytes of memory for L2 tables of each image; a few slices of 4 KiB are always kept. The default of 4 MiB
     /// maps 32 GiB with clusters of 64 KiB. Memory is taken as it is needed.
     pub l2_cache_size: usize,
+    /// The internal snapshot whose state is the disk, in an image that is opened read-only.
+    pub snapshot: Option<SnapshotName>,
     /// How the files are used. Storage of the caller's is not locked, and whether it goes past the
     /// page cache is the caller's affair.
     pub files: FileOptions,
@@ -52,8 +57,10 @@ impl Default for OpenOptions {
             read_only: false,
             data_file: None,
             follow: Follow::default(),
+            backing: Backing::default(),
             backing_format: None,
             l2_cache_size: 4 << 20,
+            snapshot: None,
             files: FileOptions::default(),
         }
     }
@@ -120,18 +127,27 @@ impl Qcow2 {
         backing: Option<Box<dyn Disk>>,
         options: &OpenOptions,
     ) -> Result<Self> {
-        let found = Found::new(
-            ImageFile::new(image, name, options.files.cache),
-            options.read_only,
-        )?;
-        let data = match (found.header.has_data_file(), data_file) {
-            (false, None) => None,
-            (true, Some(storage)) => {
-                let mut name = name.as_os_str().to_owned();
-                name.push(" (data file)");
-                let cache = options.files.cache;
-                Some(ImageFile::new(storage, Path::new(&name), cache))
-            }
+        let cache = options.files.cache;
+        let data = data_file.map(|storage| {
+            let mut name = name.as_os_str().to_owned();
+            name.push(" (data file)");
+            ImageFile::new(storage, Path::new(&name), cache)
+        });
+        let image = ImageFile::new(image, name, cache);
+        Self::with_files(image, data, backing, options)
+    }
+
+    /// Opens `image` with the files that it names, of which it must name each that is given.
+    pub(crate) fn with_files(
+        image: ImageFile,
+        data: Option<ImageFile>,
+        backing: Option<Box<dyn Disk>>,
+        options: &OpenOptions,
+    ) -> Result<Self> {
+        let found = Found::new(image, options.read_only)?;
+        let name = &found.image.path;
+        match (found.header.has_data_file(), &data) {
+            (false, None) | (true, Some(_)) => {}
             (false, Some(_)) => {
                 let reason = "'data-file' can only be set for images with an external data file";
                 return Err(data_file_error(name, reason));
@@ -140,7 +156,7 @@ impl Qcow2 {
                 let reason = "'data-file' is required for this image";
                 return Err(data_file_error(name, reason));
             }
-        };
+        }
         if backing.is_some() != found.header.backing_file.is_some() {
             return Err(Error::BackingFile {
                 file: name.to_owned(),
@@ -151,9 +167,12 @@ impl Qcow2 {
     }
 
     fn from_files(found: Found, options: &OpenOptions, files: Files) -> Result<Self> {
-        let Found { image, header } = found;
+        let Found { image, mut header } = found;
         let Files { data, backing } = files;
         let read_only = options.read_only;
+        if let Some(name) = &options.snapshot {
+            snapshot::show(&image, &mut header, name, read_only)?;
+        }
         let geometry = header.geometry();
         let l1 = L1Table::open(&image, geometry, header.l1_table_offset, header.l1_size)?;
         let refcounts = if read_only {
@@ -215,6 +234,7 @@ impl Qcow2 {
             ranges: RangeLocks::default(),
             requests: Requests::default(),
             retired: Retired::default(),
+            preallocated: OnceLock::new(),
             resizing: Mutex::default(),
             flushing: Mutex::default(),
         })

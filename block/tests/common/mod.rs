@@ -65,6 +65,11 @@ impl Memory {
         self.bytes.lock().unwrap().resize(len as usize, 0);
     }
 
+    /// Overwrites the first bytes.
+    pub fn overwrite(&self, bytes: &[u8]) {
+        self.bytes.lock().unwrap()[..bytes.len()].copy_from_slice(bytes);
+    }
+
     /// Overwrites the big-endian word at `offset`.
     pub fn put_word(&self, offset: u64, value: u64) {
         self.bytes.lock().unwrap()[offset as usize..][..8].copy_from_slice(&value.to_be_bytes());

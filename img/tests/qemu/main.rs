@@ -10,13 +10,22 @@
 
 mod amend;
 mod backing;
+mod bench;
+mod bitmap;
+mod chain;
 mod check;
+mod compare;
 mod convert;
+mod convert_interrupted;
+mod convert_options;
 mod create;
 mod damage;
+mod dd;
+mod image_opts;
 mod info;
 mod locks;
 mod map;
+mod measure;
 mod resize;
 mod run;
 mod snapshot;

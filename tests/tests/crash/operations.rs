@@ -8,7 +8,7 @@ use std::process::Command;
 use std::sync::{Arc, Mutex};
 
 use tandem_block::qcow2::{
-    CreateOptions, Finding, OpenOptions, Qcow2, Repair, check_storage, create,
+    BitmapEditor, CreateOptions, Finding, OpenOptions, Qcow2, Repair, check_storage, create,
 };
 use tandem_block::{Disk, Result};
 use vm_memory::VolatileSlice;
@@ -397,5 +397,96 @@ fn following_changes_in_a_bitmap() {
             expect_marked(&bits, &before, &content(&disk), what);
         });
         assert!(clean > 0);
+    }
+}
+
+/// Name, whether it follows changes, and bits of each bitmap; none if they are not valid.
+fn stored(image: &[u8]) -> Vec<(Vec<u8>, bool, Vec<u8>)> {
+    let word = |at: usize| u64::from_be_bytes(image[at..at + 8].try_into().unwrap()) as usize;
+    let mut at = 112;
+    while image[at..at + 4] != [0x23, 0x85, 0x28, 0x75] || image[95] & 1 == 0 {
+        if word(at) == 0 || image[95] & 1 == 0 {
+            return Vec::new();
+        }
+        at += 8 + (word(at) & 0xffff_ffff).next_multiple_of(8);
+    }
+    let (mut entry, end) = (word(at + 24), word(at + 24) + word(at + 16));
+    let mut found = Vec::new();
+    while entry < end {
+        let len = usize::from(image[entry + 18]) << 8 | usize::from(image[entry + 19]);
+        let bits = match word(word(entry)) {
+            0 => vec![0; 15],
+            offset => image[offset..offset + 15].to_vec(),
+        };
+        let name = image[entry + 24..entry + 24 + len].to_vec();
+        assert_eq!(image[entry + 15] & 1, 0, "marked as in use");
+        found.push((name, image[entry + 15] & 2 != 0, bits));
+        entry += (24 + len).next_multiple_of(8);
+    }
+    found
+}
+
+/// Whatever a failure leaves, there are the bitmaps of before or after, or none for a moment.
+#[test]
+fn changing_bitmaps() {
+    type Change = fn(&mut BitmapEditor);
+    let changes: [Change; 5] = [
+        |editor| editor.add(b"new", Some(512)).unwrap(),
+        |editor| {
+            editor.add(b"other", None).unwrap();
+            editor.add(b"all", Some(512)).unwrap();
+            editor.merge(b"all", b"new").unwrap();
+            editor.clear(b"new").unwrap();
+            editor.set_enabled(b"all", false).unwrap();
+        },
+        |editor| editor.remove(b"new").unwrap(),
+        |editor| editor.set_enabled(b"all", true).unwrap(),
+        |editor| {
+            editor.remove(b"other").unwrap();
+            editor.remove(b"all").unwrap();
+        },
+    ];
+    for (seed, cluster_size) in [(1, 512), (2, 8192)] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("image");
+        let options = CreateOptions {
+            size: SIZE as u64,
+            cluster_size,
+            ..CreateOptions::default()
+        };
+        create(&path, &options).unwrap();
+        let mut image = std::fs::read(&path).unwrap();
+        for (i, change) in changes.iter().enumerate() {
+            let run = |image| {
+                let disk = open(image).unwrap();
+                if i == 1 {
+                    fill(&disk, 5000, 9000, 1);
+                }
+                let mut editor = BitmapEditor::new(disk).unwrap();
+                change(&mut editor);
+                editor.commit().unwrap();
+            };
+            let whole = Arc::new(Mutex::new(image.clone()));
+            run(Memory::plain(Which::Image, &whole));
+            let whole = whole.lock().unwrap().clone();
+            if i != 1 {
+                let possible = [stored(&image), stored(&whole), Vec::new()];
+                explore(&image, seed, run, |state, what| {
+                    check(&plain(&state)).unwrap_or_else(|e| panic!("{what}: {e}"));
+                    assert!(possible.contains(&stored(&state)), "{what}");
+                });
+            }
+            check(&plain(&whole)).unwrap();
+            image = whole;
+            match i {
+                1 => assert!(
+                    stored(&image)
+                        .iter()
+                        .any(|(_, auto, bits)| !auto && bits[1] != 0)
+                ),
+                4 => assert_eq!(stored(&image), []),
+                _ => assert!(!stored(&image).is_empty()),
+            }
+        }
     }
 }

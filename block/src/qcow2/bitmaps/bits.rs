@@ -1,5 +1,6 @@
 //! The bits of a bitmap in memory.
 
+use std::ops::Range;
 use std::sync::OnceLock;
 
 use super::directory::MAX_BITMAP_SIZE;
@@ -51,18 +52,40 @@ impl Bits {
     /// Clears the bits behind the first `count`.
     pub fn truncate(&self, count: u64) {
         let (first, rest) = ((count / WORD_BITS) as usize, count % WORD_BITS);
-        for (part, words) in self.0.iter().enumerate() {
-            let indices = words.get().into_iter().flat_map(Words::indices);
-            for index in indices.map(|index| part * PART + index) {
-                if index >= first
-                    && let Some(word) = self.get(index)
-                {
-                    let kept = if index == first { (1 << rest) - 1 } else { 0 };
-                    word.fetch_and(kept, Ordering::Relaxed);
-                }
-            }
+        for (index, word) in self.words().filter(|(index, _)| *index >= first) {
+            let kept = if index == first { (1 << rest) - 1 } else { 0 };
+            word.fetch_and(kept, Ordering::Relaxed);
         }
     }
+
+    /// The words that may be other than zero, with their indices.
+    fn words(&self) -> impl Iterator<Item = (usize, &AtomicU64)> {
+        self.0.iter().enumerate().flat_map(|(part, words)| {
+            let words = words.get().into_iter();
+            let pairs = words.flat_map(|words| words.indices().map(move |i| (i, words.get(i))));
+            pairs.filter_map(move |(index, word)| Some((part * PART + index, word?)))
+        })
+    }
+
+    /// The runs of bits that are set, in order; those of a word end with it.
+    pub fn runs(&self) -> impl Iterator<Item = Range<u64>> {
+        self.words().flat_map(|(index, word)| {
+            let start = index as u64 * WORD_BITS;
+            let runs = runs(word.load(Ordering::Relaxed));
+            runs.map(move |run| start + u64::from(run.start)..start + u64::from(run.end))
+        })
+    }
+}
+
+/// The runs of ones in `value`.
+fn runs(value: u64) -> impl Iterator<Item = Range<u32>> {
+    let mut from = 0;
+    std::iter::from_fn(move || {
+        let rest = value.checked_shr(from).filter(|rest| *rest != 0)?;
+        let start = from + rest.trailing_zeros();
+        from = start + (value >> start).trailing_ones();
+        Some(start..from)
+    })
 }
 
 #[cfg(test)]
@@ -97,5 +120,19 @@ mod tests {
         assert!(set(&bits, 3).is_empty());
         let word = bits.get((last / WORD_BITS) as usize).unwrap();
         assert_eq!(word.load(Ordering::Relaxed), 0);
+    }
+    #[test]
+    fn runs_of_ones() {
+        let all = |value| Vec::from_iter(runs(value).map(|run| (run.start, run.end)));
+        assert_eq!(all(0), []);
+        assert_eq!(all(u64::MAX), [(0, 64)]);
+        assert_eq!(all(0b110_0101), [(0, 1), (2, 3), (5, 7)]);
+        assert_eq!(all(1 << 63 | 1), [(0, 1), (63, 64)]);
+        let bits = Bits::new();
+        let far = PART as u64 * WORD_BITS;
+        bits.set_range(60, 70);
+        bits.set_range(far, far);
+        let runs = Vec::from_iter(bits.runs().map(|run| (run.start, run.end)));
+        assert_eq!(runs, [(60, 64), (64, 71), (far, far + 1)]);
     }
 }

@@ -17,9 +17,9 @@ const MAX_TABLE_SIZE: u32 = 0x0800_0000;
 /// Most bytes of a bitmap.
 pub(crate) const MAX_BITMAP_SIZE: u64 = 512 << 20;
 /// Longest name of a bitmap in bytes.
-const MAX_NAME: usize = 1023;
+pub(super) const MAX_NAME: usize = 1023;
 /// Granularities as powers of two.
-const GRANULARITY_BITS: std::ops::RangeInclusive<u8> = 9..=31;
+pub(super) const GRANULARITY_BITS: std::ops::RangeInclusive<u8> = 9..=31;
 /// The only type of bitmap: of dirty clusters.
 const TYPE_DIRTY: u8 = 1;
 const ALIGNMENT: usize = 8;
@@ -47,8 +47,10 @@ pub(crate) struct Bitmap {
     pub flags: u32,
     /// How many guest bytes a bit stands for, as a power of two.
     pub granularity_bits: u8,
-    /// Whether all that the entry says is known here.
-    pub is_known: bool,
+    /// See [`TYPE_DIRTY`].
+    pub kind: u8,
+    /// What there is besides, for those who know it.
+    pub extra: Vec<u8>,
     /// Untrusted bytes.
     pub name: Vec<u8>,
     /// Offset of the entry in the image file in bytes.
@@ -126,23 +128,47 @@ pub(crate) fn read(
 /// The first entry of `bytes`, and its length.
 fn parse(bytes: &[u8]) -> Option<(Bitmap, usize)> {
     let (fixed, rest) = Fixed::ref_from_prefix(bytes).ok()?;
-    let extra_len = fixed.extra_len.get() as usize;
-    let name_len = usize::from(fixed.name_len.get());
-    let name = rest.get(extra_len..)?.get(..name_len)?;
-    let len = (size_of::<Fixed>() + extra_len + name_len).next_multiple_of(ALIGNMENT);
-    let flags = fixed.flags.get();
+    let (extra, rest) = rest.split_at_checked(fixed.extra_len.get() as usize)?;
+    let name = rest.get(..usize::from(fixed.name_len.get()))?;
     let bitmap = Bitmap {
         table_offset: fixed.table_offset.get(),
         table_size: fixed.table_size.get(),
-        flags,
+        flags: fixed.flags.get(),
         granularity_bits: fixed.granularity_bits,
-        is_known: fixed.kind == TYPE_DIRTY
-            && flags & !flags::KNOWN == 0
-            && (extra_len == 0 || flags & flags::EXTRA_DATA_COMPATIBLE != 0),
+        kind: fixed.kind,
+        extra: extra.to_vec(),
         name: name.to_vec(),
         at: 0,
     };
+    let len = bitmap.entry_len();
     (len <= bytes.len()).then_some((bitmap, len))
+}
+
+/// Bytes of an entry with `variable` bytes of extra data and name.
+pub(super) fn entry_len(variable: usize) -> usize {
+    (size_of::<Fixed>() + variable).next_multiple_of(ALIGNMENT)
+}
+
+/// The directory of `bitmaps`.
+pub(super) fn encode<'a>(bitmaps: impl Iterator<Item = &'a Bitmap>) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for bitmap in bitmaps {
+        let fixed = Fixed {
+            table_offset: bitmap.table_offset.into(),
+            table_size: bitmap.table_size.into(),
+            flags: bitmap.flags.into(),
+            kind: bitmap.kind,
+            granularity_bits: bitmap.granularity_bits,
+            name_len: (bitmap.name.len() as u16).into(),
+            extra_len: (bitmap.extra.len() as u32).into(),
+        };
+        let end = bytes.len() + bitmap.entry_len();
+        bytes.extend_from_slice(fixed.as_bytes());
+        bytes.extend_from_slice(&bitmap.extra);
+        bytes.extend_from_slice(&bitmap.name);
+        bytes.resize(end, 0);
+    }
+    bytes
 }
 
 fn is_sound(bitmap: &Bitmap, geometry: Geometry) -> bool {
@@ -157,6 +183,32 @@ fn is_sound(bitmap: &Bitmap, geometry: Geometry) -> bool {
 }
 
 impl Bitmap {
+    /// One that follows changes of the disk from now on, and has no table yet.
+    pub fn new(name: &[u8], granularity_bits: u8) -> Self {
+        Self {
+            table_offset: 0,
+            table_size: 0,
+            flags: flags::AUTO,
+            granularity_bits,
+            kind: TYPE_DIRTY,
+            extra: Vec::new(),
+            name: name.to_vec(),
+            at: 0,
+        }
+    }
+
+    /// Whether all that the entry says is known here.
+    pub fn is_known(&self) -> bool {
+        self.kind == TYPE_DIRTY
+            && self.flags & !flags::KNOWN == 0
+            && (self.extra.is_empty() || self.flags & flags::EXTRA_DATA_COMPATIBLE != 0)
+    }
+
+    /// Bytes of the entry.
+    fn entry_len(&self) -> usize {
+        entry_len(self.extra.len() + self.name.len())
+    }
+
     /// Whether it does not tell what has changed, since it was not stored.
     pub fn is_in_use(&self) -> bool {
         self.flags & flags::IN_USE != 0

@@ -11,8 +11,11 @@
 //! latter should follow changes, it is marked, for it does not.
 
 mod bits;
+mod change;
 mod directory;
+mod switch;
 
+use std::ops::Range;
 use std::path::Path;
 
 use super::Qcow2;
@@ -25,6 +28,7 @@ use crate::sync::{Mutex, lock};
 use crate::{Disk, Error, Result, Storage};
 
 use bits::Bits;
+pub use change::BitmapEditor;
 use directory::{Bitmap, MAX_BITMAP_SIZE, Part, flags};
 
 /// Most bytes that the bitmaps of a disk that is written may have together: they are kept in memory.
@@ -44,6 +48,11 @@ pub struct BitmapInfo {
     pub in_use: bool,
     /// Whether it follows changes of the disk.
     pub auto: bool,
+}
+
+/// Bytes of the entry in the directory for a bitmap whose name has `name_len` bytes.
+pub(super) fn entry_len(name_len: usize) -> u64 {
+    directory::entry_len(name_len) as u64
 }
 
 /// What the directory of `image` tells of its bitmaps.
@@ -120,6 +129,9 @@ pub(super) fn reserve(image: &ImageFile, header: &Header, reserved: &mut Reserve
         },
     )
 }
+
+/// A range of the image file in bytes, and what leads there.
+type Place = (Field, Range<u64>);
 
 /// The bitmaps of an image that may be written.
 pub(super) struct Bitmaps {
@@ -241,12 +253,12 @@ fn check_sizes(file: &Path, g: Geometry, size: u64, entries: &[Bitmap]) -> Resul
 
 /// Whether the bits of a bitmap can be kept up to date, and stored again.
 fn is_stored(entry: &Bitmap) -> bool {
-    entry.is_known && !entry.is_in_use()
+    entry.is_known() && !entry.is_in_use()
 }
 
 /// Bytes of the bits of all `entries` for a disk of `size` bytes, without those that are not followed.
-fn total_size(entries: &[Bitmap], size: u64) -> u64 {
-    let stored = entries.iter().filter(|entry| is_stored(entry));
+fn total_size<'a>(entries: impl IntoIterator<Item = &'a Bitmap>, size: u64) -> u64 {
+    let stored = entries.into_iter().filter(|entry| is_stored(entry));
     stored.fold(0, |total: u64, entry| {
         total.saturating_add(entry.bits(size).div_ceil(8))
     })
@@ -282,6 +294,18 @@ fn load(
 }
 
 impl Qcow2 {
+    /// The persistent bitmaps, as the image tells; `None` if it cannot have any, in version 2.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for a directory that is not valid; [`Error::Io`].
+    pub fn bitmaps(&self) -> Result<Option<Vec<BitmapInfo>>> {
+        if self.version < 3 {
+            return Ok(None);
+        }
+        let (image, path) = (&*self.image.storage, &self.image.path);
+        list(image, path, &Header::read(image, path)?).map(Some)
+    }
+
     /// The `len` bytes at `offset` are about to change.
     pub(super) fn track(&self, offset: u64, len: u64) -> Result<()> {
         let Some(bitmaps) = self.bitmaps.as_ref().filter(|_| len > 0) else {
@@ -338,15 +362,8 @@ impl Qcow2 {
         let mut old = Vec::new();
         let mut places = Vec::new();
         for (entry, bits) in bitmaps.stored() {
-            places.push((entry.at, self.write_bitmap(entry, bits)?));
-            let (image, path) = (&*self.image.storage, &self.image.path);
-            let table = entry.table_clusters(self.geometry) << self.geometry.cluster_bits;
-            old.push((Field::BitmapTable, entry.table_offset, table));
-            for part in directory::read_table(image, path, self.geometry, entry)? {
-                if let Part::At(offset) = part {
-                    old.push((Field::BitmapData, offset, self.geometry.cluster_size()));
-                }
-            }
+            places.push((entry.at, self.write_bitmap(entry, bits, &mut Vec::new())?));
+            old.extend(self.places(entry)?);
         }
         self.write_counts()?;
         for (at, (offset, size)) in places {
@@ -355,15 +372,34 @@ impl Qcow2 {
         }
         self.image.sync()?;
         bitmaps.write_flags(&self.image, 0)?;
-        for (field, offset, len) in old {
-            self.release_clusters(Some(field), offset..offset + len)?;
+        for (field, range) in old {
+            self.release_clusters(Some(field), range)?;
         }
         self.write_counts()
     }
 
-    /// Writes the bits of `bitmap` and a table of them to clusters of their own, and returns the
-    /// offset and the number of entries of the table.
-    fn write_bitmap(&self, bitmap: &Bitmap, bits: &Bits) -> Result<(u64, u32)> {
+    /// What the table and the bits of `bitmap` take in the image file, in bytes.
+    fn places(&self, bitmap: &Bitmap) -> Result<Vec<Place>> {
+        let (image, path, g) = (&*self.image.storage, &self.image.path, self.geometry);
+        let (offset, clusters) = (bitmap.table_offset, bitmap.table_clusters(g));
+        let table = offset..offset + (clusters << g.cluster_bits);
+        let mut places = vec![(Field::BitmapTable, table)];
+        for part in directory::read_table(image, path, g, bitmap)? {
+            if let Part::At(offset) = part {
+                places.push((Field::BitmapData, offset..offset + g.cluster_size()));
+            }
+        }
+        Ok(places)
+    }
+
+    /// Writes the bits of `bitmap` and a table of them to clusters of their own, which are added to
+    /// `new`, and returns the offset and the number of entries of the table.
+    fn write_bitmap(
+        &self,
+        bitmap: &Bitmap,
+        bits: &Bits,
+        new: &mut Vec<Place>,
+    ) -> Result<(u64, u32)> {
         let g = self.geometry;
         let parts = g.clusters(bitmap.bits(self.size()).div_ceil(8)).max(1);
         let words = g.cluster_size() / 8;
@@ -378,10 +414,12 @@ impl Qcow2 {
             }
             if bytes.iter().any(|byte| *byte != 0) {
                 *entry = self.add_table(Field::BitmapData, &bytes)?;
+                new.push((Field::BitmapData, *entry..*entry + g.cluster_size()));
             }
         }
         let table = super::table::encode(entries);
         let offset = self.add_table(Field::BitmapTable, &table)?;
+        new.push((Field::BitmapTable, offset..offset + table.len() as u64));
         Ok((offset, parts as u32))
     }
 }

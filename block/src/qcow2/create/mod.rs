@@ -31,7 +31,7 @@ use crate::qcow2::policy::is_same_file;
 use crate::qcow2::refcount_width::RefcountWidth;
 use crate::qcow2::subclusters::Subclusters;
 use crate::qcow2::table::TableWriter;
-use crate::{Error, Result};
+use crate::{Error, NewImage, Result};
 
 /// Creates the image `path`, and its data file if there is to be one.
 ///
@@ -43,6 +43,11 @@ use crate::{Error, Result};
 /// [`Error::Option`] for options that do not go together, [`Error::HeaderFull`] for a name of the
 /// data file that is too long for the cluster size, [`Error::Io`].
 pub fn create(path: &Path, options: &CreateOptions) -> Result<()> {
+    NewImage::qcow2(path, options)?.commit()
+}
+
+/// The new image `path`, and its data file if there is to be one, complete and not in their places.
+pub(crate) fn begin(path: &Path, options: &CreateOptions) -> Result<(NewFile, Option<NewFile>)> {
     let layout = Layout::new(options)?;
     let header = layout.header(options).encode(path)?;
     if let Some(data_file) = &options.data_file {
@@ -66,7 +71,7 @@ pub fn create(path: &Path, options: &CreateOptions) -> Result<()> {
         .write_tables(image.file())
         .and_then(|()| image.file().write_all_at(&header, 0))
         .map_err(|e| Error::io(path, "write", e))?;
-    NewFile::commit(data.into_iter().chain([image]).collect())
+    Ok((image, data))
 }
 
 /// Where everything in a new image is. Offsets and lengths are in bytes unless they say otherwise.
@@ -304,7 +309,7 @@ fn too_large() -> Error {
 }
 
 /// Clusters of the refcount table, and refcount blocks, that count `other` clusters and themselves.
-fn refcount_clusters(other: u64, cluster_size: u64, width: RefcountWidth) -> (u64, u64) {
+pub(super) fn refcount_clusters(other: u64, cluster_size: u64, width: RefcountWidth) -> (u64, u64) {
     let per_block = width.count_in(cluster_size);
     let (mut table, mut blocks) = (1, 1);
     loop {

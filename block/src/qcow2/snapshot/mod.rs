@@ -21,10 +21,11 @@ use std::time::{Duration, SystemTime};
 
 use super::Qcow2;
 use super::entry::COPIED;
-use super::geometry::ENTRY_SIZE;
+use super::geometry::{ENTRY_SIZE, Geometry};
 use super::header::{Header, MAX_L1_SIZE, incompatible};
 use super::reserved::{Field, MAX_SNAPSHOT_TABLES};
 use super::table as entries;
+use crate::file::ImageFile;
 use crate::sync::atomic::Ordering;
 use crate::{Disk, Error, Result};
 
@@ -59,6 +60,43 @@ pub struct SnapshotInfo {
     pub disk_size: u64,
     /// Instructions that the guest had executed, if they were counted.
     pub icount: Option<u64>,
+}
+
+/// Which snapshot is meant: the first one that fits.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SnapshotName {
+    /// The one with this ID or, if there is none, this name.
+    IdOrName(Vec<u8>),
+    /// One that has the ID and the name, as far as they are given.
+    Exact {
+        /// Its ID.
+        id: Option<Vec<u8>>,
+        /// Its name.
+        name: Option<Vec<u8>>,
+    },
+}
+
+impl SnapshotName {
+    fn find<'a>(&self, snapshots: &'a [Snapshot]) -> Option<&'a Snapshot> {
+        match self {
+            Self::IdOrName(text) => {
+                let by_id = snapshots.iter().find(|snapshot| snapshot.id == *text);
+                by_id.or_else(|| snapshots.iter().find(|snapshot| snapshot.name == *text))
+            }
+            Self::Exact { id, name } => snapshots.iter().find(|snapshot| {
+                id.as_ref().is_none_or(|id| *id == snapshot.id)
+                    && name.as_ref().is_none_or(|name| *name == snapshot.name)
+            }),
+        }
+    }
+
+    /// For messages.
+    fn text(&self) -> Vec<u8> {
+        match self {
+            Self::IdOrName(text) => text.clone(),
+            Self::Exact { id, name } => name.clone().or_else(|| id.clone()).unwrap_or_default(),
+        }
+    }
 }
 
 impl From<Snapshot> for SnapshotInfo {
@@ -125,6 +163,52 @@ impl Qcow2 {
         let index = change.find(name, |snapshot| snapshot.name == name)?;
         change.run(|change| change.delete(index))
     }
+}
+
+/// Makes `header` show the disk of the snapshot `name` of `image`, which is only read.
+///
+/// # Errors
+/// [`Error::Option`] for an image that may be written; [`Error::NoSnapshot`]; [`Error::Invalid`] for a
+/// snapshot that the format does not allow; [`Error::Io`].
+pub(super) fn show(
+    image: &ImageFile,
+    header: &mut Header,
+    name: &SnapshotName,
+    read_only: bool,
+) -> Result<()> {
+    if !read_only {
+        let reason = "a snapshot can only be opened read-only";
+        return Err(Error::Option(reason.to_owned()));
+    }
+    let table = read_table(&*image.storage, &image.path, header)?;
+    let geometry = header.geometry();
+    table.check_l1_tables(&image.path, geometry)?;
+    let snapshot = name
+        .find(&table.snapshots)
+        .ok_or_else(|| Error::NoSnapshot {
+            file: image.path.clone(),
+            name: name.text(),
+        })?;
+    check_size(image, geometry, snapshot)?;
+    header.size = snapshot.disk_size;
+    header.l1_size = snapshot.l1_entries;
+    header.l1_table_offset = snapshot.l1_table_offset;
+    Ok(())
+}
+
+/// Entries of an L1 table for the disk of `snapshot`.
+///
+/// # Errors
+/// [`Error::Invalid`] if that are too many.
+fn check_size(image: &ImageFile, geometry: Geometry, snapshot: &Snapshot) -> Result<u64> {
+    let disk_size = snapshot.disk_size;
+    let needed = geometry.l1_entries(disk_size & !511);
+    let needed = needed.max(snapshot.l1_entries.into());
+    if needed > MAX_L1_SIZE / ENTRY_SIZE {
+        let reason = "the disk of the snapshot is too large for the cluster size".to_owned();
+        return Err(image.invalid("disk_size", disk_size, reason));
+    }
+    Ok(needed)
 }
 
 /// A change to the snapshots of an image that nobody else uses.
@@ -245,12 +329,7 @@ impl<'a> Change<'a> {
         let snapshot = self.table.snapshots[index].clone();
         let size = snapshot.disk_size & !511;
         let g = self.disk.geometry;
-        let needed = g.l1_entries(size).max(snapshot.l1_entries.into());
-        if needed > MAX_L1_SIZE / ENTRY_SIZE {
-            let reason = "the disk of the snapshot is too large for the cluster size".to_owned();
-            let disk_size = snapshot.disk_size;
-            return Err(self.disk.image.invalid("disk_size", disk_size, reason));
-        }
+        let needed = check_size(&self.disk.image, g, &snapshot)?;
         let mut l1 = self.read_l1(&snapshot)?;
         self.references().check(&l1)?;
         self.references().check_add(&l1)?;
@@ -448,5 +527,71 @@ fn taken_now() -> Snapshot {
         icount: Some(0),
         unknown_extra: Vec::new(),
         is_complete: true,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::VolatileSlice;
+    use crate::qcow2::{CreateOptions, OpenOptions, create};
+
+    #[test]
+    fn a_snapshot_is_opened_read_only() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("image");
+        let options = CreateOptions {
+            size: 1 << 20,
+            ..CreateOptions::default()
+        };
+        create(&path, &options).unwrap();
+        for (fill, name) in [(1, "first"), (2, "1")] {
+            let disk = Qcow2::open(&path, &OpenOptions::default()).unwrap();
+            let bytes = &mut [fill; 4096][..];
+            disk.write_at(&[VolatileSlice::from(bytes)], 65536).unwrap();
+            disk.create_snapshot(name.as_bytes()).unwrap();
+        }
+        let disk = Qcow2::open(&path, &OpenOptions::default()).unwrap();
+        disk.resize(2 << 20).unwrap();
+        drop(disk);
+        let exact = |id: Option<&str>, name: Option<&str>| SnapshotName::Exact {
+            id: id.map(|id| id.as_bytes().to_owned()),
+            name: name.map(|name| name.as_bytes().to_owned()),
+        };
+        for (name, expected) in [
+            (SnapshotName::IdOrName(b"first".to_vec()), Some(1)),
+            (SnapshotName::IdOrName(b"1".to_vec()), Some(1)),
+            (SnapshotName::IdOrName(b"2".to_vec()), Some(2)),
+            (SnapshotName::IdOrName(b"3".to_vec()), None),
+            (exact(None, Some("1")), Some(2)),
+            (exact(Some("1"), None), Some(1)),
+            (exact(Some("1"), Some("first")), Some(1)),
+            (exact(Some("2"), Some("first")), None),
+        ] {
+            let options = OpenOptions {
+                read_only: true,
+                snapshot: Some(name.clone()),
+                ..OpenOptions::default()
+            };
+            let disk = match (Qcow2::open(&path, &options), expected) {
+                (Ok(disk), Some(_)) => disk,
+                (Err(Error::NoSnapshot { .. }), None) => continue,
+                (other, _) => panic!("{name:?}: {:?}", other.err()),
+            };
+            assert_eq!(disk.size(), 1 << 20);
+            let mut byte = [0];
+            let slice = VolatileSlice::from(&mut byte[..]);
+            disk.read_at(&[slice], 65536).unwrap();
+            assert_eq!(Some(byte[0]), expected, "{name:?}");
+            drop(disk);
+            let writable = OpenOptions {
+                read_only: false,
+                ..options
+            };
+            assert!(matches!(
+                Qcow2::open(&path, &writable),
+                Err(Error::Option(_))
+            ));
+        }
     }
 }

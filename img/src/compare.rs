@@ -1,0 +1,363 @@
+//! `tandem-img compare`
+
+use std::ffi::OsStr;
+use std::sync::{Mutex, PoisonError};
+
+use clap::Command;
+use tandem_block::{Disk, ExtentKind, FileOptions, VolatileSlice, extent_in_chain};
+
+use crate::failure::Failure;
+use crate::getopt::{self, Parsed, flag, value};
+use crate::image::{
+    Image, cache, cache_option, could_not_open, follow, follow_option, force_share_option,
+    image_opts_option, locking, object_option,
+};
+use crate::opened::Opened;
+use crate::output;
+use crate::progress::Progress;
+use crate::workers::{Workers, threads};
+
+/// Exit status: the disks differ.
+const DIFFERENT: u8 = 1;
+/// Exit status: an image could not be opened.
+const NOT_OPENED: u8 = 2;
+/// Exit status: it could not be told what is stored.
+const NO_STATUS: u8 = 3;
+/// Exit status: an image could not be read.
+const NOT_READ: u8 = 4;
+
+/// Bytes that are compared at once.
+const PIECE: u64 = 2 << 20;
+/// Bytes that a difference is told in.
+const SECTOR: usize = 512;
+/// Most threads.
+const MAX_THREADS: usize = 8;
+/// Per cent between lines that tell how far it is.
+const STEP: f32 = 2.0;
+
+/// Definition of the subcommand.
+pub fn command() -> Command {
+    Command::new("compare")
+        .about("Tells whether two disks have the same content")
+        .disable_help_flag(true)
+        .override_usage(
+            "tandem-img compare [-f FMT] [-F FMT] [-s] [-p] [-q] [-T MODE] [-U] FILENAME1 FILENAME2",
+        )
+        .args([
+            getopt::help(),
+            value(
+                "format",
+                Some('f'),
+                "FMT",
+                "Format of the first image: qcow2 or raw (default: told by its first bytes)",
+            ),
+            value(
+                "second-format",
+                Some('F'),
+                "FMT",
+                "Format of the second image",
+            ),
+            flag(
+                "strict",
+                Some('s'),
+                "Sizes, and what is allocated, must be the same as well",
+            ),
+            flag("progress", Some('p'), "Show progress"),
+            flag("quiet", Some('q'), "Print nothing but errors"),
+            cache_option("source-cache", 'T', "both images"),
+            force_share_option(),
+            follow_option(),
+            image_opts_option(),
+            object_option(),
+        ])
+        .after_help(
+            "What one disk has more than the other must be zero. The exit status is 0 if they are the same, 1 \
+             if they differ, and more if that could not be told.\n\n\
+             Examples:\n  \
+             tandem-img compare disk.qcow2 disk.raw\n  \
+             tandem-img compare -s -f qcow2 -F qcow2 a.qcow2 b.qcow2",
+        )
+}
+
+/// Why two disks are not the same.
+enum Outcome {
+    /// They differ, which this text tells.
+    Different(String),
+    /// Nobody knows whether they do.
+    Failed(Failure),
+}
+
+/// The disks, and their names.
+struct Comparison<'a> {
+    args: &'a Parsed,
+    names: [&'a OsStr; 2],
+    disks: [Opened; 2],
+    progress: Progress,
+    /// Per cent of the work that is done, as inexact as `qemu-img` tells it.
+    percent: Mutex<f32>,
+}
+
+/// How a part of a disk is stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Status {
+    is_zero: bool,
+    is_compressed: bool,
+    /// Whether it is known where.
+    has_place: bool,
+    /// Whether an image has it, and be it as zeros.
+    is_allocated: bool,
+    /// Whether the disk ends with it.
+    is_last: bool,
+}
+
+/// A part of the disks that is stored in one way in each.
+#[derive(Clone, Copy)]
+struct Piece {
+    offset: u64,
+    len: u64,
+    look: Look,
+}
+
+/// What must be looked at.
+#[derive(Clone, Copy)]
+enum Look {
+    Neither,
+    Both,
+    /// Only this one, which must be zero.
+    Only(usize),
+}
+
+/// Runs the subcommand.
+pub fn run(args: &Parsed) -> Result<(), Failure> {
+    let [first, second] = &args.operands[..] else {
+        return Err(args.name.usage("Expecting two image file names"));
+    };
+    args.refuse(&["object"])?;
+    let disks = open(args, [first, second]).map_err(|failure| Failure {
+        status: NOT_OPENED,
+        ..failure
+    })?;
+    let comparison = Comparison {
+        args,
+        names: [first, second],
+        disks,
+        progress: Progress::with_step(args, STEP),
+        percent: Mutex::new(0.0),
+    };
+    match comparison.run() {
+        Ok(()) => {
+            comparison.print("Images are identical.");
+            Ok(())
+        }
+        Err(Outcome::Different(text)) => {
+            comparison.print(&text);
+            Err(Failure {
+                message: String::new(),
+                status: DIFFERENT,
+            })
+        }
+        Err(Outcome::Failed(failure)) => Err(failure),
+    }
+}
+
+fn open(args: &Parsed, names: [&OsStr; 2]) -> Result<[Opened; 2], Failure> {
+    let files = FileOptions {
+        cache: cache(args, "source-cache")?,
+        locking: locking(args),
+    };
+    let follow = follow(args)?;
+    let open = |name: &OsStr, format: &str| {
+        let image = Image::from_operand(args, name, format)?;
+        let options = image.options(true, follow, files);
+        options
+            .and_then(|options| Opened::open(&image, &options))
+            .map_err(|e| args.name.error(&could_not_open(name, &e.reason())))
+    };
+    Ok([open(names[0], "format")?, open(names[1], "second-format")?])
+}
+
+impl Comparison<'_> {
+    fn run(&self) -> Result<(), Outcome> {
+        let sizes = [0, 1].map(|side: usize| self.disks[side].disk().size());
+        let is_strict = self.args.has("strict");
+        if is_strict && sizes[0] != sizes[1] {
+            let text = "Strict mode: Image size mismatch!".to_owned();
+            return Err(Outcome::Different(text));
+        }
+        let common = sizes[0].min(sizes[1]);
+        let total = sizes[0].max(sizes[1]);
+        let mut at = 0;
+        self.compare(total, || {
+            if at >= common {
+                return Ok(None);
+            }
+            let piece = self.common_piece(at, sizes, is_strict)?;
+            at += piece.len;
+            Ok(Some(piece))
+        })?;
+        if sizes[0] == sizes[1] {
+            return Ok(());
+        }
+        self.print("Warning: Image size mismatch!");
+        let longer = usize::from(sizes[1] > sizes[0]);
+        at = common;
+        self.compare(total, || {
+            if at >= total {
+                return Ok(None);
+            }
+            let piece = self.piece_of(longer, at, total - at)?;
+            at += piece.len;
+            Ok(Some(piece))
+        })
+    }
+
+    /// Compares what `next` tells, a part of `total` bytes.
+    fn compare(
+        &self,
+        total: u64,
+        next: impl FnMut() -> Result<Option<Piece>, Outcome> + Send,
+    ) -> Result<(), Outcome> {
+        let workers = Workers {
+            threads: threads(MAX_THREADS),
+            buffer: 2 * PIECE as usize,
+            in_order: true,
+        };
+        workers.run(next, |piece, buffer, turn| {
+            self.look(piece, buffer)?;
+            if turn.wait() {
+                self.advance(piece.len, total);
+            }
+            Ok(())
+        })
+    }
+
+    /// A piece of what both have at `offset`.
+    fn common_piece(
+        &self,
+        offset: u64,
+        sizes: [u64; 2],
+        is_strict: bool,
+    ) -> Result<Piece, Outcome> {
+        let (first, first_len) = self.status(0, offset, sizes[0] - offset)?;
+        let (second, second_len) = self.status(1, offset, sizes[1] - offset)?;
+        if is_strict && first != second {
+            return Err(Outcome::Different(format!(
+                "Strict mode: Offset {offset} block status mismatch!"
+            )));
+        }
+        let look = match (first.is_allocated, second.is_allocated) {
+            _ if first.is_zero && second.is_zero => Look::Neither,
+            (false, false) => Look::Neither,
+            (true, true) => Look::Both,
+            (true, false) => Look::Only(0),
+            (false, true) => Look::Only(1),
+        };
+        Ok(Piece::new(offset, first_len.min(second_len), look))
+    }
+
+    /// A piece of the `len` bytes that only the disk `side` has at `offset`.
+    fn piece_of(&self, side: usize, offset: u64, len: u64) -> Result<Piece, Outcome> {
+        let (status, len) = self.status(side, offset, len)?;
+        let look = match status.is_allocated && !status.is_zero {
+            true => Look::Only(side),
+            false => Look::Neither,
+        };
+        Ok(Piece::new(offset, len, look))
+    }
+
+    /// How the disk `side` stores the bytes from `offset` on: as many of `len`, which are all that it
+    /// has, as are stored in one way.
+    fn status(&self, side: usize, offset: u64, len: u64) -> Result<(Status, u64), Outcome> {
+        let top = self.disks[side].disk();
+        let (depth, extent) = extent_in_chain(top, offset, len).map_err(|_| {
+            let name = self.names[side].display();
+            let text = format!("Sector allocation test failed for {name}");
+            self.failed(&text, NO_STATUS)
+        })?;
+        let mut disk = Some(top);
+        for _ in 0..depth {
+            disk = disk.and_then(Disk::backing);
+        }
+        // What lies behind the end of a backing file is zero in the image above.
+        let is_behind = || disk.and_then(Disk::backing).is_some();
+        let status = Status {
+            is_zero: matches!(extent.kind, ExtentKind::Zero | ExtentKind::Unallocated),
+            is_compressed: extent.kind == ExtentKind::Compressed,
+            has_place: extent.offset.is_some(),
+            is_allocated: extent.kind != ExtentKind::Unallocated || is_behind(),
+            is_last: extent.len == len,
+        };
+        Ok((status, extent.len))
+    }
+
+    /// Compares the content of `piece`.
+    fn look(&self, piece: Piece, buffer: &mut [u8]) -> Result<(), Outcome> {
+        let (first, second) = buffer.split_at_mut(PIECE as usize);
+        let len = piece.len as usize;
+        let mismatch = |at: usize| {
+            let offset = piece.offset + at as u64;
+            Outcome::Different(format!("Content mismatch at offset {offset}!"))
+        };
+        match piece.look {
+            Look::Neither => Ok(()),
+            Look::Only(side) => {
+                self.read(side, &mut first[..len], piece.offset)?;
+                let found = first[..len].iter().position(|byte| *byte != 0);
+                found.map_or(Ok(()), |at| Err(mismatch(at)))
+            }
+            Look::Both => {
+                let (first, second) = (&mut first[..len], &mut second[..len]);
+                self.read(0, first, piece.offset)?;
+                self.read(1, second, piece.offset)?;
+                if first == second {
+                    return Ok(());
+                }
+                let mut sectors = first.chunks(SECTOR).zip(second.chunks(SECTOR));
+                let sector = sectors.position(|(first, second)| first != second);
+                Err(mismatch(sector.unwrap_or_default() * SECTOR))
+            }
+        }
+    }
+
+    fn read(&self, side: usize, buffer: &mut [u8], offset: u64) -> Result<(), Outcome> {
+        let disk = self.disks[side].disk();
+        let read = disk.read_at(&[VolatileSlice::from(buffer)], offset);
+        read.map_err(|error| {
+            let (name, cause) = (self.names[side].display(), error.cause());
+            let text = format!("Error while reading offset {offset} of {name}: {cause}");
+            self.failed(&text, NOT_READ)
+        })
+    }
+
+    fn failed(&self, text: &str, status: u8) -> Outcome {
+        Outcome::Failed(Failure {
+            status,
+            ..self.args.name.error(text)
+        })
+    }
+
+    /// `len` more bytes of `total` have been found to be the same.
+    fn advance(&self, len: u64, total: u64) {
+        let mut percent = self.percent.lock().unwrap_or_else(PoisonError::into_inner);
+        *percent = (*percent + len as f32 / total as f32 * 100.0).min(100.0);
+        self.progress.set_percent(*percent);
+    }
+
+    fn print(&self, line: &str) {
+        if !self.args.has("quiet") {
+            self.progress
+                .suspend(|| output::print(&format!("{line}\n")));
+        }
+    }
+}
+
+impl Piece {
+    /// Up to `len` bytes at `offset`, no more than are looked at in one go.
+    fn new(offset: u64, len: u64, look: Look) -> Self {
+        let len = match look {
+            Look::Neither => len,
+            Look::Both | Look::Only(_) => len.min(PIECE),
+        };
+        Self { offset, len, look }
+    }
+}

@@ -110,6 +110,13 @@ struct Status {
     is_last: bool,
 }
 
+/// How a disk goes on, up to an offset.
+#[derive(Clone, Copy, Debug)]
+struct Run {
+    status: Status,
+    end: u64,
+}
+
 /// A part of the disks that is stored in one way in each.
 #[derive(Clone, Copy)]
 struct Piece {
@@ -186,12 +193,14 @@ impl Comparison<'_> {
         }
         let common = sizes[0].min(sizes[1]);
         let total = sizes[0].max(sizes[1]);
+        let [mut first, mut second] = [0, 1].map(|side| Runs::new(self, side));
         let mut at = 0;
         self.compare(total, || {
             if at >= common {
                 return Ok(None);
             }
-            let piece = self.common_piece(at, sizes, is_strict)?;
+            let runs = [first.at(at)?, second.at(at)?];
+            let piece = common_piece(at, runs, is_strict)?;
             at += piece.len;
             Ok(Some(piece))
         })?;
@@ -200,12 +209,18 @@ impl Comparison<'_> {
         }
         self.print("Warning: Image size mismatch!");
         let longer = usize::from(sizes[1] > sizes[0]);
+        let mut runs = Runs::new(self, longer);
         at = common;
         self.compare(total, || {
             if at >= total {
                 return Ok(None);
             }
-            let piece = self.piece_of(longer, at, total - at)?;
+            let Run { status, end } = runs.at(at)?;
+            let look = match status.is_allocated && !status.is_zero {
+                true => Look::Only(longer),
+                false => Look::Neither,
+            };
+            let piece = Piece::new(at, end - at, look);
             at += piece.len;
             Ok(Some(piece))
         })
@@ -231,44 +246,10 @@ impl Comparison<'_> {
         })
     }
 
-    /// A piece of what both have at `offset`.
-    fn common_piece(
-        &self,
-        offset: u64,
-        sizes: [u64; 2],
-        is_strict: bool,
-    ) -> Result<Piece, Outcome> {
-        let (first, first_len) = self.status(0, offset, sizes[0] - offset)?;
-        let (second, second_len) = self.status(1, offset, sizes[1] - offset)?;
-        if is_strict && first != second {
-            return Err(Outcome::Different(format!(
-                "Strict mode: Offset {offset} block status mismatch!"
-            )));
-        }
-        let look = match (first.is_allocated, second.is_allocated) {
-            _ if first.is_zero && second.is_zero => Look::Neither,
-            (false, false) => Look::Neither,
-            (true, true) => Look::Both,
-            (true, false) => Look::Only(0),
-            (false, true) => Look::Only(1),
-        };
-        Ok(Piece::new(offset, first_len.min(second_len), look))
-    }
-
-    /// A piece of the `len` bytes that only the disk `side` has at `offset`.
-    fn piece_of(&self, side: usize, offset: u64, len: u64) -> Result<Piece, Outcome> {
-        let (status, len) = self.status(side, offset, len)?;
-        let look = match status.is_allocated && !status.is_zero {
-            true => Look::Only(side),
-            false => Look::Neither,
-        };
-        Ok(Piece::new(offset, len, look))
-    }
-
-    /// How the disk `side` stores the bytes from `offset` on: as many of `len`, which are all that it
-    /// has, as are stored in one way.
-    fn status(&self, side: usize, offset: u64, len: u64) -> Result<(Status, u64), Outcome> {
+    /// How the disk `side` stores what lies at `offset`.
+    fn run_at(&self, side: usize, offset: u64) -> Result<Run, Outcome> {
         let top = self.disks[side].disk();
+        let len = top.size() - offset;
         let (depth, extent) = extent_in_chain(top, offset, len).map_err(|_| {
             let name = self.names[side].display();
             let text = format!("Sector allocation test failed for {name}");
@@ -287,7 +268,8 @@ impl Comparison<'_> {
             is_allocated: extent.kind != ExtentKind::Unallocated || is_behind(),
             is_last: extent.len == len,
         };
-        Ok((status, extent.len))
+        let end = offset + extent.len;
+        Ok(Run { status, end })
     }
 
     /// Compares the content of `piece`.
@@ -348,6 +330,55 @@ impl Comparison<'_> {
             self.progress
                 .suspend(|| output::print(&format!("{line}\n")));
         }
+    }
+}
+
+/// A piece of what both disks have at `offset`, where they go on as `runs`.
+fn common_piece(offset: u64, runs: [Run; 2], is_strict: bool) -> Result<Piece, Outcome> {
+    let [first, second] = runs.map(|run| run.status);
+    if is_strict && first != second {
+        return Err(Outcome::Different(format!(
+            "Strict mode: Offset {offset} block status mismatch!"
+        )));
+    }
+    let look = match (first.is_allocated, second.is_allocated) {
+        _ if first.is_zero && second.is_zero => Look::Neither,
+        (false, false) => Look::Neither,
+        (true, true) => Look::Both,
+        (true, false) => Look::Only(0),
+        (false, true) => Look::Only(1),
+    };
+    Ok(Piece::new(
+        offset,
+        runs[0].end.min(runs[1].end) - offset,
+        look,
+    ))
+}
+
+/// How a disk is stored, looked at from one end to the other.
+struct Runs<'a> {
+    comparison: &'a Comparison<'a>,
+    side: usize,
+    last: Option<Run>,
+}
+
+impl<'a> Runs<'a> {
+    fn new(comparison: &'a Comparison<'a>, side: usize) -> Self {
+        Self {
+            comparison,
+            side,
+            last: None,
+        }
+    }
+
+    /// How the disk goes on from `offset` on, which is not less than the time before.
+    fn at(&mut self, offset: u64) -> Result<Run, Outcome> {
+        let run = match self.last.filter(|run| offset < run.end) {
+            Some(run) => run,
+            None => self.comparison.run_at(self.side, offset)?,
+        };
+        self.last = Some(run);
+        Ok(run)
     }
 }
 

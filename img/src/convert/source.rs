@@ -2,7 +2,7 @@
 
 use std::os::fd::BorrowedFd;
 
-use tandem_block::{Disk, ExtentKind, Result, VolatileSlice, extent_in_chain};
+use tandem_block::{ExtentKind, Result, VolatileSlice, extent_in_chain};
 
 use crate::opened::Opened;
 
@@ -75,18 +75,19 @@ impl Sources {
     }
 
     /// The disk that has what lies at `offset`, and as much of the `len` bytes there as it has.
-    fn at(&self, offset: u64, len: u64) -> Option<(&dyn Disk, u64, u64)> {
+    fn at(&self, offset: u64, len: u64) -> Option<(&Opened, u64, u64)> {
         let part = self.parts.iter().find(|part| offset < part.end)?;
         let len = len.min(part.end - offset);
-        Some((part.opened.disk(), offset - part.start, len))
+        Some((&part.opened, offset - part.start, len))
     }
 
     /// How the bytes from `offset` on are copied: as many of `len` as are copied in one way. With
     /// `only_top`, what a backing file has is shown by the target's.
     pub fn status(&self, offset: u64, len: u64, only_top: bool) -> Result<(Status, u64)> {
-        let Some((disk, offset, len)) = self.at(offset, len) else {
+        let Some((opened, offset, len)) = self.at(offset, len) else {
             return Ok((Status::Zero, len));
         };
+        let disk = opened.disk();
         if only_top {
             let extent = disk.extent(offset, len)?;
             let below = disk.backing().map_or(0, |backing| backing.size());
@@ -102,12 +103,13 @@ impl Sources {
     /// Fills `buffer` with what lies at `offset`.
     pub fn read(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
         let mut done = 0;
-        while let Some((disk, at, len)) =
+        while let Some((opened, at, len)) =
             self.at(offset + done as u64, (buffer.len() - done) as u64)
             && len > 0
         {
             let piece = &mut buffer[done..done + len as usize];
-            disk.read_at(&[VolatileSlice::from(&mut *piece)], at)?;
+            let slice = VolatileSlice::from(&mut *piece);
+            opened.disk().read_at(&[slice], at)?;
             done += piece.len();
         }
         Ok(())
@@ -116,9 +118,13 @@ impl Sources {
     /// Where data at `offset` lies in a file of the host, and how many of the `len` bytes do, if the
     /// system can copy them.
     pub fn file_range(&self, offset: u64, len: u64) -> Result<Option<FileRange<'_>>> {
-        let Some((mut disk, offset, len)) = self.at(offset, len) else {
+        let Some((opened, offset, len)) = self.at(offset, len) else {
             return Ok(None);
         };
+        let mut disk = opened.disk();
+        if let (Opened::Raw(_), Some(file)) = (opened, disk.host_file()) {
+            return Ok(Some(FileRange { file, offset, len }));
+        }
         let (depth, extent) = extent_in_chain(disk, offset, len)?;
         for _ in 0..depth {
             match disk.backing() {

@@ -4,29 +4,13 @@
 //! the name that the program was called by, so that a link called `qemu-img` behaves like one.
 #![deny(missing_docs)]
 
-mod amend;
-mod check;
-mod convert;
-mod create;
-mod failure;
-mod getopt;
-mod image;
-mod info;
-mod json;
-mod map;
-mod options;
-mod output;
-mod progress;
-mod resize;
-mod size;
-mod snapshot;
-
 use std::ffi::OsString;
 use std::process::ExitCode;
 
 use clap::Command;
-use failure::Failure;
-use getopt::{Name, Parsed};
+use tandem_img::failure::Failure;
+use tandem_img::getopt::{self, Name, Parsed};
+use tandem_img::{amend, check, convert, create, info, map, output, resize, snapshot};
 
 /// A subcommand: its definition, and what it does with its arguments.
 struct Subcommand {

@@ -176,7 +176,7 @@ pub fn describe(definitions: &[Definition]) -> String {
 }
 
 /// Splits at single commas; two are one in a value.
-fn split(list: &str) -> Vec<String> {
+pub fn split(list: &str) -> Vec<String> {
     let mut items = vec![String::new()];
     let mut chars = list.chars().peekable();
     while let Some(c) = chars.next() {
@@ -189,7 +189,11 @@ fn split(list: &str) -> Vec<String> {
     items
 }
 
-fn parse_value(definition: &Definition, text: &str) -> Result<Value, String> {
+/// Reads the value of an option.
+///
+/// # Errors
+/// The message of QEMU.
+pub fn parse_value(definition: &Definition, text: &str) -> Result<Value, String> {
     let name = definition.name;
     match definition.kind {
         Kind::Text => Ok(Value::Text(text.to_owned())),

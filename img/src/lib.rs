@@ -1,0 +1,19 @@
+//! What the program `tandem-img` is made of. It is no interface for others.
+#![deny(missing_docs)]
+
+pub mod amend;
+pub mod check;
+pub mod convert;
+pub mod create;
+pub mod failure;
+pub mod getopt;
+pub mod image;
+pub mod info;
+pub mod json;
+pub mod map;
+pub mod options;
+pub mod output;
+pub mod progress;
+pub mod resize;
+pub mod size;
+pub mod snapshot;

@@ -1,4 +1,4 @@
-//! What the program `tandem-img` is made of. It is no interface for others.
+//! What the programs `tandem-img` and `tandem-io` are made of. It is no interface for others.
 #![deny(missing_docs)]
 
 pub mod amend;
@@ -9,6 +9,7 @@ pub mod failure;
 pub mod getopt;
 pub mod image;
 pub mod info;
+pub mod io;
 pub mod json;
 pub mod map;
 pub mod options;

@@ -15,6 +15,7 @@ mod convert;
 mod create;
 mod damage;
 mod info;
+mod io;
 mod locks;
 mod map;
 mod resize;

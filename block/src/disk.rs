@@ -165,10 +165,10 @@ pub trait Disk: Send + Sync {
     /// fail. The new size is durable when this returns.
     ///
     /// # Errors
-    /// [`Error::Option`](crate::Error::Option) for a size that is not a multiple of 512, or that
-    /// the format or the device below cannot have, and, unless implemented, for any; the disk has its
-    /// old size then. After another error [`size`](Disk::size) tells which it has, and that may not be
-    /// durable.
+    /// [`Error::Option`](crate::Error::Option) for a size that the format or the device below cannot
+    /// have (only a raw disk can have one that is not a multiple of 512, and shows it rounded up), and,
+    /// unless implemented, for any; the disk has its old size then. After another error
+    /// [`size`](Disk::size) tells which it has, and that may not be durable.
     fn resize(&self, size: u64) -> Result<()> {
         let reason = format!("This disk cannot be resized (to {size} bytes)");
         Err(Error::Option(reason))

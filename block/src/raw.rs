@@ -154,18 +154,18 @@ impl Disk for Raw {
         self.check_writable()?;
         let _resizing = lock(&self.resizing);
         let old = self.size();
-        if !size.is_multiple_of(512) {
-            let reason = "The new size must be a multiple of 512";
-            return Err(Error::Option(reason.to_owned()));
-        }
-        if size != old && self.file.capacity()?.is_some() {
+        // As for a file that was opened, the last sector may lack something.
+        let Some(new) = size.checked_next_multiple_of(512) else {
+            return Err(Error::Option("The image size is too large".to_owned()));
+        };
+        if new != old && self.file.capacity()?.is_some() {
             return Err(Error::Option("Cannot resize device files".to_owned()));
         }
         // From here on, no request begins behind the end.
-        self.size.store(size.min(old), Ordering::Release);
+        self.size.store(new.min(old), Ordering::Release);
         let resized = self.file.set_len(size);
-        let size = if resized.is_ok() { size } else { old };
-        self.size.store(size, Ordering::Release);
+        let now = if resized.is_ok() { new } else { old };
+        self.size.store(now, Ordering::Release);
         resized?;
         self.file.sync()
     }

@@ -17,6 +17,7 @@ use crate::failure::Failure;
 pub struct Name {
     called: String,
     base: String,
+    hints: bool,
 }
 
 impl Name {
@@ -26,7 +27,21 @@ impl Name {
         Self {
             base: base.to_string_lossy().into_owned(),
             called: argument.to_string_lossy().into_owned(),
+            hints: true,
         }
+    }
+
+    /// For a program whose messages give no hint at the help, because it prints the help.
+    pub fn without_hints(argument: OsString) -> Self {
+        Self {
+            hints: false,
+            ..Self::new(argument)
+        }
+    }
+
+    /// The program's name without its directory.
+    pub fn base(&self) -> &str {
+        &self.base
     }
 
     /// `text` after the program's name.
@@ -56,7 +71,9 @@ impl Name {
     }
 
     fn with_hint(&self, mut failure: Failure) -> Failure {
-        failure.message += &format!("Try '{} --help' for more info\n", self.called);
+        if self.hints {
+            failure.message += &format!("Try '{} --help' for more info\n", self.called);
+        }
         failure
     }
 
@@ -64,6 +81,7 @@ impl Name {
         Self {
             base: self.base.clone(),
             called: format!("{} {name}", self.called),
+            hints: self.hints,
         }
     }
 }
@@ -137,8 +155,14 @@ impl Parsed {
 
 /// Reads `args` as the arguments of `command`.
 pub fn parse(command: Command, name: &Name, args: &[OsString]) -> Result<Outcome, Failure> {
+    let name = name.subcommand(command.get_name());
+    parse_program(command, &name, args)
+}
+
+/// Reads `args` as the arguments of `command`, which is a program of its own.
+pub fn parse_program(command: Command, name: &Name, args: &[OsString]) -> Result<Outcome, Failure> {
     let mut reader = Reader {
-        name: name.subcommand(command.get_name()),
+        name: name.clone(),
         options: command.get_opts().cloned().collect(),
         args: args.iter(),
     };

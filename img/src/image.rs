@@ -167,13 +167,7 @@ impl<'a> Image<'a> {
     /// Warns, as QEMU does before it writes, of a raw image that nobody has said to be one.
     pub fn warn_of_guess(&self) {
         if self.format == Format::Raw && self.probed {
-            eprint!(
-                "WARNING: Image format was not specified for '{}' and probing guessed raw.\n         \
-                 Automatically detecting the format is dangerous for raw images, write operations on \
-                 block 0 will be restricted.\n         \
-                 Specify the 'raw' format explicitly to remove the restrictions.\n",
-                self.path.display()
-            );
+            eprint!("{}", guessed_raw(self.path.as_os_str()));
         }
     }
 
@@ -421,16 +415,37 @@ pub fn printable(name: &OsStr) -> String {
         .collect()
 }
 
-/// Tells the format by what the file begins with; what is not known is raw.
+/// The warning that the image called `name` is taken for raw, without anybody having said so.
+pub fn guessed_raw(name: &OsStr) -> String {
+    format!(
+        "WARNING: Image format was not specified for '{}' and probing guessed raw.\n         \
+         Automatically detecting the format is dangerous for raw images, write operations on \
+         block 0 will be restricted.\n         \
+         Specify the 'raw' format explicitly to remove the restrictions.\n",
+        name.display()
+    )
+}
+
+/// Bytes by which a format is told.
+pub const PROBED: usize = 16;
+
 fn probe(file: &FileStorage) -> std::io::Result<Result<Format, String>> {
-    let mut start = [0; 16];
+    let mut start = [0; PROBED];
     file.read_bytes_at(&mut start, 0)?;
+    Ok(format_of(&start))
+}
+
+/// Tells the format by what the file begins with; what is not known is raw.
+///
+/// # Errors
+/// The text about a format that is known and not supported.
+pub fn format_of(start: &[u8; PROBED]) -> Result<Format, String> {
     let foreign = FOREIGN.iter().find(|(magic, _)| start.starts_with(magic));
-    Ok(match foreign {
+    match foreign {
         Some((_, name)) => Err(format!("Unknown driver '{name}'")),
         None if start.starts_with(b"QFI\xfb") && start[4..8] >= [0, 0, 0, 2][..] => {
             Ok(Format::Qcow2)
         }
         None => Ok(Format::Raw),
-    })
+    }
 }

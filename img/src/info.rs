@@ -264,11 +264,7 @@ impl Report<'_> {
             );
         }
         text += &snapshot::list(&info.snapshots);
-        text += "Format specific information:\n";
-        for (key, value) in specific(info) {
-            text += &property(&key.replace('-', " "), &value, 1);
-        }
-        text
+        text + &human_specific(info)
     }
 
     fn json(&self) -> Value {
@@ -330,6 +326,15 @@ impl Report<'_> {
             _ => name.to_owned(),
         }
     }
+}
+
+/// The format's own properties, for people.
+pub fn human_specific(info: &Info) -> String {
+    let mut text = "Format specific information:\n".to_owned();
+    for (key, value) in specific(info) {
+        text += &property(&key.replace('-', " "), &value, 1);
+    }
+    text
 }
 
 /// The format's own properties in QEMU's order.

@@ -4,37 +4,16 @@
 //! the name that the program was called by, so that a link called `qemu-img` behaves like one.
 #![deny(missing_docs)]
 
-mod amend;
-mod bench;
-mod bitmap;
-mod check;
-mod compare;
-mod convert;
-mod create;
-mod dd;
-mod failure;
-mod getopt;
-mod image;
-mod image_opts;
-mod info;
-mod json;
-mod map;
-mod measure;
-mod opened;
-mod options;
-mod output;
-mod progress;
-mod resize;
-mod size;
-mod snapshot;
-mod workers;
-
 use std::ffi::OsString;
 use std::process::ExitCode;
 
 use clap::Command;
-use failure::Failure;
-use getopt::{Name, Parsed};
+use tandem_img::failure::Failure;
+use tandem_img::getopt::{self, Name, Parsed};
+use tandem_img::{
+    amend, bench, bitmap, check, compare, convert, create, dd, info, map, measure, output, resize,
+    snapshot,
+};
 
 /// A subcommand: its definition, and what it does with its arguments.
 struct Subcommand {

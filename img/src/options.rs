@@ -189,7 +189,11 @@ pub fn split(list: &str) -> Vec<String> {
     items
 }
 
-fn parse_value(definition: &Definition, text: &str) -> Result<Value, String> {
+/// Reads the value of an option.
+///
+/// # Errors
+/// The message of QEMU.
+pub fn parse_value(definition: &Definition, text: &str) -> Result<Value, String> {
     let name = definition.name;
     match definition.kind {
         Kind::Text => Ok(Value::Text(text.to_owned())),

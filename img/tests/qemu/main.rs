@@ -23,6 +23,7 @@ mod damage;
 mod dd;
 mod image_opts;
 mod info;
+mod io;
 mod locks;
 mod map;
 mod measure;

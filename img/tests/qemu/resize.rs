@@ -53,6 +53,16 @@ fn does_the_same() {
     }
 }
 
+/// A raw disk is as long as its file is to be, in whole sectors for the guest.
+#[test]
+fn raw_disks_of_odd_lengths() {
+    let both = Both::new(images);
+    for size in ["--shrink raw 1000", "raw 5001", "raw +1", "--shrink raw 1"] {
+        both.same(&format!("resize -f raw {size}"));
+        both.same_bytes("raw");
+    }
+}
+
 #[test]
 fn fails_the_same() {
     let both = Both::new(images);

@@ -1,0 +1,375 @@
+//! The image that is open, and requests to it.
+
+use std::ffi::OsStr;
+use std::fs::{self, DirBuilder};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use rustix::io::Errno;
+use tandem_block::qcow2::{BackingFormat, CreateOptions, Info, OpenOptions, Qcow2, create};
+use tandem_block::{Disk, ExtentKind, FileStorage, Locking, Raw, VolatileSlice, extent_in_chain};
+
+use super::fault::Fault;
+use super::request::{Request, file_of, is_direct};
+use crate::image::{Format, Image, PROBED, format_of, guessed_raw, local_path};
+
+/// Bytes that are copied at once from a backing file.
+const PIECE: u64 = 2 << 20;
+/// Bytes at the start of a disk whose format was guessed that must not look like another format.
+const GUARDED: usize = 512;
+
+/// An open image.
+pub struct Opened {
+    top: Top,
+    /// How it was opened.
+    pub request: Request,
+    /// What the header of a qcow2 image says.
+    pub info: Option<Info>,
+    /// It was taken for raw, without anybody having said so.
+    is_guess: bool,
+}
+
+enum Top {
+    Raw(Raw),
+    Qcow2(Box<Qcow2>),
+}
+
+/// How a range is zeroed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Zeroes {
+    /// The space may be given back.
+    pub unmap: bool,
+    /// To write zeros is not allowed.
+    pub no_fallback: bool,
+}
+
+impl Opened {
+    /// Opens the image of `request`.
+    ///
+    /// # Errors
+    /// The reason why it cannot be opened.
+    pub fn open(request: Request) -> Result<Self, String> {
+        let name = file_of(&request)?;
+        let writes = !request.is_read_only() && !request.snapshot;
+        if writes && local_path(name)?.is_dir() {
+            return Err(format!(
+                "Could not open '{}': Is a directory",
+                name.display()
+            ));
+        }
+        let format = request.format.as_deref().map(OsStr::new);
+        let image = Image::look(name, format)?;
+        check_options(&request, image.format)?;
+        let is_guess = request.format.is_none() && image.format == Format::Raw;
+        if is_guess && writes {
+            eprint!("{}", guessed_raw(name));
+        }
+        let mut top = open_top(&request, &image, !writes)?;
+        let mut info = match top {
+            Top::Qcow2(_) => Some(read_info(&image.path)?),
+            Top::Raw(_) => None,
+        };
+        if request.snapshot {
+            let (overlay, told) = overlay(top, &request)?;
+            (top, info) = (Top::Qcow2(Box::new(overlay)), Some(told));
+        }
+        Ok(Self {
+            is_guess: is_guess && !request.snapshot,
+            top,
+            info,
+            request,
+        })
+    }
+
+    /// The disk.
+    pub fn disk(&self) -> &dyn Disk {
+        self.top.disk()
+    }
+
+    /// What the format is called.
+    pub fn format(&self) -> &'static str {
+        match self.top {
+            Top::Raw(_) => Format::Raw.name(),
+            Top::Qcow2(_) => Format::Qcow2.name(),
+        }
+    }
+
+    /// Fails unless `len` bytes at `offset` lie within the disk: before memory is taken for them.
+    pub fn check_range(&self, offset: u64, len: u64) -> Result<(), Fault> {
+        match offset.checked_add(len) {
+            Some(end) if end <= self.disk().size() => Ok(()),
+            _ => Err(Errno::IO.into()),
+        }
+    }
+
+    /// Fills `data` with what is at `offset`; each of `pieces` is the length of a buffer.
+    pub fn read(&self, data: &mut [u8], pieces: &[usize], offset: u64) -> Result<(), Fault> {
+        if self.request.copy_on_read {
+            self.populate(offset, data.len() as u64)?;
+        }
+        Ok(self.disk().read_at(&slices(data, pieces), offset)?)
+    }
+
+    /// Writes `data` at `offset`; each of `pieces` is the length of a buffer.
+    pub fn write(&self, data: &mut [u8], pieces: &[usize], offset: u64) -> Result<(), Fault> {
+        if self.is_guess && offset < GUARDED as u64 && !data.is_empty() {
+            self.check_start(data, offset as usize)?;
+        }
+        Ok(self.disk().write_at(&slices(data, pieces), offset)?)
+    }
+
+    /// Fails if the disk, taken for raw, would look like something else with `data` at `offset`: who
+    /// opens it next would take it for that.
+    fn check_start(&self, data: &[u8], offset: usize) -> Result<(), Fault> {
+        let mut start = [0; GUARDED];
+        let slice = VolatileSlice::from(&mut start[..]);
+        self.disk().read_at(&[slice], 0)?;
+        let len = data.len().min(GUARDED - offset);
+        start[offset..offset + len].copy_from_slice(&data[..len]);
+        let mut probed = [0; PROBED];
+        probed.copy_from_slice(&start[..PROBED]);
+        match format_of(&probed) {
+            Ok(Format::Raw) => Ok(()),
+            _ => Err(Errno::PERM.into()),
+        }
+    }
+
+    /// Compresses `data` and writes it at `offset`.
+    pub fn write_compressed(&self, data: &[u8], offset: u64) -> Result<(), Fault> {
+        let qcow2 = self.compressible()?;
+        let cluster_size = qcow2.cluster_size();
+        let end = offset + data.len() as u64;
+        let ends_whole = end.is_multiple_of(cluster_size) || end == qcow2.size();
+        let is_whole = offset.is_multiple_of(cluster_size) && ends_whole;
+        if !is_whole && !data.is_empty() {
+            return Err(Errno::INVAL.into());
+        }
+        let clusters = data.chunks(usize::try_from(cluster_size).unwrap_or(usize::MAX));
+        for (cluster, at) in clusters.zip((offset..).step_by(cluster_size as usize)) {
+            qcow2.write_compressed(qcow2.compress(cluster.to_vec())?, at)?;
+        }
+        Ok(())
+    }
+
+    /// The image, if it can have compressed clusters.
+    fn compressible(&self) -> Result<&Qcow2, Fault> {
+        match (&self.top, &self.info) {
+            (Top::Qcow2(qcow2), Some(info)) if !info.has_data_file => Ok(qcow2),
+            _ => Err(Errno::OPNOTSUPP.into()),
+        }
+    }
+
+    /// Makes a range read as zero.
+    pub fn write_zeroes(&self, offset: u64, len: u64, how: Zeroes) -> Result<(), Fault> {
+        self.check_range(offset, len)?;
+        if how.no_fallback && len > 0 {
+            self.check_zeroable(offset, len)?;
+        }
+        let unmap = how.unmap && self.request.unmap;
+        Ok(self.disk().write_zeroes(offset, len, unmap)?)
+    }
+
+    /// Fails if zeros would have to be written: whole clusters are zeroed by their mapping, and
+    /// a part of one only if it has no data, and the rest of it reads as zero.
+    fn check_zeroable(&self, offset: u64, len: u64) -> Result<(), Fault> {
+        let Some(info) = &self.info else {
+            return Ok(());
+        };
+        if info.version < 3 {
+            return Err(Errno::OPNOTSUPP.into());
+        }
+        let unit = info.cluster_size / if info.extended_l2 { 32 } else { 1 };
+        let end = offset + len;
+        let size = self.disk().size();
+        let first = offset - offset % unit;
+        let last = end - end % unit;
+        if offset > first {
+            self.check_part_zeroable(first, offset..end, unit)?;
+        }
+        if end > last && end < size && (last > first || offset == first) {
+            self.check_part_zeroable(last, offset.max(last)..end, unit)?;
+        }
+        Ok(())
+    }
+
+    /// [`check_zeroable`](Self::check_zeroable) of `part` of the cluster at `start`, `unit` bytes.
+    fn check_part_zeroable(
+        &self,
+        start: u64,
+        part: std::ops::Range<u64>,
+        unit: u64,
+    ) -> Result<(), Fault> {
+        let end = (start + unit).min(self.disk().size());
+        let kind = self.disk().extent(start, end - start)?.kind;
+        let has_data = matches!(kind, ExtentKind::Data | ExtentKind::Compressed);
+        let rest = [start..part.start, part.end.min(end)..end];
+        for range in rest {
+            if has_data || !self.reads_zero(range.start, range.end)? {
+                return Err(Errno::OPNOTSUPP.into());
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the mapping says that a range reads as zero, in the disks below, too.
+    fn reads_zero(&self, mut at: u64, end: u64) -> Result<bool, Fault> {
+        while at < end {
+            let (_, extent) = extent_in_chain(self.disk(), at, end - at)?;
+            if matches!(extent.kind, ExtentKind::Data | ExtentKind::Compressed) {
+                return Ok(false);
+            }
+            at += extent.len;
+        }
+        Ok(true)
+    }
+
+    /// Gives up the content of a range, if that is asked for.
+    pub fn discard(&self, offset: u64, len: u64) -> Result<(), Fault> {
+        self.check_range(offset, len)?;
+        if self.request.unmap {
+            self.disk().discard(offset, len)?;
+        }
+        Ok(())
+    }
+
+    /// Keeps what of a range, rounded to clusters, is still to be had from below.
+    fn populate(&self, offset: u64, len: u64) -> Result<(), Fault> {
+        let Top::Qcow2(qcow2) = &self.top else {
+            return Ok(());
+        };
+        self.check_range(offset, len)?;
+        let unit = qcow2.cluster_size();
+        let end = (offset + len).next_multiple_of(unit).min(qcow2.size());
+        let mut at = offset - offset % unit;
+        while at < end {
+            let extent = qcow2.extent(at, (end - at).min(PIECE))?;
+            if extent.kind == ExtentKind::Unallocated {
+                let mut data = vec![0; extent.len as usize];
+                qcow2.read_at(&[VolatileSlice::from(&mut data[..])], at)?;
+                if data.iter().all(|byte| *byte == 0) {
+                    qcow2.write_zeroes(at, extent.len, false)?;
+                } else {
+                    qcow2.write_at(&[VolatileSlice::from(&mut data[..])], at)?;
+                }
+            }
+            at += extent.len;
+        }
+        Ok(())
+    }
+}
+
+impl Top {
+    fn disk(&self) -> &dyn Disk {
+        match self {
+            Self::Raw(raw) => raw,
+            Self::Qcow2(qcow2) => &**qcow2,
+        }
+    }
+}
+
+/// Refuses what does not go together.
+fn check_options(request: &Request, format: Format) -> Result<(), String> {
+    let refused = |reason: &str| Err(reason.to_owned());
+    if let Some(option) = request.unknown.first() {
+        return Err(match option.strip_prefix("file.") {
+            Some(option) => format!("Block protocol 'file' doesn't support the option '{option}'"),
+            None => format!(
+                "Block format '{}' does not support the option '{option}'",
+                format.name()
+            ),
+        });
+    }
+    if request.node_read_only == Some(true) && !request.read_only {
+        return refused("Block node is read-only");
+    }
+    if request.copy_on_read && request.is_read_only() {
+        return refused("Can't use copy-on-read on read-only device");
+    }
+    if request.native_aio && !is_direct(request.cache) {
+        return refused(
+            "aio=native was specified, but it requires cache.direct=on, which was not specified.",
+        );
+    }
+    Ok(())
+}
+
+fn open_top(request: &Request, image: &Image<'_>, read_only: bool) -> Result<Top, String> {
+    let files = request.files();
+    let opened = match image.format {
+        Format::Raw => Raw::open_with(&image.path, read_only, files).map(Top::Raw),
+        Format::Qcow2 => {
+            let options = OpenOptions {
+                read_only,
+                files,
+                ..request.qcow2.clone()
+            };
+            Qcow2::open(&image.path, &options).map(|qcow2| Top::Qcow2(Box::new(qcow2)))
+        }
+    };
+    opened.map_err(|e| e.reason())
+}
+
+fn read_info(path: &Path) -> Result<Info, String> {
+    Info::read_with(path, Locking::Off).map_err(|e| e.reason())
+}
+
+/// An image on top of `base` that takes the writes, in a file that goes when it is closed.
+fn overlay(base: Top, request: &Request) -> Result<(Qcow2, Info), String> {
+    let directory = Temporary::new().map_err(|e| format!("Could not get temporary file: {e}"))?;
+    let path = directory.0.join("snapshot.qcow2");
+    let options = CreateOptions {
+        size: base.disk().size(),
+        backing_file: Some(PathBuf::from("base")),
+        backing_format: Some(match base {
+            Top::Raw(_) => BackingFormat::Raw,
+            Top::Qcow2(_) => BackingFormat::Qcow2,
+        }),
+        ..CreateOptions::default()
+    };
+    create(&path, &options).map_err(|e| e.reason())?;
+    let storage = FileStorage::open(&path, request.is_read_only());
+    let storage = storage.map_err(|e| format!("Could not open temporary file: {e}"))?;
+    let options = OpenOptions {
+        read_only: request.is_read_only(),
+        files: request.files(),
+        ..OpenOptions::default()
+    };
+    let base: Box<dyn Disk> = match base {
+        Top::Raw(raw) => Box::new(raw),
+        Top::Qcow2(qcow2) => qcow2,
+    };
+    let opened = Qcow2::with_backing(&path, Box::new(storage), None, Some(base), &options);
+    Ok((opened.map_err(|e| e.reason())?, read_info(&path)?))
+}
+
+/// A directory of our own, which is removed with all that is in it.
+struct Temporary(PathBuf);
+
+impl Temporary {
+    fn new() -> std::io::Result<Self> {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH);
+        let unique = now.unwrap_or_default().as_nanos();
+        let name = format!("tandem-io-{}-{unique}", std::process::id());
+        let path = std::env::temp_dir().join(name);
+        DirBuilder::new().mode(0o700).create(&path)?;
+        Ok(Self(path))
+    }
+}
+
+impl Drop for Temporary {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+/// `data` in buffers of the lengths `pieces`.
+fn slices<'a>(mut data: &'a mut [u8], pieces: &[usize]) -> Vec<VolatileSlice<'a>> {
+    let mut slices = Vec::with_capacity(pieces.len());
+    for piece in pieces {
+        let (first, rest) = data.split_at_mut((*piece).min(data.len()));
+        slices.push(VolatileSlice::from(first));
+        data = rest;
+    }
+    slices
+}

@@ -1,0 +1,28 @@
+//! What the programs `tandem-img` and `tandem-io` are made of. It is no interface for others.
+#![deny(missing_docs)]
+
+pub mod amend;
+pub mod bench;
+pub mod bitmap;
+pub mod check;
+pub mod compare;
+pub mod convert;
+pub mod create;
+pub mod dd;
+pub mod failure;
+pub mod getopt;
+pub mod image;
+pub mod image_opts;
+pub mod info;
+pub mod io;
+pub mod json;
+pub mod map;
+pub mod measure;
+pub mod opened;
+pub mod options;
+pub mod output;
+pub mod progress;
+pub mod resize;
+pub mod size;
+pub mod snapshot;
+pub mod workers;

@@ -97,6 +97,19 @@ impl<'a> Image<'a> {
             .map_err(|reason| args.name.error(&could_not_open(name, &reason)))
     }
 
+    /// Warns, as QEMU does before it writes, of a raw image that nobody has said to be one.
+    pub fn warn_of_guess(&self, args: &Parsed) {
+        if self.format == Format::Raw && !args.has("format") {
+            eprint!(
+                "WARNING: Image format was not specified for '{}' and probing guessed raw.\n         \
+                 Automatically detecting the format is dangerous for raw images, write operations on \
+                 block 0 will be restricted.\n         \
+                 Specify the 'raw' format explicitly to remove the restrictions.\n",
+                self.name.display()
+            );
+        }
+    }
+
     /// Opens it as a disk; names in it may lead where `follow` says.
     pub fn open(
         &self,
@@ -271,7 +284,7 @@ pub fn cache(args: &Parsed, id: &str) -> Result<CacheMode, Failure> {
     };
     let name = given.to_string_lossy();
     CacheMode::from_name(&name).ok_or_else(|| {
-        let source = if id == "source-cache" { "source " } else { "" };
+        let source = if id == "cache" { "" } else { "source " };
         args.name
             .error(&format!("Invalid {source}cache option: {name}"))
     })

@@ -5,7 +5,9 @@
 #![deny(missing_docs)]
 
 mod amend;
+mod chain;
 mod check;
+mod commit;
 mod convert;
 mod create;
 mod failure;
@@ -17,6 +19,7 @@ mod map;
 mod options;
 mod output;
 mod progress;
+mod rebase;
 mod resize;
 mod size;
 mod snapshot;
@@ -44,6 +47,10 @@ const SUBCOMMANDS: &[Subcommand] = &[
         run: check::run,
     },
     Subcommand {
+        command: commit::command,
+        run: commit::run,
+    },
+    Subcommand {
         command: convert::command,
         run: convert::run,
     },
@@ -60,6 +67,10 @@ const SUBCOMMANDS: &[Subcommand] = &[
         run: map::run,
     },
     Subcommand {
+        command: rebase::command,
+        run: rebase::run,
+    },
+    Subcommand {
         command: resize::command,
         run: resize::run,
     },
@@ -70,9 +81,7 @@ const SUBCOMMANDS: &[Subcommand] = &[
 ];
 
 /// What `qemu-img` can do besides and this program cannot yet.
-const MISSING: &[&str] = &[
-    "bench", "bitmap", "commit", "compare", "dd", "measure", "rebase",
-];
+const MISSING: &[&str] = &["bench", "bitmap", "compare", "dd", "measure"];
 
 fn main() -> ExitCode {
     let mut args = std::env::args_os();

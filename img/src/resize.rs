@@ -7,7 +7,7 @@ use tandem_block::FileOptions;
 
 use crate::failure::Failure;
 use crate::getopt::{self, Parsed, flag, value};
-use crate::image::{Format, Image, could_not_open, follow, follow_option};
+use crate::image::{Image, could_not_open, follow, follow_option};
 use crate::output;
 use crate::size::{self, Wrong};
 
@@ -91,15 +91,7 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
     }
     args.refuse(&["object", "image-opts"])?;
     let image = Image::from_args(args)?;
-    if image.format == Format::Raw && !args.has("format") {
-        eprint!(
-            "WARNING: Image format was not specified for '{}' and probing guessed raw.\n         \
-             Automatically detecting the format is dangerous for raw images, write operations on \
-             block 0 will be restricted.\n         \
-             Specify the 'raw' format explicitly to remove the restrictions.\n",
-            image.name.display()
-        );
-    }
+    image.warn_of_guess(args);
     resize(args, &image, relative, number)
 }
 

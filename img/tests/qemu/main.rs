@@ -10,13 +10,16 @@
 
 mod amend;
 mod backing;
+mod chains;
 mod check;
+mod commit;
 mod convert;
 mod create;
 mod damage;
 mod info;
 mod locks;
 mod map;
+mod rebase;
 mod resize;
 mod run;
 mod snapshot;

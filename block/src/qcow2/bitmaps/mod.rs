@@ -247,6 +247,19 @@ impl Qcow2 {
     /// # Errors
     /// [`Error::Option`] if there is a bitmap that cannot follow.
     pub(super) fn resize_bitmaps(&self, new: u64) -> Result<()> {
+        self.check_bitmaps(new)?;
+        let Some(bitmaps) = &self.bitmaps else {
+            return Ok(());
+        };
+        if !bitmaps.started.load(Ordering::Acquire) {
+            bitmaps.start(&self.image, self.geometry)?;
+        }
+        bitmaps.truncate(new);
+        Ok(())
+    }
+
+    /// Refuses a size of `new` bytes that a bitmap cannot follow to.
+    pub(super) fn check_bitmaps(&self, new: u64) -> Result<()> {
         let Some(bitmaps) = &self.bitmaps else {
             return Ok(());
         };
@@ -261,10 +274,6 @@ impl Qcow2 {
                 return Err(Error::Option(reason));
             }
         }
-        if !bitmaps.started.load(Ordering::Acquire) {
-            bitmaps.start(&self.image, self.geometry)?;
-        }
-        bitmaps.truncate(new);
         Ok(())
     }
 

@@ -25,7 +25,7 @@ use crate::sync::atomic::Ordering;
 use crate::{Disk, Error, Result};
 
 use references::References;
-pub(crate) use table::{Snapshot, SnapshotTable, read_table};
+pub(crate) use table::{Snapshot, SnapshotTable, encode, read_table};
 
 /// Offset of `size` in the header; `crypt_method`, `l1_size` and `l1_table_offset` follow it.
 const HEADER_SIZE: u64 = 24;

@@ -152,6 +152,19 @@ pub trait Disk: Send + Sync {
     /// # Errors
     /// After an error nothing may be assumed about which earlier writes are durable.
     fn flush(&self) -> Result<()>;
+
+    /// Ends the use of the disk: [`flush`](Disk::flush), and what is stored only at the end, such as
+    /// the persistent bitmaps of a qcow2 image. Writing requests fail from then on.
+    ///
+    /// The caller sees to it that no request is under way. A disk that is dropped without this does
+    /// the same, but cannot tell whether it has succeeded.
+    ///
+    /// # Errors
+    /// Those of `flush`. What could not be stored is marked as such in the image: it is not wrong, but
+    /// of no use any more.
+    fn close(&self) -> Result<()> {
+        self.flush()
+    }
 }
 
 /// How the bytes from `offset` on of what `disk` shows are stored, in it or in the disks below: as

@@ -116,10 +116,17 @@ pub enum Error {
 
     /// The image has turned out to be damaged, and is written to no more.
     #[error(
-        "'{}' is marked as corrupt; close it and repair it: qemu-img check -r all",
+        "'{}' is marked as corrupt; close it and repair it: tandem-img check -r all",
         file.display()
     )]
     Corrupt {
+        /// The image.
+        file: PathBuf,
+    },
+
+    /// A writing request to a disk after [`Disk::close`](crate::Disk::close).
+    #[error("'{}' has been closed", file.display())]
+    Closed {
         /// The image.
         file: PathBuf,
     },
@@ -131,7 +138,7 @@ pub enum Error {
     )]
     BrokenOff,
 
-    /// An option that was given when creating an image is not acceptable.
+    /// What the caller asks for is not possible: an option of a new image, a size, a name.
     #[error("{0}")]
     Option(String),
 

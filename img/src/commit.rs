@@ -124,9 +124,8 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
             limit.wait(done);
         })
         .map_err(failed)?;
-    if !args.has("drop") && !args.has("base") {
-        commit.empty_top().map_err(failed)?;
-    }
+    let empties = !args.has("drop") && !args.has("base");
+    commit.finish(empties).map_err(failed)?;
     drop(progress);
     if !args.has("quiet") {
         output::print("Image committed.\n");

@@ -137,7 +137,8 @@ fn resize(
             )
         );
     }
-    disk.resize(new).map_err(|e| args.name.error(&e.reason()))?;
+    let resized = disk.resize(new).and_then(|()| disk.close());
+    resized.map_err(|e| args.name.error(&e.reason()))?;
     if !args.has("quiet") {
         output::print("Image resized.\n");
     }

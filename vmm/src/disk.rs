@@ -105,8 +105,8 @@ impl Attached {
         self.transport.shutdown();
     }
 
-    /// Makes everything durable. Call it after [`Attached::stop`].
-    pub fn flush(&self) -> std::result::Result<(), (PathBuf, tandem_block::Error)> {
-        self.disk.flush().map_err(|e| (self.path.clone(), e))
+    /// Makes everything durable, for the last time. Call it after [`Attached::stop`].
+    pub fn close(&self) -> std::result::Result<(), (PathBuf, tandem_block::Error)> {
+        self.disk.close().map_err(|e| (self.path.clone(), e))
     }
 }

@@ -123,7 +123,7 @@ impl Vmm {
         for disk in &self.disks {
             disk.stop();
         }
-        let failures = self.disks.iter().filter_map(|disk| disk.flush().err());
+        let failures = self.disks.iter().filter_map(|disk| disk.close().err());
         let failures: Vec<_> = failures.collect();
         if failures.is_empty() {
             return outcome;

@@ -114,14 +114,18 @@ impl Commit {
         Ok(())
     }
 
-    /// Removes the data of the image on top, now that [`copy`](Self::copy) has succeeded with no
-    /// image between that and the base, and closes both.
+    /// Closes the images, and removes the data of the one on top with `empties`, if there is none
+    /// between that and the base. Only after [`copy`](Self::copy) has succeeded.
     ///
     /// # Errors
     /// The disk on top reads as before.
-    pub fn empty_top(self) -> Result<()> {
-        self.base.flush()?;
-        self.top.empty()
+    pub fn finish(self, empties: bool) -> Result<()> {
+        self.base.close()?;
+        if empties && self.between == 0 {
+            self.top.empty()
+        } else {
+            self.top.close()
+        }
     }
 }
 
@@ -142,6 +146,6 @@ impl Qcow2 {
         if let Placement::External(external) = &self.placement {
             external.file.discard(0, external.file.size()?)?;
         }
-        self.flush()
+        self.close()
     }
 }

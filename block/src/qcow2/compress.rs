@@ -26,6 +26,9 @@ const WINDOW_BITS: u8 = 12;
 #[derive(Clone, Debug)]
 pub struct CompressedCluster {
     content: Content,
+    /// What it was compressed for.
+    kind: CompressionType,
+    cluster_size: u64,
     /// Bytes of the disk.
     len: u64,
 }
@@ -74,8 +77,12 @@ impl Qcow2 {
                 }
             }
         };
-        let len = len as u64;
-        Ok(CompressedCluster { content, len })
+        Ok(CompressedCluster {
+            content,
+            kind: self.compression_type,
+            cluster_size: self.cluster_size(),
+            len: len as u64,
+        })
     }
 
     /// Writes `cluster` at guest offset `offset`, compressed if that saves space, and as no data at
@@ -83,16 +90,18 @@ impl Qcow2 {
     ///
     /// # Errors
     /// [`Error::Option`] if the cluster is neither a whole one of this disk nor ends where the disk
-    /// does, and those of [`write_at`](Disk::write_at).
+    /// does, or was compressed for an image of another kind, and those of
+    /// [`write_at`](Disk::write_at).
     pub fn write_compressed(&self, cluster: CompressedCluster, offset: u64) -> Result<()> {
         self.check_writable()?;
-        let CompressedCluster { content, len } = cluster;
-        check_range(offset, len, self.size())?;
-        let is_whole = len == self.cluster_size() || offset + len == self.size();
-        if self.geometry.in_cluster(offset) != 0 || !is_whole {
-            let reason = format!("{len} bytes at {offset:#x} are not a cluster of the disk");
-            return Err(Error::Option(reason));
+        let is_of_this_kind =
+            (cluster.kind, cluster.cluster_size) == (self.compression_type, self.cluster_size());
+        if !is_of_this_kind || !matches!(self.placement, Placement::Internal) {
+            let reason = "the cluster was compressed for an image of another kind";
+            return Err(Error::Option(reason.to_owned()));
         }
+        let CompressedCluster { content, len, .. } = cluster;
+        self.check_whole(offset, len)?;
         self.track(offset, len)?;
         match content {
             Content::Zero => self.write_zeroes(offset, len, true),
@@ -103,13 +112,26 @@ impl Qcow2 {
         }
     }
 
+    /// Refuses a range that is not a whole cluster, where the one that the disk ends in counts as one.
+    fn check_whole(&self, offset: u64, len: u64) -> Result<()> {
+        let size = self.size();
+        check_range(offset, len, size)?;
+        let is_whole = len == self.cluster_size() || offset + len == size;
+        if self.geometry.in_cluster(offset) != 0 || !is_whole {
+            let reason = format!("{len} bytes at {offset:#x} are not a cluster of the disk");
+            return Err(Error::Option(reason));
+        }
+        Ok(())
+    }
+
     /// Writes compressed data for the `len` bytes at guest offset `offset`, and maps it last.
     fn write_packed(&self, packed: &[u8], offset: u64, len: u64) -> Result<()> {
         let _running = self.requests.begin();
         let g = self.geometry;
         let cluster = g.cluster(offset);
         let _held = self.ranges.lock(cluster..cluster + 1);
-        check_range(offset, len, self.size())?;
+        // In a disk that has grown, more of the cluster is others' by now.
+        self.check_whole(offset, len)?;
         let old = self.entries(cluster..cluster + 1)?[0];
         let old = self.cluster_kind(old.word, cluster)?;
         match (old, old.place()) {

@@ -24,7 +24,7 @@ use super::placement::Placement;
 use super::retired::{Batch, Freed};
 use super::table;
 use crate::sync::lock_whole;
-use crate::{Error, Result};
+use crate::{Disk, Error, Result};
 
 impl Qcow2 {
     /// Makes all completed requests durable. After a failed sync, of whatever file, nothing is
@@ -51,8 +51,12 @@ impl Qcow2 {
         result
     }
 
-    /// Gives back the clusters that may be used again.
+    /// Gives back the clusters that may be used again; those of an image that is marked as corrupt may
+    /// not: nobody knows what else leads to them.
     fn reclaim(&self) {
+        if self.check_sound().is_err() {
+            return;
+        }
         while let Some(batch) = self.retired.take_settled(&self.requests) {
             // At worst a range is leaked, and the next check finds it.
             for range in merged(&batch) {
@@ -135,15 +139,24 @@ fn merged(batch: &Batch) -> Vec<Range<u64>> {
     sorted
 }
 
+impl Qcow2 {
+    /// Writes everything back that is kept in memory while the image is open. No request is running.
+    pub(super) fn store_all(&self) -> Result<()> {
+        self.write_back()?;
+        // Storing bitmaps takes free clusters, which a damaged image may not have where it says.
+        self.check_sound()?;
+        self.store_bitmaps()?;
+        if self.refcounts()?.is_dirty() {
+            // Counts of clusters that the first time gave back.
+            self.write_back()?;
+        }
+        Ok(())
+    }
+}
+
 impl Drop for Qcow2 {
     fn drop(&mut self) {
-        if !self.read_only {
-            // Whoever needs to know calls `flush` first; this is for those who forgot.
-            let written = self.write_back().and_then(|()| self.store_bitmaps());
-            if written.is_ok() && self.refcounts().is_ok_and(|r| r.is_dirty()) {
-                // Counts of clusters that the first time gave back.
-                drop(self.write_back());
-            }
-        }
+        // Whoever needs to know calls `close` first; this is for those who forgot.
+        drop(self.close());
     }
 }

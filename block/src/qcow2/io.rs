@@ -75,16 +75,14 @@ impl Disk for Qcow2 {
         self.check_writable()?;
         check_range(offset, len, self.size())?;
         self.track(offset, len)?;
-        self.zero(offset, len, unmap)?;
-        self.settle()
+        self.with_space(|| self.zero(offset, len, unmap))
     }
 
     fn discard(&self, offset: u64, len: u64) -> Result<()> {
         self.check_writable()?;
         check_range(offset, len, self.size())?;
         self.track(offset, len)?;
-        self.unmap(offset, len)?;
-        self.settle()
+        self.with_space(|| self.unmap(offset, len))
     }
 
     fn extent(&self, offset: u64, len: u64) -> Result<Extent> {
@@ -108,6 +106,14 @@ impl Disk for Qcow2 {
             self.write_back()
         }
     }
+
+    fn close(&self) -> Result<()> {
+        if self.read_only || self.closed.swap(true, Ordering::AcqRel) {
+            Ok(())
+        } else {
+            self.store_all()
+        }
+    }
 }
 
 impl Qcow2 {
@@ -123,15 +129,24 @@ impl Qcow2 {
     pub(super) fn check_writable(&self) -> Result<()> {
         if self.read_only {
             Err(Error::ReadOnly)
-        } else if self.corrupt.load(Ordering::Relaxed) {
+        } else if self.closed.load(Ordering::Relaxed) {
             let file = self.image.path.clone();
-            Err(Error::Corrupt { file })
+            Err(Error::Closed { file })
         } else {
-            Ok(())
+            self.check_sound()
         }
     }
 
-    /// Calls `write` until it finds room for its data, or no more clusters come back.
+    /// Fails if the image is marked as corrupt.
+    pub(super) fn check_sound(&self) -> Result<()> {
+        if self.corrupt.load(Ordering::Relaxed) {
+            let file = self.image.path.clone();
+            return Err(Error::Corrupt { file });
+        }
+        Ok(())
+    }
+
+    /// Calls `write` until it finds room for its data and tables, or no more clusters come back.
     pub(super) fn with_space(&self, write: impl Fn() -> Result<()>) -> Result<()> {
         loop {
             let returned = self.retired.returned();

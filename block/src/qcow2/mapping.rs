@@ -49,7 +49,7 @@ pub(super) struct Place {
 
 /// What is wrong with an L2 entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct BadEntry {
+pub(super) struct BadEntry {
     cluster: u64,
     entry: u64,
     problem: Problem,
@@ -144,9 +144,9 @@ impl Qcow2 {
     pub(super) fn run(&self, offset: u64, len: u64) -> Result<Run> {
         let mut run = self.run_in_slice(offset, len)?;
         while run.len < len && matches!(run.kind, Kind::Data(_)) {
-            // A bad entry further on is for the request that reaches it.
-            match self.run_in_slice(offset + run.len, len - run.len) {
-                Ok(next) if next.kind == run.kind.advanced(run.len) => run.len += next.len,
+            // What is wrong further on is for the request that reaches it.
+            match self.look(offset + run.len, len - run.len) {
+                Ok(Ok(next)) if next.kind == run.kind.advanced(run.len) => run.len += next.len,
                 _ => break,
             }
         }
@@ -155,15 +155,21 @@ impl Qcow2 {
 
     /// As [`run`](Self::run), but not past the end of the L2 slice.
     pub(super) fn run_in_slice(&self, offset: u64, len: u64) -> Result<Run> {
+        self.look(offset, len)?.map_err(|bad| self.bad_entry(bad))
+    }
+
+    /// As [`run_in_slice`](Self::run_in_slice), for somebody who is not about to use what is there: a
+    /// bad entry does the image no harm yet.
+    pub(super) fn look(&self, offset: u64, len: u64) -> Result<std::result::Result<Run, BadEntry>> {
         let g = self.geometry;
         let cluster = g.cluster(offset);
         let slice = g.slice(cluster);
         let len = len.min(g.slice_end(offset) - offset);
         if self.l1.get(g.l1_index(cluster)).offset() == 0 {
-            return Ok(Run {
+            return Ok(Ok(Run {
                 kind: Kind::Unallocated(None),
                 len,
-            });
+            }));
         }
         let scan = |words: &[AtomicU64]| {
             if g.extended_l2 {
@@ -172,14 +178,11 @@ impl Qcow2 {
                 self.scan(words, offset, len)
             }
         };
-        let found = match self.l2.read(slice, scan) {
-            Some(found) => found,
-            None => {
-                let fill = |words: &[AtomicU64]| self.fill_slice(slice, words);
-                self.retry_when_full(|| self.l2.load(slice, fill, scan))?
-            }
-        };
-        found.map_err(|bad| self.bad_entry(bad))
+        if let Some(found) = self.l2.read(slice, scan) {
+            return Ok(found);
+        }
+        let fill = |words: &[AtomicU64]| self.fill_slice(slice, words);
+        self.retry_when_full(|| self.l2.load(slice, fill, scan))
     }
 
     /// How the bytes from `offset` on are stored.

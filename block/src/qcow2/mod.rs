@@ -160,6 +160,8 @@ pub struct Qcow2 {
     decompressed: Mutex<Decompressed>,
     /// The image has turned out to be damaged.
     corrupt: AtomicBool,
+    /// Everything has been stored for the last time.
+    closed: AtomicBool,
     /// `None` without any, or in an image that is open read-only.
     bitmaps: Option<Bitmaps>,
     /// `None` in an image that is open read-only.

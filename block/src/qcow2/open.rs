@@ -174,9 +174,6 @@ impl Qcow2 {
             }
             Some(file) => Placement::External(External::new(file)),
         };
-        if !read_only {
-            clear_unknown_autoclear(&image, &header)?;
-        }
         let bitmaps = if read_only {
             None
         } else {
@@ -190,6 +187,10 @@ impl Qcow2 {
             (Placement::Internal, Some(refcounts)) => Some(lock(refcounts).metadata()),
             _ => None,
         };
+        if !read_only {
+            // Last: an image that is refused stays as it is.
+            clear_unknown_autoclear(&image, &header)?;
+        }
         Ok(Self {
             data_end: AtomicU64::new(data_end),
             image,
@@ -207,6 +208,7 @@ impl Qcow2 {
             compression_type: header.compression(),
             decompressed: Mutex::default(),
             corrupt: AtomicBool::new(false),
+            closed: AtomicBool::new(false),
             bitmaps,
             refcounts,
             ranges: RangeLocks::default(),

@@ -6,9 +6,13 @@
 //! in doubt the exact list is asked, under the refcounts' lock.
 //!
 //! An image that turns out to be damaged while it is open for writing is marked as corrupt (qcow2
-//! specification, `incompatible_features` bit 1), and written to no more.
+//! specification, `incompatible_features` bit 1). Requests change it no more: what those that have
+//! completed before have changed is still written back, but no cluster is allocated or given back, and
+//! the bitmaps stay marked as in use.
 
-use crate::sync::atomic::{AtomicU64, Ordering};
+use std::sync::OnceLock;
+
+use crate::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use super::Qcow2;
 use super::header::incompatible;
@@ -16,43 +20,83 @@ use crate::{Error, Result};
 
 /// Bits of a filter for each cluster of metadata, so that it is seldom in doubt.
 const BITS_PER_CLUSTER: usize = 64;
-/// Fewest and most words of a filter: 1 KiB to 1 MiB.
-const WORDS: (usize, usize) = (128, 128 << 10);
+/// Fewest words of a level: 1 KiB.
+const MIN_WORDS: usize = 128;
+/// How many times as large as the one before a level is.
+const GROWTH: usize = 8;
+/// Enough for all clusters that a file can have.
+const LEVELS: usize = 12;
 
 /// A set of clusters that is read without locks, and contains more than was added.
+///
+/// It grows by levels: once as much has been added to one as it is made for, what follows goes to the
+/// next.
 #[derive(Debug)]
 pub(crate) struct Filter {
+    levels: [OnceLock<Level>; LEVELS],
+}
+
+#[derive(Debug)]
+struct Level {
     /// Each cluster has one bit, which it shares with others.
     words: Box<[AtomicU64]>,
+    /// How many more clusters it is made for.
+    room: AtomicUsize,
 }
 
 impl Filter {
-    /// For about `clusters` clusters.
+    /// For about `clusters` clusters, and those that come later.
     pub fn new(clusters: usize) -> Self {
         let words = clusters.saturating_mul(BITS_PER_CLUSTER) / u64::BITS as usize;
-        let words = words.clamp(WORDS.0, WORDS.1).next_power_of_two();
-        Self {
-            words: (0..words).map(|_| AtomicU64::new(0)).collect(),
-        }
+        let filter = Self {
+            levels: Default::default(),
+        };
+        filter.levels[0].get_or_init(|| Level::new(words.max(MIN_WORDS).next_power_of_two()));
+        filter
     }
 
-    /// Adds `cluster`.
+    /// Adds `cluster`. One thread does so at a time.
     pub fn insert(&self, cluster: u64) {
-        let (word, bit) = self.place(cluster);
-        word.fetch_or(bit, Ordering::Release);
+        if self.may_contain(cluster) {
+            return;
+        }
+        let mut words = MIN_WORDS;
+        for (i, level) in self.levels.iter().enumerate() {
+            let level = level.get_or_init(|| Level::new(words * GROWTH));
+            let room = level.room.load(Ordering::Relaxed);
+            if room > 0 || i + 1 == LEVELS {
+                level.room.store(room.saturating_sub(1), Ordering::Relaxed);
+                let (word, bit) = level.place(cluster);
+                word.fetch_or(bit, Ordering::Release);
+                return;
+            }
+            words = level.words.len();
+        }
     }
 
     /// Whether `cluster` may have been added.
     pub fn may_contain(&self, cluster: u64) -> bool {
-        let (word, bit) = self.place(cluster);
-        word.load(Ordering::Acquire) & bit != 0
+        let levels = self.levels.iter().map_while(OnceLock::get);
+        levels.into_iter().any(|level| {
+            let (word, bit) = level.place(cluster);
+            word.load(Ordering::Acquire) & bit != 0
+        })
+    }
+}
+
+impl Level {
+    fn new(words: usize) -> Self {
+        Self {
+            words: (0..words).map(|_| AtomicU64::new(0)).collect(),
+            room: AtomicUsize::new(words * u64::BITS as usize / BITS_PER_CLUSTER),
+        }
     }
 
     fn place(&self, cluster: u64) -> (&AtomicU64, u64) {
-        // Neighbours share a word.
-        let hash = (cluster >> 6).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
-        let word = &self.words[hash as usize & (self.words.len() - 1)];
-        (word, 1 << (cluster % 64))
+        // Neighbours share a word; tables that lie at regular distances do not share a bit.
+        let hash = (cluster >> 6).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        let word = &self.words[(hash >> 32) as usize & (self.words.len() - 1)];
+        (word, 1 << (cluster.wrapping_add(hash >> 20) % 64))
     }
 }
 
@@ -121,11 +165,15 @@ mod tests {
 
     #[test]
     fn a_filter_contains_what_was_added_and_little_else() {
-        let filter = Filter::new(1000);
-        let clusters = || (0..1000u64).map(|i| i * 8191);
-        clusters().for_each(|cluster| filter.insert(cluster));
-        assert!(clusters().all(|cluster| filter.may_contain(cluster)));
-        let wrong = (10_000_000..10_100_000).filter(|c| filter.may_contain(*c));
-        assert!(wrong.count() < 5000);
+        // Made for what it gets, and grown from nothing.
+        for (expected, added, stride) in [(1000, 1000, 8191), (0, 200_000, 512), (0, 200_000, 1)] {
+            let filter = Filter::new(expected);
+            let clusters = || (0..added).map(|i| i * stride);
+            clusters().for_each(|cluster| filter.insert(cluster));
+            assert!(clusters().all(|cluster| filter.may_contain(cluster)));
+            let others = (1 << 40)..(1 << 40) + 100_000;
+            let wrong = others.filter(|cluster| filter.may_contain(*cluster));
+            assert!(wrong.count() < 7000, "{added} every {stride}");
+        }
     }
 }

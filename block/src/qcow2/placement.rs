@@ -13,7 +13,7 @@ use super::words::Words;
 use super::{DataFileLayout, Qcow2};
 use crate::file::ImageFile;
 use crate::sync::lock;
-use crate::{Disk, Error, Result};
+use crate::{Disk, Result};
 
 /// How guest clusters find their place.
 pub(crate) enum Placement {
@@ -215,7 +215,7 @@ impl Qcow2 {
             let end = self.size().min(at + table_size);
             let mut missing = 0;
             while at < end {
-                at += match self.run(at, end - at) {
+                at += match self.look(at, end - at)? {
                     Ok(Run {
                         kind: Kind::Data(_),
                         len,
@@ -224,12 +224,11 @@ impl Qcow2 {
                         missing += run.len.div_ceil(g.grain_size());
                         run.len
                     }
-                    // A bad entry fails the requests that meet it, not those around it.
-                    Err(Error::Invalid { .. }) => {
+                    // It fails the requests that meet it, not those around it.
+                    Err(_) => {
                         missing += g.cluster_size() / g.grain_size();
                         g.cluster_size()
                     }
-                    Err(e) => return Err(e),
                 };
             }
             Ok(missing)

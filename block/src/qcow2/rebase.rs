@@ -121,7 +121,8 @@ impl Qcow2 {
         self.flush()?;
         let mut header = Header::read(&*self.image.storage, &self.image.path)?;
         set(&mut header, name)?;
-        header.write(&self.image)
+        header.write(&self.image)?;
+        self.close()
     }
 
     fn below(&self, depth: usize) -> Option<&dyn Disk> {

@@ -54,11 +54,11 @@ impl Qcow2 {
         if g.slice_index(first) == 0 {
             return None;
         }
-        match self.run_in_slice((first - 1) << g.cluster_bits, 1) {
-            Ok(Run {
+        match self.look((first - 1) << g.cluster_bits, 1) {
+            Ok(Ok(Run {
                 kind: Kind::Data(place),
                 ..
-            }) => Some(place.offset + g.cluster_size()),
+            })) => Some(place.offset + g.cluster_size()),
             _ => None,
         }
     }

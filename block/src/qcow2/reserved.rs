@@ -207,7 +207,7 @@ impl Reserved {
             if let Some(cluster) = (first..end).find(|cluster| !is_used(*cluster)) {
                 let reason = format!(
                     "cluster {cluster} holds metadata and is counted as free; repair the image \
-                     first: qemu-img check -r all"
+                     first: tandem-img check -r all"
                 );
                 let offset = piece.first << self.cluster_bits;
                 return Err(image.invalid(piece.field.name(), offset, reason));

@@ -40,7 +40,7 @@ impl Qcow2 {
         let old = self.size();
         self.check_size(new)?;
         if new != old {
-            self.resize_bitmaps(new)?;
+            self.check_bitmaps(new)?;
         }
         match new.cmp(&old) {
             std::cmp::Ordering::Less => self.shrink(old, new),
@@ -111,6 +111,8 @@ impl Qcow2 {
         if !raw {
             self.clear_behind(old, new)?;
         }
+        // Whoever has a copy from before a shrink has something else there.
+        self.track(old, new - old)?;
         self.write_size(new)?;
         self.size.store(new, Ordering::Release);
         Ok(())
@@ -124,6 +126,7 @@ impl Qcow2 {
             self.size.store(old, Ordering::Release);
             return Err(e);
         }
+        self.truncate_bitmaps(new);
         // Requests that have looked at the size before may be mapping clusters behind the end; those
         // that come after them see the new one.
         drop(self.ranges.lock(g.cluster(new)..g.clusters(old)));

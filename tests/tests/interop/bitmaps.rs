@@ -1,11 +1,14 @@
 //! Persistent bitmaps, made by QEMU, kept up to date by us and by QEMU, and read by QEMU.
 
-use std::fs;
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::{fs, io};
 
 use proptest::prelude::*;
 use tandem_block::qcow2::{Info, OpenOptions, Qcow2};
-use tandem_block::{Disk, Error};
+use tandem_block::{Disk, Error, FileStorage, Storage};
+use vm_memory::VolatileSlice;
 
 use crate::qemu::{Image, Kind, command, write};
 
@@ -14,7 +17,12 @@ const SIZE: u64 = (8 << 20) + 1536;
 
 /// An image with bitmaps of two granularities that follow changes, and one that does not.
 fn image(kind: Kind) -> Image {
-    let image = Image::create(kind, 65536, SIZE);
+    image_of(kind, SIZE)
+}
+
+/// As [`image`], of a disk of `size` bytes.
+fn image_of(kind: Kind, size: u64) -> Image {
+    let image = Image::create(kind, 65536, size);
     image.qemu_io(&["write -P 1 0 1M".to_owned()]);
     for args in [
         &["bitmap", "--add", "-g", "65536"][..],
@@ -263,14 +271,15 @@ fn bitmaps_follow_the_size_of_the_disk() {
         disk.resize(40 << 20).unwrap();
         write(&disk, 39 << 20, 4096, 3);
         drop(disk);
-        let mut changes = vec![(7 << 20, 1 << 20), (39 << 20, 4096)];
+        // What a disk gains is marked: a copy from before a shrink has something else there.
+        let mut changes = vec![(7 << 20, 1 << 20), (SIZE, (40 << 20) - SIZE)];
         expect(&image, 40 << 20, &changes);
 
         let disk = image.open().unwrap();
         disk.resize(5 << 20).unwrap();
         disk.resize(60 << 20).unwrap();
         drop(disk);
-        changes.clear();
+        changes = vec![(5 << 20, 55 << 20)];
         expect(&image, 60 << 20, &changes);
         image.qemu_img(&["resize", "-q"], &["70M"]);
         expect(&image, 70 << 20, &changes);
@@ -289,7 +298,7 @@ fn an_applied_snapshot_changes_everything() {
 
 /// Where the header extension and the directory are.
 fn places(image: &[u8]) -> (usize, usize) {
-    let extension = (104..65536)
+    let extension = (104..image.len())
         .step_by(8)
         .find(|at| image[*at..at + 8] == [0x23, 0x85, 0x28, 0x75, 0, 0, 0, 24])
         .unwrap();
@@ -324,21 +333,169 @@ fn damaged_directories_are_refused() {
     }
 }
 
-/// Bitmaps of 512 MiB each, by their entries: QEMU reads them, and nobody waits for that here.
+/// Three bitmaps of 512 MiB each: nothing keeps them in memory while a disk is written.
 #[test]
 fn bitmaps_cannot_ask_for_endless_memory() {
-    let image = image(Kind::Internal);
+    let image = image_of(Kind::Internal, 2 << 40);
     let mut bytes = fs::read(image.path()).unwrap();
-    let (_, directory) = places(&bytes);
-    let mut at = directory;
+    let mut at = places(&bytes).1;
     for _ in 0..3 {
         bytes[at + 8..at + 12].copy_from_slice(&8192u32.to_be_bytes());
+        bytes[at + 17] = 9;
         let name_len = usize::from(bytes[at + 19]);
         at += (24 + name_len).next_multiple_of(8);
     }
     fs::write(image.path(), &bytes).unwrap();
     let error = image.open().err().unwrap().to_string();
+    assert!(error.contains("would keep in memory"), "{error}");
+    assert!(fs::read(image.path()).unwrap() == bytes);
+    assert_eq!(Info::read(&image.path()).unwrap().bitmaps.len(), 3);
+    image.check();
+}
+
+#[test]
+fn no_disk_grows_until_its_bitmaps_are_too_large() {
+    let image = image(Kind::Internal);
+    for name in ["a", "b", "c"] {
+        image.qemu_img(&["bitmap", "--add", "-g", "512"], &[name]);
+    }
+    let disk = image.open().unwrap();
+    let error = disk.resize(2 << 40).unwrap_err().to_string();
     assert!(error.contains("too large together"), "{error}");
+    disk.resize(SIZE + 512).unwrap();
+    drop(disk);
+    image.open().unwrap();
+}
+
+/// Tables that would take more than the whole file are not walked.
+#[test]
+fn tables_of_bitmaps_that_overlap_are_refused() {
+    let image = Image::create(Kind::Internal, 512, 1 << 20);
+    image.qemu_img(&["bitmap", "--add", "-g", "65536"], &["b"]);
+    let mut bytes = fs::read(image.path()).unwrap();
+    let at = places(&bytes).1;
+    bytes[at + 8..at + 12].copy_from_slice(&(1u32 << 20).to_be_bytes());
+    fs::write(image.path(), &bytes).unwrap();
+    let error = image.open().err().unwrap().to_string();
+    assert!(error.contains("tables of the bitmaps"), "{error}");
+}
+
+/// The file whose header cannot be written from some time on.
+#[derive(Debug)]
+struct NoHeader {
+    file: FileStorage,
+    fails: Arc<AtomicBool>,
+}
+
+impl Storage for NoHeader {
+    fn read_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> io::Result<()> {
+        self.file.read_at(bufs, offset)
+    }
+    fn write_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> io::Result<()> {
+        self.file.write_at(bufs, offset)
+    }
+    fn read_bytes_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        self.file.read_bytes_at(buf, offset)
+    }
+    fn write_bytes_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        if offset < 104 && self.fails.load(Ordering::Relaxed) {
+            return Err(io::Error::from_raw_os_error(libc::EIO));
+        }
+        self.file.write_bytes_at(buf, offset)
+    }
+    fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
+        self.file.write_zeroes(offset, len, unmap)
+    }
+    fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.file.discard(offset, len)
+    }
+    fn next_data(&self, offset: u64) -> io::Result<Option<u64>> {
+        self.file.next_data(offset)
+    }
+    fn sync(&self) -> io::Result<()> {
+        self.file.sync()
+    }
+    fn size(&self) -> io::Result<u64> {
+        self.file.size()
+    }
+}
+
+#[test]
+fn a_shrink_that_fails_forgets_no_change() {
+    let image = image(Kind::Internal);
+    let fails = Arc::new(AtomicBool::new(false));
+    let storage = NoHeader {
+        file: FileStorage::open(&image.path(), false).unwrap(),
+        fails: fails.clone(),
+    };
+    let options = OpenOptions::default();
+    let disk = Qcow2::with_storage(&image.path(), Box::new(storage), None, &options).unwrap();
+    write(&disk, 7 << 20, 65536, 3);
+    fails.store(true, Ordering::Relaxed);
+    disk.resize(4 << 20).unwrap_err();
+    assert_eq!(disk.size(), SIZE);
+    fails.store(false, Ordering::Relaxed);
+    disk.close().unwrap();
+    expect(&image, SIZE, &[(7 << 20, 65536)]);
+}
+
+/// What an image cannot store at the end is told, and marked.
+#[test]
+fn closing_tells_what_could_not_be_stored() {
+    let image = image(Kind::Internal);
+    let disk = image.open().unwrap();
+    write(&disk, 0, 512, 3);
+    disk.close().unwrap();
+    disk.close().unwrap();
+    assert!(matches!(
+        disk.write_zeroes(0, 512, false).unwrap_err(),
+        Error::Closed { .. }
+    ));
+    drop(disk);
+    expect(&image, SIZE, &[(0, 512)]);
+
+    // An entry that leads into nowhere is met, and the image marked as corrupt.
+    let mut bytes = fs::read(image.path()).unwrap();
+    let word = |at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap());
+    let l2_table = word(word(40) as usize) as usize & 0xffff_fe00;
+    bytes[l2_table + 8..l2_table + 16].copy_from_slice(&(1 << 63 | 0x1200u64).to_be_bytes());
+    fs::write(image.path(), &bytes).unwrap();
+    let disk = image.open().unwrap();
+    write(&disk, 5 << 20, 512, 3);
+    disk.write_zeroes(65536, 512, false).unwrap_err();
+    let marked = fs::metadata(image.path()).unwrap().len();
+    assert!(matches!(disk.close().unwrap_err(), Error::Corrupt { .. }));
+    drop(disk);
+    assert_eq!(in_use(&image), ["coarse", "fine", "off"]);
+    assert_eq!(fs::metadata(image.path()).unwrap().len(), marked);
+}
+
+/// What is found out last about an image that is refused comes before its first change.
+#[test]
+fn a_bitmap_that_is_too_small_is_refused_before_anything_changes() {
+    let image = Image::create(Kind::Internal, 512, 8 << 20);
+    image.qemu_img(&["bitmap", "--add", "-g", "65536"], &["b"]);
+    let mut bytes = fs::read(image.path()).unwrap();
+    let at = places(&bytes).1;
+    bytes[at + 17] = 9;
+    // An autoclear bit that nobody knows.
+    bytes[88] |= 0x80;
+    fs::write(image.path(), &bytes).unwrap();
+    let error = image.open().err().unwrap().to_string();
+    assert!(error.contains("satisfy the constraints"), "{error}");
+    assert!(fs::read(image.path()).unwrap() == bytes);
+}
+
+/// The compressed clusters of a disk are changes, too.
+#[test]
+fn compressed_writes_are_followed() {
+    let image = image(Kind::Internal);
+    let disk = image.open().unwrap();
+    let cluster = disk.compress(vec![7; 65536]).unwrap();
+    disk.write_compressed(cluster, 2 << 20).unwrap();
+    disk.close().unwrap();
+    drop(disk);
+    expect(&image, SIZE, &[(2 << 20, 65536)]);
 }
 
 /// A bitmap with flags that are not known is left alone; it cannot follow changes, so it is marked.

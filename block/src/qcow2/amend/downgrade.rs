@@ -18,7 +18,7 @@ use crate::{Disk, Result};
 impl Qcow2 {
     /// Makes the image one of version 2, and changes what else is asked for.
     pub(super) fn downgrade(
-        self,
+        mut self,
         options: &AmendOptions,
         changes: &Changes,
         progress: &mut dyn FnMut(u64, u64),
@@ -56,7 +56,7 @@ impl Qcow2 {
         }
         let mut header = Header::read(&*self.image.storage, &self.image.path)?;
         apply(&mut header, options)?;
-        let old_counts = match changes.width {
+        let new_counts = match changes.width {
             Some(width) => Some(self.renew_refcounts(&mut header, width, progress)?),
             None => None,
         };
@@ -67,12 +67,8 @@ impl Qcow2 {
         header.compression_type = 0;
         header.unknown_fields.clear();
         self.image.sync()?;
-        header.write(&self.image)?;
-        if let Some(old) = old_counts {
-            // An error only leaves space in use.
-            drop(old.discard(&self.image));
-        }
-        Ok(())
+        self.switch_header(&header, new_counts)?;
+        self.close()
     }
 
     /// Offsets of all L2 tables, those of snapshots too.

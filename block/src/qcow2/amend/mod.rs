@@ -221,25 +221,31 @@ impl Qcow2 {
             true => self.complete_snapshots(&mut header)?,
             false => None,
         };
-        let old_counts = match changes.width {
+        let new_counts = match changes.width {
             Some(width) => Some(self.renew_refcounts(&mut header, width, progress)?),
             None => None,
         };
-        header.write(&self.image)?;
-        if let Some(old) = old_counts {
-            let counts = open::open_refcounts(&self.image, self.geometry, &header, &self.l1)?;
-            self.refcounts = Some(Mutex::new(counts));
-            // An error only leaves space in use.
-            drop(old.discard(&self.image));
-        }
+        self.switch_header(&header, new_counts)?;
         if let Some(table) = old_table {
             self.release_clusters(table)?;
             self.write_counts()?;
         }
-        match changes.size {
-            Some(size) => self.resize(size),
-            None => Ok(()),
+        if let Some(size) = changes.size {
+            self.resize(size)?;
         }
+        self.close()
+    }
+
+    /// Makes `header` that of the image, with the refcounts that it leads to if they are new.
+    fn switch_header(&mut self, header: &Header, new: Option<NewRefcounts>) -> Result<()> {
+        header.write(&self.image)?;
+        if let Some(new) = new {
+            let counts = open::open_refcounts(&self.image, self.geometry, header, &self.l1)?;
+            self.refcounts = Some(Mutex::new(counts));
+            // An error only leaves space in use.
+            drop(new.discard_old(&self.image));
+        }
+        Ok(())
     }
 
     /// Writes a snapshot table whose entries tell all that version 3 asks for, if they do not, and
@@ -256,8 +262,7 @@ impl Qcow2 {
         Ok(Some(old))
     }
 
-    /// Writes refcounts of another width, and enters them into `header`. Returns what the old ones
-    /// take.
+    /// Writes refcounts of another width, and enters them into `header`.
     fn renew_refcounts(
         &self,
         header: &mut Header,

@@ -26,7 +26,7 @@ pub(super) struct NewRefcounts {
 
 impl NewRefcounts {
     /// Releases the space of the old ones, now that nothing leads there any more.
-    pub fn discard(&self, image: &ImageFile) -> Result<()> {
+    pub fn discard_old(&self, image: &ImageFile) -> Result<()> {
         let mut old = self.old.iter();
         old.try_for_each(|range| image.discard(range.start, range.end - range.start))
     }

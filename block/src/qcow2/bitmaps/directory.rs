@@ -16,10 +16,6 @@ use crate::{Error, Result, Storage};
 const MAX_TABLE_SIZE: u32 = 0x0800_0000;
 /// Most bytes of a bitmap.
 pub(crate) const MAX_BITMAP_SIZE: u64 = 512 << 20;
-/// Most bytes that all bitmaps may have together: they are kept in memory while a disk is written.
-const MAX_BITMAPS_SIZE: u64 = 1 << 30;
-/// Most bitmaps.
-const MAX_BITMAPS: usize = 4096;
 /// Longest name of a bitmap in bytes.
 const MAX_NAME: usize = 1023;
 /// Granularities as powers of two.
@@ -103,7 +99,6 @@ pub(crate) fn read(
         .map_err(|e| Error::io_at(file, "read", extension.directory_offset, e))?;
     let mut bitmaps: Vec<Bitmap> = Vec::new();
     let mut names = HashSet::new();
-    let mut total = 0;
     let mut at = 0;
     while at < size {
         let Some((bitmap, len)) = parse(&bytes[at..]) else {
@@ -115,10 +110,6 @@ pub(crate) fn read(
         if !is_sound(&bitmap, geometry) || !names.insert(bitmap.name.clone()) {
             let name = bitmap.name.escape_ascii();
             return broken(&format!("Bitmap '{name}' doesn't satisfy the constraints"));
-        }
-        total += u64::from(bitmap.table_size) << geometry.cluster_bits;
-        if total > MAX_BITMAPS_SIZE || bitmaps.len() == MAX_BITMAPS {
-            return broken("the bitmaps are too many, or too large together");
         }
         bitmaps.push(Bitmap {
             at: extension.directory_offset + at as u64,
@@ -174,6 +165,11 @@ impl Bitmap {
     /// Whether it follows changes of the disk.
     pub fn is_auto(&self) -> bool {
         self.flags & flags::AUTO != 0
+    }
+
+    /// Bits that it needs for a disk of `size` bytes.
+    pub fn bits(&self, size: u64) -> u64 {
+        size.div_ceil(1 << self.granularity_bits)
     }
 
     /// Offset of its flags in the image file in bytes.

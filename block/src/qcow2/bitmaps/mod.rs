@@ -10,6 +10,7 @@
 //! A bitmap that is marked already, or says something that is not known here, is not touched; if the
 //! latter should follow changes, it is marked, for it does not.
 
+mod bits;
 mod directory;
 
 use std::path::Path;
@@ -18,16 +19,18 @@ use super::Qcow2;
 use super::geometry::Geometry;
 use super::header::Header;
 use super::reserved::{Field, Reserved};
-use super::words::Words;
 use crate::file::ImageFile;
 use crate::sync::atomic::{AtomicBool, Ordering};
 use crate::sync::{Mutex, lock};
 use crate::{Disk, Error, Result, Storage};
 
+use bits::Bits;
 use directory::{Bitmap, MAX_BITMAP_SIZE, Part, flags};
 
-/// Bits in a word of a bitmap.
-const WORD_BITS: u64 = u64::BITS as u64;
+/// Most bytes that the bitmaps of a disk that is written may have together: they are kept in memory.
+const MAX_BITMAPS_SIZE: u64 = 1 << 30;
+/// Most bitmaps of a disk that is written: each of its changes goes through all of them.
+const MAX_BITMAPS: usize = 4096;
 
 /// A persistent bitmap, as its entry in the bitmap directory tells.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -72,8 +75,19 @@ pub(super) fn for_each_range(
     let g = header.geometry();
     let (offset, size) = (extension.directory_offset, extension.directory_size);
     f(Field::BitmapDirectory, offset, size);
+    let file_size = image
+        .size()
+        .map_err(|e| Error::io(file, "get the size of", e))?;
+    let mut tables = 0;
     for bitmap in directory::read(image, file, g, extension)? {
         let len = bitmap.table_clusters(g) << g.cluster_bits;
+        tables += len;
+        if tables > file_size.next_multiple_of(g.cluster_size()) {
+            // A small file must not ask for the work of a large one.
+            let reason = "the tables of the bitmaps overlap, or lie behind the end of the file";
+            let offset = bitmap.table_offset;
+            return Err(Error::invalid(file, "bitmap_table_offset", offset, reason));
+        }
         f(Field::BitmapTable, bitmap.table_offset, len);
         for part in directory::read_table(image, file, g, &bitmap)? {
             if let Part::At(offset) = part {
@@ -105,15 +119,15 @@ pub(super) struct Bitmaps {
     /// Held by whoever starts them.
     starting: Mutex<()>,
     /// The bits of each of the entries that can be stored again.
-    bits: Vec<Option<Words>>,
+    bits: Vec<Option<Bits>>,
 }
 
 impl Bitmaps {
     /// Those of `image`, if it has any.
     ///
     /// # Errors
-    /// [`Error::Invalid`] for a directory that is not valid, or a bitmap that is too small for the
-    /// disk.
+    /// [`Error::Invalid`] for a directory that is not valid, a bitmap that is too small for the
+    /// disk, and bitmaps that are too many or too large to be kept in memory.
     pub fn open(image: &ImageFile, header: &Header) -> Result<Option<Self>> {
         let Some(extension) = header.extensions.bitmaps else {
             return Ok(None);
@@ -129,11 +143,17 @@ impl Bitmaps {
                 return Err(image.invalid("bitmap_table_size", size, reason));
             }
         }
-        let max_words = (MAX_BITMAP_SIZE / 8) as usize;
-        let bits = entries.iter().map(|entry| {
-            let is_stored = entry.is_known && !entry.is_in_use();
-            is_stored.then(|| Words::new(max_words))
-        });
+        if entries.len() > MAX_BITMAPS
+            || total_size(&entries, header.disk_size()) > MAX_BITMAPS_SIZE
+        {
+            let offset = extension.directory_offset;
+            let reason = format!(
+                "the bitmaps are more than {MAX_BITMAPS}, or have more than {MAX_BITMAPS_SIZE} bytes \
+                 together, which a disk that is written would keep in memory"
+            );
+            return Err(image.invalid("bitmap_directory_offset", offset, reason));
+        }
+        let bits = entries.iter().map(|entry| is_stored(entry).then(Bits::new));
         Ok(Some(Self {
             bits: bits.collect(),
             entries,
@@ -143,19 +163,19 @@ impl Bitmaps {
     }
 
     /// The bits that are in memory, with the entries that they belong to.
-    fn stored(&self) -> impl Iterator<Item = (&Bitmap, &Words)> {
+    fn stored(&self) -> impl Iterator<Item = (&Bitmap, &Bits)> {
         let pairs = self.entries.iter().zip(&self.bits);
         pairs.filter_map(|(entry, bits)| Some((entry, bits.as_ref()?)))
     }
 
-    /// Reads the bits, and marks the bitmaps on disk.
-    fn start(&self, image: &ImageFile, geometry: Geometry) -> Result<()> {
+    /// Reads the bits for a disk of `size` bytes, and marks the bitmaps on disk.
+    fn start(&self, image: &ImageFile, geometry: Geometry, size: u64) -> Result<()> {
         let _starting = lock(&self.starting);
         if self.started.load(Ordering::Acquire) {
             return Ok(());
         }
         for (entry, bits) in self.stored() {
-            load(image, geometry, entry, bits)?;
+            load(image, geometry, entry, bits, size)?;
         }
         self.write_flags(image, flags::IN_USE)?;
         self.started.store(true, Ordering::Release);
@@ -179,41 +199,44 @@ impl Bitmaps {
     fn mark(&self, offset: u64, len: u64) {
         for (entry, bits) in self.stored().filter(|(entry, _)| entry.is_auto()) {
             let first = offset >> entry.granularity_bits;
-            let last = (offset + len - 1) >> entry.granularity_bits;
-            for word in first / WORD_BITS..=last / WORD_BITS {
-                let start = first.max(word * WORD_BITS) % WORD_BITS;
-                let end = last.min(word * WORD_BITS + WORD_BITS - 1) % WORD_BITS;
-                let mask = u64::MAX >> (WORD_BITS - 1 - end) & u64::MAX << start;
-                let word = bits.make(word as usize);
-                // Most of what is written was written before.
-                if word.load(Ordering::Relaxed) & mask != mask {
-                    word.fetch_or(mask, Ordering::Relaxed);
-                }
-            }
+            bits.set_range(first, (offset + len - 1) >> entry.granularity_bits);
         }
     }
 
     /// Clears the bits behind the end of a disk of `size` bytes.
     fn truncate(&self, size: u64) {
         for (entry, bits) in self.stored() {
-            let count = size.div_ceil(1 << entry.granularity_bits);
-            let (word, rest) = ((count / WORD_BITS) as usize, count % WORD_BITS);
-            for index in bits.indices().skip_while(|index| *index < word) {
-                if let Some(bits) = bits.get(index) {
-                    let kept = if index == word { (1 << rest) - 1 } else { 0 };
-                    bits.fetch_and(kept, Ordering::Relaxed);
-                }
-            }
+            bits.truncate(entry.bits(size));
         }
     }
 }
 
+/// Whether the bits of a bitmap can be kept up to date, and stored again.
+fn is_stored(entry: &Bitmap) -> bool {
+    entry.is_known && !entry.is_in_use()
+}
+
+/// Bytes of the bits of all `entries` for a disk of `size` bytes, without those that are not followed.
+fn total_size(entries: &[Bitmap], size: u64) -> u64 {
+    let stored = entries.iter().filter(|entry| is_stored(entry));
+    stored.fold(0, |total: u64, entry| {
+        total.saturating_add(entry.bits(size).div_ceil(8))
+    })
+}
+
 /// Reads the bits of `bitmap`.
-fn load(image: &ImageFile, geometry: Geometry, bitmap: &Bitmap, bits: &Words) -> Result<()> {
+fn load(
+    image: &ImageFile,
+    geometry: Geometry,
+    bitmap: &Bitmap,
+    bits: &Bits,
+    size: u64,
+) -> Result<()> {
     let parts = directory::read_table(&*image.storage, &image.path, geometry, bitmap)?;
     let words = (geometry.cluster_size() / 8) as usize;
     let mut bytes = vec![0; geometry.cluster_size() as usize];
-    for (i, part) in parts.into_iter().enumerate() {
+    let needed = geometry.clusters(bitmap.bits(size).div_ceil(8)) as usize;
+    for (i, part) in parts.into_iter().enumerate().take(needed) {
         match part {
             Part::All(false) => continue,
             Part::All(true) => bytes.fill(0xff),
@@ -222,10 +245,11 @@ fn load(image: &ImageFile, geometry: Geometry, bitmap: &Bitmap, bits: &Words) ->
         for (k, word) in bytes.as_chunks().0.iter().enumerate() {
             let word = u64::from_le_bytes(*word);
             if word != 0 {
-                bits.make(i * words + k).store(word, Ordering::Relaxed);
+                bits.set(i * words + k, word);
             }
         }
     }
+    bits.truncate(bitmap.bits(size));
     Ok(())
 }
 
@@ -235,30 +259,22 @@ impl Qcow2 {
         let Some(bitmaps) = self.bitmaps.as_ref().filter(|_| len > 0) else {
             return Ok(());
         };
-        if !bitmaps.started.load(Ordering::Acquire) {
-            bitmaps.start(&self.image, self.geometry)?;
-        }
+        self.start_bitmaps(bitmaps)?;
         bitmaps.mark(offset, len);
         Ok(())
     }
 
-    /// The disk is about to get a size of `new` bytes.
-    ///
-    /// # Errors
-    /// [`Error::Option`] if there is a bitmap that cannot follow.
-    pub(super) fn resize_bitmaps(&self, new: u64) -> Result<()> {
-        self.check_bitmaps(new)?;
-        let Some(bitmaps) = &self.bitmaps else {
+    fn start_bitmaps(&self, bitmaps: &Bitmaps) -> Result<()> {
+        if bitmaps.started.load(Ordering::Acquire) {
             return Ok(());
-        };
-        if !bitmaps.started.load(Ordering::Acquire) {
-            bitmaps.start(&self.image, self.geometry)?;
         }
-        bitmaps.truncate(new);
-        Ok(())
+        bitmaps.start(&self.image, self.geometry, self.size())
     }
 
-    /// Refuses a size of `new` bytes that a bitmap cannot follow to.
+    /// Makes sure that the bitmaps can follow when the disk gets a size of `new` bytes.
+    ///
+    /// # Errors
+    /// [`Error::Option`] if there is one that cannot.
     pub(super) fn check_bitmaps(&self, new: u64) -> Result<()> {
         let Some(bitmaps) = &self.bitmaps else {
             return Ok(());
@@ -269,12 +285,23 @@ impl Qcow2 {
                 let reason = format!("Bitmap '{name}' is inconsistent and cannot be used");
                 return Err(Error::Option(reason));
             }
-            if new.div_ceil(1 << entry.granularity_bits) > MAX_BITMAP_SIZE * 8 {
+            if entry.bits(new) > MAX_BITMAP_SIZE * 8 {
                 let reason = format!("Bitmap '{name}' would be too large for the new size");
                 return Err(Error::Option(reason));
             }
         }
-        Ok(())
+        if total_size(&bitmaps.entries, new) > MAX_BITMAPS_SIZE {
+            let reason = "The bitmaps would be too large together for the new size";
+            return Err(Error::Option(reason.to_owned()));
+        }
+        self.start_bitmaps(bitmaps)
+    }
+
+    /// The disk has lost what lies behind `size` bytes.
+    pub(super) fn truncate_bitmaps(&self, size: u64) {
+        if let Some(bitmaps) = &self.bitmaps {
+            bitmaps.truncate(size);
+        }
     }
 
     /// Stores the bitmaps of an image that is closed, and whose data and mapping are on disk.
@@ -285,6 +312,8 @@ impl Qcow2 {
         if !bitmaps.started.load(Ordering::Acquire) {
             return Ok(());
         }
+        // A request that was under way beside a shrink may have marked what is no more.
+        bitmaps.truncate(self.size());
         let mut old = Vec::new();
         let mut places = Vec::new();
         for (entry, bits) in bitmaps.stored() {
@@ -313,10 +342,9 @@ impl Qcow2 {
 
     /// Writes the bits of `bitmap` and a table of them to clusters of their own, and returns the
     /// offset and the number of entries of the table.
-    fn write_bitmap(&self, bitmap: &Bitmap, bits: &Words) -> Result<(u64, u32)> {
+    fn write_bitmap(&self, bitmap: &Bitmap, bits: &Bits) -> Result<(u64, u32)> {
         let g = self.geometry;
-        let count = self.size().div_ceil(1 << bitmap.granularity_bits);
-        let parts = g.clusters(count.div_ceil(8)).max(1);
+        let parts = g.clusters(bitmap.bits(self.size()).div_ceil(8)).max(1);
         let words = g.cluster_size() / 8;
         let mut entries = vec![0; parts as usize];
         let mut bytes = Vec::with_capacity(g.cluster_size() as usize);

@@ -12,7 +12,7 @@
 //! A repair keeps what the guest sees: entries that lead nowhere stay as they are, and findings. Each
 //! step leaves an image that is no worse, and begins after the one before is on disk:
 //!
-//! 1. an entry that reads as zero loses a place that cannot be one;
+//! 1. an entry without data loses a place that cannot be one;
 //! 2. refcounts that are too low are raised; or, if their blocks are damaged, all are written anew to
 //!    the end of the file, and the header leads there (unless something else does already);
 //! 3. refcounts that are too high are lowered;

@@ -3,7 +3,7 @@
 use super::{Check, FindingKind, Repair};
 use crate::Result;
 use crate::qcow2::entry::{COPIED, Cluster, Entry, L1Entry};
-use crate::qcow2::geometry::ENTRY_SIZE;
+use crate::qcow2::geometry::{ENTRY_SIZE, Geometry};
 use crate::qcow2::header::MAX_L1_SIZE;
 use crate::qcow2::snapshot::{Snapshot, SnapshotTable, read_table};
 use crate::qcow2::subclusters::Subclusters;
@@ -167,7 +167,7 @@ impl Check<'_> {
             let counted = self.count_entry(k, entry, guest, owner, &mut expected);
             if counted == Counted::HasNoPlace {
                 let width = g.l2_entry_words();
-                Entry::zero_plain(g).write(&mut words[k * width..(k + 1) * width]);
+                without_place(entry, g).write(&mut words[k * width..(k + 1) * width]);
                 changed = true;
             }
         }
@@ -350,10 +350,22 @@ impl Check<'_> {
     }
 }
 
+/// `entry`, of a cluster that has a place and no data there, without the place: what reads as zero
+/// does so, and what shows from below shows.
+fn without_place(entry: Entry, geometry: Geometry) -> Entry {
+    if !geometry.extended_l2 {
+        return Entry::zero_plain(geometry);
+    }
+    Entry {
+        word: Entry::UNALLOCATED.word,
+        subclusters: entry.subclusters,
+    }
+}
+
 /// What has become of an entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Counted {
     Yes,
-    /// It reads as zero, and is to lose its place.
+    /// It has no data, and is to lose its place.
     HasNoPlace,
 }

@@ -134,7 +134,8 @@ impl Qcow2 {
             l1: self.l1.entries(size).collect(),
             l1_offset: offset,
         };
-        change(&mut state)
+        change(&mut state)?;
+        self.close()
     }
 }
 
@@ -215,7 +216,7 @@ impl Change<'_> {
         }
         let mut l1 = self.read_l1(&snapshot)?;
         // What differs is not known.
-        self.disk.resize_bitmaps(size.max(self.disk.size()))?;
+        self.disk.check_bitmaps(size.max(self.disk.size()))?;
         self.disk.track(0, size.max(self.disk.size()))?;
         self.add_references(&l1)?;
         l1.resize(needed as usize, 0);
@@ -235,7 +236,7 @@ impl Change<'_> {
         self.disk.image.write_bytes_at(&fields, HEADER_SIZE)?;
         self.disk.image.sync()?;
         self.disk.size.store(size, Ordering::Relaxed);
-        self.disk.resize_bitmaps(size)?;
+        self.disk.truncate_bitmaps(size);
 
         let (old, old_offset) = (self.l1.clone(), self.l1_offset);
         let clusters = g.clusters(old.len() as u64 * ENTRY_SIZE);

@@ -9,7 +9,10 @@ use tandem_block::{Error, FileOptions};
 use crate::create;
 use crate::failure::Failure;
 use crate::getopt::{self, Parsed, flag, value};
-use crate::image::{Format, Image, cache, cache_option, could_not_open, follow, follow_option};
+use crate::image::{
+    Format, Image, cache, cache_option, could_not_open, follow, follow_option, image_opts_option,
+    object_option,
+};
 use crate::options::{self, Definition, Kind, Options};
 use crate::output;
 use crate::progress::Progress;
@@ -19,7 +22,7 @@ pub fn command() -> Command {
     Command::new("amend")
         .about("Changes options of an image")
         .disable_help_flag(true)
-        .override_usage("tandem-img amend -o OPTIONS [-f FMT] [-p] [-q] [-t MODE] FILENAME")
+        .override_usage("tandem-img amend -o OPTIONS [-f FMT | --image-opts] [-p] [-q] [-t MODE] FILENAME")
         .args([
             getopt::help(),
             value(
@@ -39,8 +42,8 @@ pub fn command() -> Command {
             cache_option("cache", 't', "the image"),
             flag("force", None, "Allow operations on encryption that could lose data").hide(true),
             follow_option(),
-            value("object", None, "DEFINITION", "Not supported yet").hide(true),
-            flag("image-opts", None, "Not supported yet").hide(true),
+            image_opts_option(),
+            object_option(),
         ])
         .after_help(
             "All that is asked for is changed, or nothing. The data file that an image names is not \
@@ -137,15 +140,15 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
         cache: cache(args, "cache")?,
         ..FileOptions::default()
     };
-    args.refuse(&["object", "image-opts"])?;
+    args.refuse(&["object"])?;
     let image = Image::from_args(args)?;
-    image.warn_of_guess(args);
+    image.warn_of_guess();
     if asks_for_help || image.format == Format::Raw {
         return help(args, image.format);
     }
+    let opened = |e: Error| args.name.error(&could_not_open(image.name, &e.reason()));
     let changes = AmendOptions {
-        files,
-        follow: follow(args)?,
+        open: image.options(false, follow(args)?, files).map_err(opened)?,
         ..changes(args, &list)?
     };
     let progress = Progress::new(args);
@@ -155,15 +158,13 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
             progress.set(done, total);
         }
     };
-    qcow2::amend(image.path, &changes, show).map_err(|e| match e {
+    qcow2::amend(&image.path, &changes, show).map_err(|e| match e {
         Error::Option(text) => args.name.error(&text),
         Error::HeaderFull { .. } => {
             let text = "Failed to update the image header: No space left on device";
             args.name.error(text)
         }
-        other => args
-            .name
-            .error(&could_not_open(image.name, &other.reason())),
+        other => opened(other),
     })?;
     progress.set(1, 1);
     Ok(())

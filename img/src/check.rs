@@ -9,7 +9,7 @@ use crate::failure::Failure;
 use crate::getopt::{self, Parsed, flag, value};
 use crate::image::{
     Format, Image, cache, cache_option, could_not_open, follow, follow_option, force_share_option,
-    locking,
+    image_opts_option, locking, object_option,
 };
 use crate::output::{self, Output};
 use crate::progress::Progress;
@@ -27,8 +27,8 @@ pub fn command() -> Command {
         .about("Checks the metadata of an image, and repairs it with -r")
         .disable_help_flag(true)
         .override_usage(
-            "tandem-img check [-f FMT] [--output human|json] [-r leaks|all] [-q] [-p] [-T MODE] [-U] \
-             FILENAME",
+            "tandem-img check [-f FMT | --image-opts] [--output human|json] [-r leaks|all] [-q] \
+             [-p] [-T MODE] [-U] FILENAME",
         )
         .args([
             getopt::help(),
@@ -54,8 +54,8 @@ pub fn command() -> Command {
                 "Repair leaked clusters only, or all that can be without loss of data",
             ),
             follow_option(),
-            value("object", None, "DEFINITION", "Not supported yet").hide(true),
-            flag("image-opts", None, "Not supported yet").hide(true),
+            image_opts_option(),
+            object_option(),
         ])
         .after_help(
             "Exit status: 0 no errors, 1 the check failed, 2 errors, 3 only leaked clusters, \
@@ -117,21 +117,25 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
             )));
         }
     };
+    let files = FileOptions {
+        locking: locking(args),
+        cache: cache(args, "source-cache")?,
+    };
+    let follow = follow(args)?;
+    args.refuse(&["object"])?;
+    let image = Image::from_args(args)?;
+    let opened = |reason: &str| args.name.error(&could_not_open(image.name, reason));
+    let read_only = repair == Repair::Nothing;
+    let open = image
+        .options(read_only, follow, files)
+        .map_err(|e| opened(&e.reason()))?;
     let options = CheckOptions {
         repair,
-        follow: follow(args)?,
-        files: FileOptions {
-            locking: locking(args),
-            cache: cache(args, "source-cache")?,
-        },
+        follow: open.follow,
+        data_file: open.data_file,
+        files: open.files,
         ..CheckOptions::default()
     };
-    args.refuse(&["object", "image-opts"])?;
-    let image = Image::from_args(args)?;
-    if repair != Repair::Nothing && args.has("force-share") {
-        let reason = "force-share=on can only be used with read-only images";
-        return Err(args.name.error(&could_not_open(image.name, reason)));
-    }
     if image.format == Format::Raw {
         let failure = args.name.error("This image format does not support checks");
         return Err(Failure {
@@ -165,7 +169,7 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
                 leaks: report.leaks,
                 leaks_fixed: report.leaks_fixed,
                 allocated_clusters: report.allocated_clusters,
-                filename: &image.path.to_string_lossy(),
+                filename: &image.name.to_string_lossy(),
                 format: image.format.name(),
                 fragmented_clusters: report.fragmented_clusters,
             }),
@@ -202,7 +206,7 @@ fn check(
         data_file: options.data_file.clone(),
         ..*options
     };
-    let report = qcow2::check(image.path, &options, &mut |finding| {
+    let report = qcow2::check(&image.path, &options, &mut |finding| {
         bar.suspend(|| eprintln!("{}", finding.text));
     });
     drop(bar);

@@ -3,13 +3,16 @@
 use std::time::{Duration, Instant};
 
 use clap::Command;
-use tandem_block::qcow2::{Commit, OpenOptions};
+use tandem_block::qcow2::Commit;
 use tandem_block::{Error, FileOptions};
 
 use crate::chain;
 use crate::failure::Failure;
 use crate::getopt::{self, Parsed, flag, value};
-use crate::image::{Format, Image, cache, cache_option, could_not_open, follow, follow_option};
+use crate::image::{
+    Format, Image, cache, cache_option, could_not_open, follow, follow_option, image_opts_option,
+    object_option,
+};
 use crate::output;
 use crate::progress::Progress;
 use crate::size;
@@ -20,7 +23,7 @@ pub fn command() -> Command {
         .about("Writes the data of an image to its backing file")
         .disable_help_flag(true)
         .override_usage(
-            "tandem-img commit [-f FMT] [-t MODE] [-b BASE] [-r RATE] [-d] [-p] [-q] FILENAME",
+            "tandem-img commit [-f FMT | --image-opts] [-t MODE] [-b BASE] [-r RATE] [-d] [-p] [-q] FILENAME",
         )
         .args([
             getopt::help(),
@@ -48,8 +51,8 @@ pub fn command() -> Command {
                 "Bytes to write in a second at most, with a suffix or without (default: no limit)",
             ),
             follow_option(),
-            value("object", None, "DEFINITION", "Not supported yet").hide(true),
-            flag("image-opts", None, "Not supported yet").hide(true),
+            image_opts_option(),
+            object_option(),
         ])
         .after_help(
             "The backing file becomes as large as the image, if that is larger, and the image is \
@@ -71,20 +74,17 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
     if args.operands.len() != 1 {
         return Err(args.name.usage("Expecting one image file name"));
     }
-    let options = OpenOptions {
-        follow: follow(args)?,
-        files: FileOptions {
-            cache: cache(args, "cache")?,
-            ..FileOptions::default()
-        },
-        ..OpenOptions::default()
+    let follow = follow(args)?;
+    let files = FileOptions {
+        cache: cache(args, "cache")?,
+        ..FileOptions::default()
     };
-    args.refuse(&["object", "image-opts"])?;
+    args.refuse(&["object"])?;
     let image = Image::from_args(args)?;
-    image.warn_of_guess(args);
+    image.warn_of_guess();
     let chain = match image.format {
         Format::Raw => Vec::new(),
-        Format::Qcow2 => chain::below(image.path),
+        Format::Qcow2 => chain::below(&image.path),
     };
     let between = match args.value("base") {
         Some(base) => chain::find(&chain, base).ok_or_else(|| {
@@ -95,20 +95,17 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
         None => Ok(0),
     };
     let opened = |e: Error| match &e {
-        Error::Locked { file, .. } if file != image.path => args.name.error(&e.reason()),
+        Error::Locked { file, .. } if **file != *image.path => args.name.error(&e.reason()),
         e => args.name.error(&could_not_open(image.name, &e.reason())),
     };
+    let options = image.options(false, follow, files).map_err(opened)?;
     let (progress, commit) = match between {
         Ok(between) => {
-            let commit = Commit::open(image.path, between, &options).map_err(opened)?;
+            let commit = Commit::open(&image.path, between, &options).map_err(opened)?;
             (Progress::new(args), commit)
         }
         Err(text) => {
-            drop(
-                image
-                    .open(false, options.follow, options.files)
-                    .map_err(opened)?,
-            );
+            drop(image.open(false, follow, files).map_err(opened)?);
             drop(Progress::new(args));
             return Err(args.name.error(&text));
         }

@@ -115,7 +115,7 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
             files,
             ..OpenOptions::default()
         };
-        let to = Qcow2::open(new.path, &options).map_err(|e| opened(target, &e.reason()))?;
+        let to = Qcow2::open(&new.path, &options).map_err(|e| opened(target, &e.reason()))?;
         return copy_compressed(&*from, &to).map_err(|e| args.name.error(&e.to_string()));
     }
     let to = new

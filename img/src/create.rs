@@ -12,7 +12,7 @@ use tandem_block::{Error, FileOptions, Locking, Preallocation, Raw};
 
 use crate::failure::Failure;
 use crate::getopt::{self, Parsed, flag, value};
-use crate::image::{Format, Image, could_not_open, local_path};
+use crate::image::{Format, Image, could_not_open, local_path, object_option};
 use crate::options::{self, Definition, Kind, Options, Value};
 use crate::output;
 use crate::size;
@@ -26,7 +26,7 @@ pub fn command() -> Command {
         .args([
             getopt::help(),
             flag("quiet", Some('q'), "Print nothing but errors"),
-            value("object", None, "DEFINITION", "Not supported yet").hide(true),
+            object_option(),
             value(
                 "format",
                 Some('f'),

@@ -115,12 +115,16 @@ impl Parsed {
 
     /// Fails if one of the options, which QEMU has, is there.
     pub fn refuse(&self, ids: &[&str]) -> Result<(), Failure> {
-        match ids.iter().find(|id| self.has(id)) {
-            Some(id) => Err(self
-                .name
-                .error(&format!("Option '--{id}' is not supported yet"))),
-            None => Ok(()),
-        }
+        let text = match ids.iter().find(|id| self.has(id)) {
+            None => return Ok(()),
+            Some(&"object") => {
+                "Option '--object' is not supported: the secrets that objects hold are for \
+                 encrypted images, which are not supported"
+                    .to_owned()
+            }
+            Some(id) => format!("Option '--{id}' is not supported yet"),
+        };
+        Err(self.name.error(&text))
     }
 }
 

@@ -1,17 +1,19 @@
 //! From a file name on the command line to an image of a known format.
 
-use std::ffi::OsStr;
+use std::borrow::Cow;
+use std::ffi::{OsStr, OsString};
 use std::fs::Metadata;
-use std::os::unix::ffi::OsStrExt;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::FileTypeExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use clap::Arg;
-use tandem_block::qcow2::{Follow, Info, OpenOptions, Qcow2, backing_path};
+use tandem_block::qcow2::{Backing, BackingFormat, Follow, Info, OpenOptions, Qcow2, backing_path};
 use tandem_block::{CacheMode, Disk, FileOptions, FileStorage, Locking, Raw, Storage};
 
 use crate::failure::Failure;
 use crate::getopt::{Parsed, flag, value};
+use crate::image_opts::{Described, ImageOpts, With};
 
 /// The formats that there are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,12 +77,20 @@ pub fn local_path(name: &OsStr) -> Result<&Path, String> {
 /// An image that exists.
 #[derive(Debug)]
 pub struct Image<'a> {
-    /// Its name as it was given.
+    /// Its name, or the options that describe it, as they were given.
     pub name: &'a OsStr,
     /// The file.
-    pub path: &'a Path,
+    pub path: Cow<'a, Path>,
     /// Its format.
     pub format: Format,
+    /// Whether the format was found out by what the file begins with.
+    pub probed: bool,
+    /// Whether it was described as a file, which has no format.
+    pub is_protocol: bool,
+    /// The options that describe it.
+    pub described: ImageOpts,
+    /// What they say of how it is opened.
+    pub with: With,
     /// What the file system says of it.
     pub metadata: Metadata,
     /// Length in bytes.
@@ -93,19 +103,67 @@ impl<'a> Image<'a> {
         let [name] = &args.operands[..] else {
             return Err(args.name.usage("Expecting one image file name"));
         };
-        Self::look(name, args.value("format"))
-            .map_err(|reason| args.name.error(&could_not_open(name, &reason)))
+        Self::from_operand(args, name, "format")
+    }
+
+    /// Looks at the operand `name`, whose format the option `format` may say; with `--image-opts`
+    /// it is a list of options.
+    pub fn from_operand(args: &Parsed, name: &'a OsStr, format: &str) -> Result<Self, Failure> {
+        let format = args.value(format);
+        let opened = |reason: String| args.name.error(&could_not_open(name, &reason));
+        let image = if args.has("image-opts") {
+            if format.is_some() {
+                let text = "--image-opts and --format are mutually exclusive";
+                return Err(args.name.error(text));
+            }
+            let list = name.to_str().ok_or("Option list is not UTF-8".to_owned());
+            let warn = |text: &str| eprintln!("{}", args.name.text(text));
+            let list = list.and_then(|list| ImageOpts::from_list(list, warn));
+            let list = list.map_err(|text| args.name.error(&text))?;
+            list.describe(None)
+                .and_then(|image| Self::look_described(name, image))
+        } else {
+            Self::look(name, format)
+        };
+        let image = image.map_err(opened)?;
+        if args.has("force-share") && image.with.contradicts_force_share() {
+            return Err(args
+                .name
+                .error("--force-share/-U conflicts with image options"));
+        }
+        Ok(image)
+    }
+
+    /// How the image is opened as qcow2; names in it may lead where `follow` says.
+    ///
+    /// # Errors
+    /// Why it cannot be opened so.
+    pub fn options(
+        &self,
+        read_only: bool,
+        follow: Follow,
+        files: FileOptions,
+    ) -> tandem_block::Result<OpenOptions> {
+        let mut options = OpenOptions {
+            read_only,
+            follow,
+            files,
+            ..OpenOptions::default()
+        };
+        let applied = self.with.apply(&mut options);
+        applied.map_err(tandem_block::Error::Option)?;
+        Ok(options)
     }
 
     /// Warns, as QEMU does before it writes, of a raw image that nobody has said to be one.
-    pub fn warn_of_guess(&self, args: &Parsed) {
-        if self.format == Format::Raw && !args.has("format") {
+    pub fn warn_of_guess(&self) {
+        if self.format == Format::Raw && self.probed {
             eprint!(
                 "WARNING: Image format was not specified for '{}' and probing guessed raw.\n         \
                  Automatically detecting the format is dangerous for raw images, write operations on \
                  block 0 will be restricted.\n         \
                  Specify the 'raw' format explicitly to remove the restrictions.\n",
-                self.name.display()
+                self.path.display()
             );
         }
     }
@@ -117,17 +175,10 @@ impl<'a> Image<'a> {
         follow: Follow,
         files: FileOptions,
     ) -> tandem_block::Result<Box<dyn Disk>> {
+        let options = self.options(read_only, follow, files)?;
         Ok(match self.format {
-            Format::Raw => Box::new(Raw::open_with(self.path, read_only, files)?),
-            Format::Qcow2 => {
-                let options = OpenOptions {
-                    read_only,
-                    follow,
-                    files,
-                    ..OpenOptions::default()
-                };
-                Box::new(Qcow2::open(self.path, &options)?)
-            }
+            Format::Raw => Box::new(Raw::open_with(&self.path, read_only, options.files)?),
+            Format::Qcow2 => Box::new(Qcow2::open(&self.path, &options)?),
         })
     }
 
@@ -137,21 +188,31 @@ impl<'a> Image<'a> {
     /// What keeps one of them from being opened.
     pub fn data_names(&self) -> tandem_block::Result<Vec<String>> {
         let mut names = Vec::new();
-        let mut next = (self.format == Format::Qcow2).then(|| self.path.to_owned());
-        let mut last = self.path.to_owned();
+        let mut next = (self.format == Format::Qcow2).then(|| self.path.to_path_buf());
+        let mut last = self.path.to_path_buf();
+        // Of the image itself, its options may say more than its header.
+        let mut data_file = self.with.data_file.clone();
+        let mut backing = self.with.backing.clone();
         while let Some(path) = next.take() {
             let info = Info::read_with(&path, Locking::Off)?;
-            names.push(match info.data_file {
-                Some(name) => String::from_utf8_lossy(&name).into_owned(),
-                None => path.to_string_lossy().into_owned(),
-            });
-            let Some(name) = info.backing_file else {
-                return Ok(names);
+            let name = info
+                .data_file
+                .map(|name| PathBuf::from(OsString::from_vec(name)));
+            let holder = data_file.take().or(name).unwrap_or_else(|| path.clone());
+            names.push(holder.to_string_lossy().into_owned());
+            let named_qcow2 = info.backing_format.as_deref() == Some(b"qcow2");
+            let is_qcow2 = match (std::mem::take(&mut backing), info.backing_file) {
+                (Backing::Nothing, _) | (Backing::Named, None) => return Ok(names),
+                (Backing::File { path, format }, _) => {
+                    last = path;
+                    format.map_or(named_qcow2, |format| format == BackingFormat::Qcow2)
+                }
+                (Backing::Named, Some(name)) => {
+                    last = backing_path(&path, &name).unwrap_or_default();
+                    named_qcow2
+                }
             };
-            last = backing_path(&path, &name).unwrap_or_default();
-            if info.backing_format.as_deref() == Some(b"qcow2") {
-                next = Some(last.clone());
-            }
+            next = is_qcow2.then(|| last.clone());
         }
         names.push(last.to_string_lossy().into_owned());
         Ok(names)
@@ -172,8 +233,11 @@ impl<'a> Image<'a> {
     }
 
     fn raw_data_file(&self) -> Option<Metadata> {
-        let info = Info::read_with(self.path, Locking::Off).ok()?;
+        let info = Info::read_with(&self.path, Locking::Off).ok()?;
         let name = info.data_file.filter(|_| info.data_file_raw)?;
+        if let Some(path) = &self.with.data_file {
+            return path.metadata().ok();
+        }
         let directory = self.path.parent().unwrap_or(Path::new(""));
         directory.join(OsStr::from_bytes(&name)).metadata().ok()
     }
@@ -183,6 +247,11 @@ impl<'a> Image<'a> {
     /// # Errors
     /// The reason why it cannot be opened.
     pub fn look(name: &'a OsStr, format: Option<&OsStr>) -> Result<Self, String> {
+        let json = name.to_str().and_then(|name| name.strip_prefix("json:"));
+        if let Some(json) = json {
+            let described = ImageOpts::from_json(json)?.describe(format)?;
+            return Self::look_described(name, described);
+        }
         let given = format.map(OsStr::to_string_lossy);
         let given = match given.as_deref() {
             None => None,
@@ -194,8 +263,35 @@ impl<'a> Image<'a> {
         if path.as_os_str().is_empty() {
             return Err("The 'file' block driver requires a file name".to_owned());
         }
+        Self::look_at(name, path.into(), given)
+    }
+
+    /// Looks at an image that is described by options, `name`.
+    ///
+    /// # Errors
+    /// The reason why it cannot be opened.
+    pub fn look_described(name: &'a OsStr, image: Described) -> Result<Self, String> {
+        let found = Self::look_at(name, image.path.into(), image.format)?;
+        image.options.finish(found.format)?;
+        Ok(Self {
+            is_protocol: image.is_protocol,
+            with: image.with,
+            described: image.options,
+            ..found
+        })
+    }
+
+    /// Looks at the file `path`, called `name`, of the format that is `given`.
+    ///
+    /// # Errors
+    /// The reason why it cannot be opened.
+    pub fn look_at(
+        name: &'a OsStr,
+        path: Cow<'a, Path>,
+        given: Option<Format>,
+    ) -> Result<Self, String> {
         let io_error = |error| {
-            let file = path.to_owned();
+            let file = path.to_path_buf();
             let (action, offset) = ("open", None);
             tandem_block::Error::Io {
                 file,
@@ -212,7 +308,7 @@ impl<'a> Image<'a> {
                 "'file' driver requires '{path}' to be a regular file"
             ));
         }
-        let file = FileStorage::open(path, true).map_err(io_error)?;
+        let file = FileStorage::open(&path, true).map_err(io_error)?;
         let len = file.size().map_err(io_error)?;
         let format = match given {
             Some(format) => format,
@@ -222,10 +318,28 @@ impl<'a> Image<'a> {
             name,
             path,
             format,
+            probed: given.is_none(),
+            is_protocol: false,
+            described: ImageOpts::default(),
+            with: With::default(),
             metadata,
             len,
         })
     }
+}
+
+/// Definition of the option that makes file names lists of options.
+pub fn image_opts_option() -> Arg {
+    flag(
+        "image-opts",
+        None,
+        "FILENAME is a list of options: driver=FMT,file.filename=NAME,...",
+    )
+}
+
+/// Definition of QEMU's option for objects, which there are none of.
+pub fn object_option() -> Arg {
+    value("object", None, "DEFINITION", "Not supported").hide(true)
 }
 
 /// Definition of the option that says where names in an image may lead.

@@ -3,16 +3,21 @@
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
 
 use clap::Command;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
-use tandem_block::qcow2::{BitmapInfo, DataFileLayout, Info};
+use tandem_block::FileOptions;
+use tandem_block::qcow2::{
+    BackingFormat, BitmapInfo, DataFileLayout, Follow, Info, backing_path, find_backing,
+};
 
 use crate::failure::Failure;
 use crate::getopt::{self, Parsed, flag, value};
 use crate::image::{
-    Format, Image, could_not_open, force_share_option, local_path, locking, printable,
+    Format, Image, could_not_open, follow, follow_option, force_share_option, image_opts_option,
+    local_path, locking, object_option, printable,
 };
 use crate::output::{self, Output};
 use crate::size;
@@ -21,9 +26,11 @@ use crate::snapshot;
 /// Definition of the subcommand.
 pub fn command() -> Command {
     Command::new("info")
-        .about("Tells what the header of an image says; no other file is opened")
+        .about("Tells what the header of an image says; its data file is not opened")
         .disable_help_flag(true)
-        .override_usage("tandem-img info [-f FMT] [--output human|json] [-U] FILENAME")
+        .override_usage(
+            "tandem-img info [-f FMT | --image-opts] [--output human|json] [-b] [-U] FILENAME",
+        )
         .args([
             getopt::help(),
             value(
@@ -34,14 +41,16 @@ pub fn command() -> Command {
             ),
             value("output", None, "human|json", "How to print the result"),
             force_share_option(),
-            flag("backing-chain", Some('b'), "Not supported yet").hide(true),
-            value("object", None, "DEFINITION", "Not supported yet").hide(true),
-            flag("image-opts", None, "Not supported yet").hide(true),
+            flag("backing-chain", Some('b'), "Tell of all images below, too"),
+            follow_option(),
+            image_opts_option(),
+            object_option(),
         ])
         .after_help(
             "Examples:\n  \
              tandem-img info disk.qcow2\n  \
              tandem-img info --output=json disk.qcow2\n  \
+             tandem-img info --backing-chain overlay.qcow2\n  \
              tandem-img info -f raw disk.raw",
         )
 }
@@ -49,24 +58,128 @@ pub fn command() -> Command {
 /// Runs the subcommand.
 pub fn run(args: &Parsed) -> Result<(), Failure> {
     let output = Output::from_args(args)?;
-    args.refuse(&["backing-chain", "object", "image-opts"])?;
+    let follow = follow(args)?;
+    args.refuse(&["object"])?;
     let image = Image::from_args(args)?;
-    let info = match image.format {
-        Format::Raw => None,
-        Format::Qcow2 => Some(
-            Info::read_with(image.path, locking(args))
-                .map_err(|e| args.name.error(&could_not_open(image.name, &e.reason())))?,
-        ),
-    };
-    let report = Report {
-        image: &image,
-        info: info.as_ref(),
-    };
-    match output {
-        Output::Human => output::print(&report.human()),
-        Output::Json => output::print_json(&report.json()),
+    let mut reports = Reports::new(output);
+    let mut below = reports.add(args, &image)?;
+    let mut seen = vec![(image.metadata.dev(), image.metadata.ino())];
+    while let Some(Below {
+        above,
+        name,
+        format,
+    }) = below.take_if(|_| args.has("backing-chain"))
+    {
+        let name = OsStr::from_bytes(&name);
+        let failed = |path: &OsStr, reason: &str| {
+            let shown = printable(path);
+            args.name.error(&could_not_open(OsStr::new(&shown), reason))
+        };
+        let path = backing_path(&above, name.as_bytes()).map_err(|reason| failed(name, &reason))?;
+        let path = path.into_os_string();
+        let image = find_backing(&above, name.as_bytes(), follow)
+            .map_err(|e| e.reason())
+            .and_then(|_| {
+                let format = format.ok_or(NO_FORMAT)?;
+                Image::look_at(&path, Path::new(&path).into(), Some(format))
+            })
+            .map_err(|reason| failed(&path, &reason))?;
+        let id = (image.metadata.dev(), image.metadata.ino());
+        if seen.contains(&id) {
+            let name = printable(&path);
+            let text = format!("Backing file '{name}' creates an infinite loop.");
+            return Err(args.name.error(&text));
+        }
+        seen.push(id);
+        below = reports.add(args, &image)?;
     }
+    reports.print(args.has("backing-chain"));
     Ok(())
+}
+
+/// Formats of backing files are never guessed.
+const NO_FORMAT: &str = "the image above it does not tell its format; `rebase -u -F FMT` writes it \
+                         into that image";
+
+/// What the header of an image says of its backing file.
+struct Below {
+    /// The path of the image.
+    above: PathBuf,
+    name: Vec<u8>,
+    format: Option<Format>,
+}
+
+/// What is printed: something for each image.
+enum Reports {
+    Human(Vec<String>),
+    Json(Vec<Value>),
+}
+
+impl Reports {
+    fn new(output: Output) -> Self {
+        match output {
+            Output::Human => Self::Human(Vec::new()),
+            Output::Json => Self::Json(Vec::new()),
+        }
+    }
+
+    /// Adds what there is to say of `image`; returns its backing file.
+    fn add(&mut self, args: &Parsed, image: &Image<'_>) -> Result<Option<Below>, Failure> {
+        let opened = |reason: &str| args.name.error(&could_not_open(image.name, reason));
+        let files = FileOptions {
+            locking: locking(args),
+            ..FileOptions::default()
+        };
+        let options = image.options(true, Follow::Nothing, files);
+        let locking = options.map_err(|e| opened(&e.reason()))?.files.locking;
+        let info = match image.format {
+            Format::Raw => None,
+            Format::Qcow2 => {
+                let info = Info::read_with(&image.path, locking);
+                Some(info.map_err(|e| opened(&e.reason()))?)
+            }
+        };
+        let refused = image.described.refuse_backing(image.format);
+        refused.map_err(|reason| opened(&reason))?;
+        let report = Report {
+            image,
+            info: info.as_ref(),
+        };
+        match self {
+            Self::Human(texts) => texts.push(report.human()),
+            Self::Json(values) => values.push(report.json()),
+        }
+        let Some(Info {
+            backing_file: Some(name),
+            backing_format,
+            ..
+        }) = info
+        else {
+            return Ok(None);
+        };
+        let format = backing_format.map(|name| {
+            let known = BackingFormat::from_name(&name).map(|format| match format {
+                BackingFormat::Raw => Format::Raw,
+                BackingFormat::Qcow2 => Format::Qcow2,
+            });
+            let unknown = || format!("Unknown driver '{}'", String::from_utf8_lossy(&name));
+            known.ok_or_else(unknown)
+        });
+        Ok(Some(Below {
+            above: image.path.to_path_buf(),
+            name,
+            format: format.transpose().map_err(|reason| opened(&reason))?,
+        }))
+    }
+
+    /// Prints it: one image, or the list of a chain.
+    fn print(self, is_chain: bool) {
+        match self {
+            Self::Human(texts) => output::print(&texts.join("\n")),
+            Self::Json(values) if is_chain => output::print_json(&values),
+            Self::Json(values) => values.iter().for_each(output::print_json),
+        }
+    }
 }
 
 /// What is known of an image; without [`Info`] it is raw.
@@ -89,6 +202,14 @@ impl Report<'_> {
         self.image.metadata.blocks() * 512
     }
 
+    fn format(&self) -> &'static str {
+        if self.image.is_protocol {
+            self.protocol()
+        } else {
+            self.image.format.name()
+        }
+    }
+
     fn protocol(&self) -> &'static str {
         if self.image.metadata.file_type().is_block_device() {
             "host_device"
@@ -102,12 +223,15 @@ impl Report<'_> {
         let mut text = format!(
             "image: {}\nfile format: {}\nvirtual size: {} ({} bytes)\ndisk size: {disk_usage}\n",
             printable(self.image.path.as_os_str()),
-            self.image.format.name(),
+            self.format(),
             size::human(self.size()),
             self.size(),
         );
         if let Some(info) = self.info {
             text += &self.human_qcow2(info);
+        }
+        if self.image.is_protocol {
+            return text;
         }
         text + &format!(
             "Child node '/file':\n    filename: {}\n    protocol type: {}\n    \
@@ -149,18 +273,19 @@ impl Report<'_> {
 
     fn json(&self) -> Value {
         let usage = self.disk_usage();
-        let child = json!({
-            "name": "file",
-            "info": {
-                "children": [],
-                "virtual-size": self.file_len(),
-                "filename": self.image.path.to_string_lossy(),
-                "format": self.protocol(),
-                "actual-size": usage,
-                "format-specific": { "type": "file", "data": {} },
-                "dirty-flag": false,
-            },
+        let file = json!({
+            "children": [],
+            "virtual-size": self.file_len(),
+            "filename": self.image.path.to_string_lossy(),
+            "format": self.protocol(),
+            "actual-size": usage,
+            "format-specific": { "type": "file", "data": {} },
+            "dirty-flag": false,
         });
+        if self.image.is_protocol {
+            return file;
+        }
+        let child = json!({ "name": "file", "info": file });
         let mut report = Map::new();
         let mut add = |key: &str, value: Value| report.insert(key.to_owned(), value);
         let text = |bytes: &[u8]| Value::from(String::from_utf8_lossy(bytes));
@@ -177,7 +302,7 @@ impl Report<'_> {
         if let Some(info) = self.info {
             add("cluster-size", info.cluster_size.into());
         }
-        add("format", self.image.format.name().into());
+        add("format", self.format().into());
         add("actual-size", usage.into());
         if let Some(info) = self.info {
             add(

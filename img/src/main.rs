@@ -13,6 +13,7 @@ mod create;
 mod failure;
 mod getopt;
 mod image;
+mod image_opts;
 mod info;
 mod json;
 mod map;

@@ -4,9 +4,10 @@ use clap::Command;
 use tandem_block::{ExtentKind, FileOptions, Locking, extent_in_chain};
 
 use crate::failure::Failure;
-use crate::getopt::{self, Parsed, flag, value};
+use crate::getopt::{self, Parsed, value};
 use crate::image::{
-    Format, Image, could_not_open, follow, follow_option, force_share_option, locking,
+    Format, Image, could_not_open, follow, follow_option, force_share_option, image_opts_option,
+    locking, object_option,
 };
 use crate::output::{self, Output};
 use crate::size;
@@ -32,8 +33,8 @@ pub fn command() -> Command {
             value("max-length", Some('l'), "LENGTH", "How much to show"),
             force_share_option(),
             follow_option(),
-            value("object", None, "DEFINITION", "Not supported yet").hide(true),
-            flag("image-opts", None, "Not supported yet").hide(true),
+            image_opts_option(),
+            object_option(),
         ])
         .after_help(
             "The text for people shows where there is data; JSON shows everything.\n\n\
@@ -103,7 +104,7 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
     };
     let start = number("start-offset", "start offset")?.unwrap_or(0);
     let length = number("max-length", "max length")?;
-    args.refuse(&["object", "image-opts"])?;
+    args.refuse(&["object"])?;
     let image = Image::from_args(args)?;
     let fail = |e: tandem_block::Error| args.name.error(&could_not_open(image.name, &e.reason()));
     let follow = follow(args)?;

@@ -2,7 +2,7 @@
 
 use std::num::{IntErrorKind, ParseIntError};
 
-use crate::size::{self, Wrong};
+use crate::size;
 
 /// An option that a format has.
 #[derive(Clone, Copy, Debug)]
@@ -176,7 +176,7 @@ pub fn describe(definitions: &[Definition]) -> String {
 }
 
 /// Splits at single commas; two are one in a value.
-fn split(list: &str) -> Vec<String> {
+pub fn split(list: &str) -> Vec<String> {
     let mut items = vec![String::new()];
     let mut chars = list.chars().peekable();
     while let Some(c) = chars.next() {
@@ -208,14 +208,7 @@ fn parse_value(definition: &Definition, text: &str) -> Result<Value, String> {
             }),
         Kind::Size => size::parse(text)
             .map(Value::Number)
-            .map_err(|wrong| match wrong {
-                Wrong::Range => format!("Value '{text}' is out of range for parameter '{name}'"),
-                Wrong::Syntax => format!(
-                    "Parameter '{name}' expects a non-negative number below 2^64\n\
-                 Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\n\
-                 and exabytes, respectively."
-                ),
-            }),
+            .map_err(|wrong| wrong.message(name, text)),
     }
 }
 

@@ -6,8 +6,7 @@ use std::path::Path;
 
 use clap::Command;
 use tandem_block::qcow2::{
-    BackingFormat, BackingName, Info, NewBacking, OpenOptions, Qcow2, backing_path,
-    set_backing_name,
+    Backing, BackingFormat, BackingName, Info, NewBacking, Qcow2, backing_path, set_backing_name,
 };
 use tandem_block::{CacheMode, Disk, Error, FileOptions, Locking};
 
@@ -15,7 +14,8 @@ use crate::chain;
 use crate::failure::Failure;
 use crate::getopt::{self, Parsed, flag, value};
 use crate::image::{
-    Format, Image, cache, cache_option, could_not_open, follow, follow_option, locking,
+    Format, Image, cache, cache_option, could_not_open, follow, follow_option, image_opts_option,
+    locking, object_option,
 };
 use crate::progress::Progress;
 
@@ -25,7 +25,7 @@ pub fn command() -> Command {
         .about("Puts an image on top of another backing file")
         .disable_help_flag(true)
         .override_usage(
-            "tandem-img rebase [-f FMT] [-t MODE] [-T MODE] [-U] [-p] [-q] [-u] [-c] -b BACKING_FILE \
+            "tandem-img rebase [-f FMT | --image-opts] [-t MODE] [-T MODE] [-U] [-p] [-q] [-u] [-c] -b BACKING_FILE \
              [-F BACKING_FMT] FILENAME",
         )
         .args([
@@ -64,8 +64,8 @@ pub fn command() -> Command {
             flag("progress", Some('p'), "Show progress"),
             flag("quiet", Some('q'), "Print nothing but errors"),
             follow_option(),
-            value("object", None, "DEFINITION", "Not supported yet").hide(true),
-            flag("image-opts", None, "Not supported yet").hide(true),
+            image_opts_option(),
+            object_option(),
         ])
         .after_help(
             "The disk reads the same as before: where the two backing files differ and the image has \
@@ -93,9 +93,9 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
         ..FileOptions::default()
     };
     let source_cache = cache(args, "backing-cache")?;
-    args.refuse(&["object", "image-opts"])?;
+    args.refuse(&["object"])?;
     let image = Image::from_args(args)?;
-    image.warn_of_guess(args);
+    image.warn_of_guess();
     match image.format {
         Format::Raw => rebase_raw(args, &image, source_cache),
         Format::Qcow2 if is_unsafe => rename(args, &image, files),
@@ -123,7 +123,7 @@ fn rebase_raw(args: &Parsed, image: &Image<'_>, cache: CacheMode) -> Result<(), 
 fn rename(args: &Parsed, image: &Image<'_>, files: FileOptions) -> Result<(), Failure> {
     new_format(args)?;
     let name = new_name(args)?;
-    set_backing_name(image.path, name.as_ref(), files).map_err(|e| match e {
+    set_backing_name(&image.path, name.as_ref(), files).map_err(|e| match e {
         Error::HeaderFull { .. } | Error::Option(_) => cannot_change(args, &reason(&e)),
         e => args.name.error(&could_not_open(image.name, &e.reason())),
     })
@@ -136,13 +136,9 @@ fn rebase(
     source_cache: CacheMode,
     progress: &Progress,
 ) -> Result<(), Failure> {
-    let options = OpenOptions {
-        follow: follow(args)?,
-        files,
-        ..OpenOptions::default()
-    };
     let opened = |e: Error| args.name.error(&could_not_open(image.name, &e.reason()));
-    let disk = Qcow2::open(image.path, &options).map_err(opened)?;
+    let options = image.options(false, follow(args)?, files).map_err(opened)?;
+    let disk = Qcow2::open(&image.path, &options).map_err(opened)?;
     let format = new_format(args)?;
     let shared = shared(args, image, format);
     let other = match shared {
@@ -153,7 +149,8 @@ fn rebase(
     disk.check_backing_name(name.as_ref())
         .map_err(|e| cannot_change(args, &reason(&e)))?;
     let compress = args.has("compress");
-    let has_data_file = || Info::read_with(image.path, Locking::Off).is_ok_and(|i| i.has_data_file);
+    let has_data_file =
+        || Info::read_with(&image.path, Locking::Off).is_ok_and(|i| i.has_data_file);
     if compress && has_data_file() {
         let text = "Error while writing to COW image: Operation not supported";
         return Err(args.name.error(text));
@@ -202,8 +199,11 @@ fn new_file(args: &Parsed) -> Option<&OsStr> {
 
 /// Which of the images below `image` the new backing file is.
 fn shared(args: &Parsed, image: &Image<'_>, format: Option<BackingFormat>) -> Option<usize> {
-    let path = backing_path(image.path, new_file(args)?.as_bytes()).ok()?;
-    chain::below(image.path)
+    let path = backing_path(&image.path, new_file(args)?.as_bytes()).ok()?;
+    if image.with.backing != Backing::Named {
+        return None;
+    }
+    chain::below(&image.path)
         .iter()
         .position(|below| chain::is_same(&below.path, &path) && below.format == format)
 }
@@ -232,7 +232,7 @@ fn open_new(
         }
         .map_err(|e| e.reason())
     };
-    let opened = backing_path(image.path, file.as_bytes()).and_then(|path| open(&path));
+    let opened = backing_path(&image.path, file.as_bytes()).and_then(|path| open(&path));
     opened.map_err(|reason| {
         let file = file.display();
         let text = format!("Could not open new backing file '{file}': {reason}");

@@ -7,9 +7,11 @@ use tandem_block::FileOptions;
 
 use crate::failure::Failure;
 use crate::getopt::{self, Parsed, flag, value};
-use crate::image::{Image, could_not_open, follow, follow_option};
+use crate::image::{
+    Image, could_not_open, follow, follow_option, image_opts_option, object_option,
+};
 use crate::output;
-use crate::size::{self, Wrong};
+use crate::size;
 
 /// Definition of the subcommand.
 pub fn command() -> Command {
@@ -29,8 +31,8 @@ pub fn command() -> Command {
             flag("quiet", Some('q'), "Print nothing but errors"),
             value("preallocation", None, "MODE", "off; others are not supported yet"),
             follow_option(),
-            value("object", None, "DEFINITION", "Not supported yet").hide(true),
-            flag("image-opts", None, "Not supported yet").hide(true),
+            image_opts_option(),
+            object_option(),
         ])
         .after_help(
             "SIZE is in bytes, or with a suffix k, M, G, T, P or E (powers of 1024); with + or - it \
@@ -76,7 +78,8 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
         (_, Some(number)) => (Relative::Less, number),
         _ => (Relative::No, &*text),
     };
-    let number = parse(number).map_err(|text| args.name.error(&text))?;
+    let number =
+        size::parse(number).map_err(|wrong| args.name.error(&wrong.message("size", number)))?;
     match args
         .value("preallocation")
         .map(OsStr::to_string_lossy)
@@ -89,9 +92,9 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
             return Err(args.name.error(&text));
         }
     }
-    args.refuse(&["object", "image-opts"])?;
+    args.refuse(&["object"])?;
     let image = Image::from_args(args)?;
-    image.warn_of_guess(args);
+    image.warn_of_guess();
     resize(args, &image, relative, number)
 }
 
@@ -143,14 +146,4 @@ fn resize(
         output::print("Image resized.\n");
     }
     Ok(())
-}
-
-fn parse(text: &str) -> Result<u64, String> {
-    size::parse(text).map_err(|wrong| match wrong {
-        Wrong::Range => format!("Value '{text}' is out of range for parameter 'size'"),
-        Wrong::Syntax => "Parameter 'size' expects a non-negative number below 2^64\n\
-                          Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, \
-                          peta-\nand exabytes, respectively."
-            .to_owned(),
-    })
 }

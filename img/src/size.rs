@@ -9,6 +9,20 @@ pub enum Wrong {
     Range,
 }
 
+impl Wrong {
+    /// QEMU's message about `value` as the value of the parameter `name`.
+    pub fn message(self, name: &str, value: &str) -> String {
+        match self {
+            Self::Range => format!("Value '{value}' is out of range for parameter '{name}'"),
+            Self::Syntax => format!(
+                "Parameter '{name}' expects a non-negative number below 2^64\n\
+                 Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\n\
+                 and exabytes, respectively."
+            ),
+        }
+    }
+}
+
 /// Reads a size in bytes: decimal, possibly with a fraction, with one of the suffixes b, k, M, G,
 /// T, P, E (powers of 1024, in either case), or hexadecimal without any.
 pub fn parse(text: &str) -> Result<u64, Wrong> {

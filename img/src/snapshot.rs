@@ -7,13 +7,14 @@ use std::time::{Duration, SystemTime};
 use chrono::{DateTime, Local};
 use clap::Command;
 use serde_json::{Map, Value};
-use tandem_block::qcow2::{OpenOptions, Qcow2, SnapshotInfo};
+use tandem_block::qcow2::{Qcow2, SnapshotInfo};
 use tandem_block::{Error, FileOptions};
 
 use crate::failure::Failure;
 use crate::getopt::{self, Parsed, flag, value};
 use crate::image::{
-    Format, Image, could_not_open, follow, follow_option, force_share_option, locking, printable,
+    Format, Image, could_not_open, follow, follow_option, force_share_option, image_opts_option,
+    locking, object_option, printable,
 };
 use crate::output;
 use crate::size;
@@ -55,8 +56,8 @@ pub fn command() -> Command {
             flag("quiet", Some('q'), "Print nothing but errors and the list"),
             force_share_option(),
             follow_option(),
-            value("object", None, "DEFINITION", "Not supported yet").hide(true),
-            flag("image-opts", None, "Not supported yet").hide(true),
+            image_opts_option(),
+            object_option(),
         ])
         .after_help(
             "No other program may use the image while a snapshot is taken, applied or deleted.\n\
@@ -96,27 +97,20 @@ impl<'a> Action<'a> {
 /// Runs the subcommand.
 pub fn run(args: &Parsed) -> Result<(), Failure> {
     let action = Action::from_args(args)?;
-    args.refuse(&["object", "image-opts"])?;
+    args.refuse(&["object"])?;
     let image = Image::from_args(args)?;
     let opened = |reason: &str| args.name.error(&could_not_open(image.name, reason));
-    if !matches!(action, Action::List) && args.has("force-share") {
-        return Err(opened(
-            "force-share=on can only be used with read-only images",
-        ));
-    }
+    let files = FileOptions {
+        locking: locking(args),
+        ..FileOptions::default()
+    };
+    let read_only = matches!(action, Action::List);
+    let options = image.options(read_only, follow(args)?, files);
+    let options = options.map_err(|e| opened(&e.reason()))?;
     if image.format == Format::Raw {
         return on_raw(args, action);
     }
-    let options = OpenOptions {
-        read_only: matches!(action, Action::List),
-        follow: follow(args)?,
-        files: FileOptions {
-            locking: locking(args),
-            ..FileOptions::default()
-        },
-        ..OpenOptions::default()
-    };
-    let disk = Qcow2::open(image.path, &options).map_err(|e| opened(&e.reason()))?;
+    let disk = Qcow2::open(&image.path, &options).map_err(|e| opened(&e.reason()))?;
     let (doing, name, done) = match action {
         Action::List => {
             let snapshots = disk.snapshots().map_err(|e| opened(&e.reason()))?;

@@ -38,6 +38,7 @@ fn open_qcow2(config: &DiskConfig) -> Result<Arc<dyn Disk>> {
         backing_format: config.backing_format,
         l2_cache_size: config.l2_cache_size.unwrap_or(default.l2_cache_size),
         files: config.files,
+        ..default
     };
     match Qcow2::open(&config.path, &options) {
         Ok(disk) => Ok(Arc::new(disk)),

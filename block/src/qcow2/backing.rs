@@ -14,10 +14,9 @@ use std::path::{Path, PathBuf};
 use vm_memory::VolatileSlice;
 
 use super::header::Header;
-use super::policy;
+use super::policy::{self, Follow};
 use super::{OpenOptions, Qcow2, check};
 use crate::buffers::{Buffers, fill_zero};
-use crate::error::system_text;
 use crate::file::ImageFile;
 use crate::lock::Access;
 use crate::{Disk, Error, Limits, Raw, Result};
@@ -51,6 +50,23 @@ impl BackingFormat {
             Self::Qcow2 => "qcow2",
         }
     }
+}
+
+/// What is to be below an image.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Backing {
+    /// The backing file that the image names, if it names one.
+    #[default]
+    Named,
+    /// Nothing, whatever the image names: where it has nothing, it reads as zero.
+    Nothing,
+    /// Another file, wherever it is.
+    File {
+        /// The file.
+        path: PathBuf,
+        /// Its format, if the image is not to say what it is.
+        format: Option<BackingFormat>,
+    },
 }
 
 /// An image that has been found, and its header.
@@ -114,11 +130,32 @@ struct Chain {
 }
 
 fn open_chain(top: &Found, options: &OpenOptions, base: Option<usize>) -> Result<Chain> {
+    let given = &options.backing;
     let options = OpenOptions {
         read_only: true,
         data_file: None,
+        backing: Backing::Named,
         ..options.clone()
     };
+    match given {
+        Backing::Named => {}
+        Backing::Nothing => return Ok(Chain::default()),
+        Backing::File { .. } if base.is_some() => {
+            let reason = "only a backing file that the image names can be written";
+            return Err(Error::Option(reason.to_owned()));
+        }
+        Backing::File { path, format } => {
+            let opened = open_given(top, path, *format, &options);
+            let below = opened.map_err(|reason| Error::BackingFile {
+                file: top.image.path.clone(),
+                reason,
+            })?;
+            return Ok(Chain {
+                below: Some(below),
+                base: None,
+            });
+        }
+    }
     let mut images: Vec<Found> = Vec::new();
     // From the image whose backing file could not be opened up to the top one.
     let failed = |above: &[Found], reason: String| {
@@ -199,6 +236,31 @@ impl Disk for Absent {
     }
 }
 
+/// Opens the file `path`, which is to be below `top`.
+fn open_given(
+    top: &Found,
+    path: &Path,
+    format: Option<BackingFormat>,
+    options: &OpenOptions,
+) -> std::result::Result<Box<dyn Disk>, String> {
+    let format = match format {
+        Some(format) => format,
+        None => format_of(&top.header, options)?,
+    };
+    if id(path)? == id(&top.image.path)? {
+        return Err(format!("'{}' is below itself", path.display()));
+    }
+    let opened = match format {
+        BackingFormat::Raw => ImageFile::open(path, Access::Read, options.files)
+            .and_then(|file| Raw::from_file(file, true))
+            .map(|raw| -> Box<dyn Disk> { Box::new(raw) }),
+        BackingFormat::Qcow2 => {
+            Qcow2::open(path, options).map(|image| -> Box<dyn Disk> { Box::new(image) })
+        }
+    };
+    opened.map_err(|e| e.reason())
+}
+
 /// A backing file.
 enum Next {
     Disk(Box<dyn Disk>),
@@ -251,7 +313,8 @@ fn find(
 
 /// Device and inode of the file at `path`.
 fn id(path: &Path) -> std::result::Result<(u64, u64), String> {
-    let metadata = path.metadata().map_err(|e| system_text(&e))?;
+    let failed = |e| Error::io(path, "open", e).reason();
+    let metadata = path.metadata().map_err(failed)?;
     Ok((metadata.dev(), metadata.ino()))
 }
 
@@ -287,6 +350,17 @@ pub fn path_of(image: &Path, name: &[u8]) -> std::result::Result<PathBuf, String
     };
     let directory = image.parent().unwrap_or(Path::new(""));
     Ok(directory.join(OsStr::from_bytes(local)))
+}
+
+/// The path of the backing file that `image` calls `name`, if it exists and `follow` allows to open
+/// it.
+///
+/// # Errors
+/// [`Error::Option`] with the reason why not.
+pub fn find_backing(image: &Path, name: &[u8], follow: Follow) -> Result<PathBuf> {
+    let path = path_of(image, name).map_err(Error::Option)?;
+    drop(policy::open_backing_file(image, &path, follow, true)?);
+    Ok(path)
 }
 
 impl Qcow2 {

@@ -111,7 +111,7 @@ use crate::Disk;
 use crate::file::ImageFile;
 
 pub use amend::{AmendOptions, amend};
-pub use backing::{BackingFormat, path_of as backing_path};
+pub use backing::{Backing, BackingFormat, find_backing, path_of as backing_path};
 pub use bitmaps::BitmapInfo;
 pub use check::{CheckOptions, CheckReport, Finding, FindingKind, Repair, check, check_storage};
 pub use commit::Commit;

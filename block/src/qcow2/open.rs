@@ -4,7 +4,7 @@ use crate::sync::atomic::{AtomicBool, AtomicU64};
 use crate::sync::{Mutex, lock};
 use std::path::{Path, PathBuf};
 
-use super::backing::{self, BackingFormat, Found};
+use super::backing::{self, Backing, BackingFormat, Found};
 use super::bitmaps::Bitmaps;
 use super::cache::SliceCache;
 use super::entry::L1Entry;
@@ -34,6 +34,8 @@ pub struct OpenOptions {
     pub data_file: Option<PathBuf>,
     /// Where the names in the image, and in those below it, may lead.
     pub follow: Follow,
+    /// What is below the image.
+    pub backing: Backing,
     /// Format of the backing file, if the image names one and not its format. It is never guessed:
     /// what a guest has written into a raw image could look like anything.
     pub backing_format: Option<BackingFormat>,
@@ -51,6 +53,7 @@ impl Default for OpenOptions {
             read_only: false,
             data_file: None,
             follow: Follow::default(),
+            backing: Backing::default(),
             backing_format: None,
             l2_cache_size: 4 << 20,
             files: FileOptions::default(),

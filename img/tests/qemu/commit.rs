@@ -92,13 +92,14 @@ fn does_the_same() {
         "bitmap",
         "nothing",
         "-d -b base.raw nothing",
+        "--image-opts driver=qcow2,file.filename=small",
         "--progress --quiet --drop --base base.raw --rate 1G --cache none --format qcow2 nothing",
     ] {
         both.same(&format!("commit {line}"));
         for image in IMAGES {
             chains::same_content(&both, image);
         }
-        let image = line.rsplit(' ').next().unwrap();
+        let image = line.rsplit([' ', '=']).next().unwrap();
         let maps = (mapped(&both.tandem, image), mapped(&both.qemu, image));
         assert_eq!(maps.0, maps.1, "{line}");
     }

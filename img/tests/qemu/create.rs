@@ -332,10 +332,6 @@ fn names_what_is_not_supported_yet() {
         refused("rebase a"),
         "qemu-img: Command not supported yet: rebase\n"
     );
-    assert_eq!(
-        refused("info --image-opts driver=qcow2"),
-        "qemu-img: Option '--image-opts' is not supported yet\n"
-    );
 }
 
 /// A data file whose name cannot be told from another is not made under that other name.

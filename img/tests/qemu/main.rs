@@ -10,12 +10,14 @@
 
 mod amend;
 mod backing;
+mod chain;
 mod chains;
 mod check;
 mod commit;
 mod convert;
 mod create;
 mod damage;
+mod image_opts;
 mod info;
 mod locks;
 mod map;

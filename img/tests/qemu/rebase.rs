@@ -75,9 +75,10 @@ fn does_the_same() {
         "-p -q -b base.qcow2 -F qcow2 full",
         "-p -b base.raw -F raw full",
         "-p -u -b base.raw -F raw full",
+        "-b base.qcow2 -F qcow2 --image-opts driver=qcow2,file.filename=full",
     ] {
         both.same(&format!("rebase {line}"));
-        same_image(&both, line.rsplit(' ').next().unwrap());
+        same_image(&both, line.rsplit([' ', '=']).next().unwrap());
     }
 }
 

@@ -14,12 +14,11 @@ use std::os::unix::ffi::OsStrExt;
 
 use super::backing::{self, Found};
 use super::header::{Header, autoclear, compatible, incompatible};
-use super::policy::Follow;
 use super::refcount_width::RefcountWidth;
 use super::reserved::Field;
 use super::snapshot::{self, read_table};
 use super::{OpenOptions, Qcow2, open};
-use crate::file::{FileOptions, ImageFile};
+use crate::file::ImageFile;
 use crate::lock::Access;
 use crate::sync::Mutex;
 use crate::{Disk, Error, Result};
@@ -30,7 +29,7 @@ use refcounts::NewRefcounts;
 const ORDER_V2: u32 = 4;
 
 /// What is to change. Nothing does by default.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default)]
 pub struct AmendOptions {
     /// Version of the format: 2 or 3.
     pub version: Option<u32>,
@@ -50,10 +49,8 @@ pub struct AmendOptions {
     pub backing_file: Option<Vec<u8>>,
     /// See `backing_file`.
     pub backing_format: Option<Vec<u8>>,
-    /// How the image file, and those that it names, are used.
-    pub files: FileOptions,
-    /// Where the names in the image may lead. They are followed only if its tables change.
-    pub follow: Follow,
+    /// How to open the image. The names in it are followed only if its tables change.
+    pub open: OpenOptions,
 }
 
 /// Changes options of the image at `path`: all that are asked for or, after an error, none; but an
@@ -69,7 +66,7 @@ pub fn amend(
     options: &AmendOptions,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<()> {
-    let image = ImageFile::open(path, Access::Write, options.files)?;
+    let image = ImageFile::open(path, Access::Write, options.open.files)?;
     let Found { image, header: old } = Found::new(image, false)?;
     let mut header = old.clone();
     apply(&mut header, options)?;
@@ -86,9 +83,8 @@ pub fn amend(
         return header.write(&image);
     }
     let open_options = OpenOptions {
-        files: options.files,
-        follow: options.follow,
-        ..OpenOptions::default()
+        read_only: false,
+        ..options.open.clone()
     };
     let found = Found {
         image,
@@ -330,7 +326,7 @@ mod tests {
             };
             amend(&path, &options, &mut |_, _| {}).unwrap();
             let header = Header::read(
-                &*ImageFile::open(&path, Access::Read, FileOptions::default())
+                &*ImageFile::open(&path, Access::Read, crate::FileOptions::default())
                     .unwrap()
                     .storage,
                 &path,

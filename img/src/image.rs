@@ -392,7 +392,7 @@ pub fn cache(args: &Parsed, id: &str) -> Result<CacheMode, Failure> {
     };
     let name = given.to_string_lossy();
     CacheMode::from_name(&name).ok_or_else(|| {
-        let source = if id == "source-cache" { "source " } else { "" };
+        let source = if id == "cache" { "" } else { "source " };
         args.name
             .error(&format!("Invalid {source}cache option: {name}"))
     })

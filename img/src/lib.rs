@@ -4,7 +4,9 @@
 pub mod amend;
 pub mod bench;
 pub mod bitmap;
+pub mod chain;
 pub mod check;
+pub mod commit;
 pub mod compare;
 pub mod convert;
 pub mod create;
@@ -22,6 +24,7 @@ pub mod opened;
 pub mod options;
 pub mod output;
 pub mod progress;
+pub mod rebase;
 pub mod resize;
 pub mod size;
 pub mod snapshot;

@@ -11,8 +11,8 @@ use clap::Command;
 use tandem_img::failure::Failure;
 use tandem_img::getopt::{self, Name, Parsed};
 use tandem_img::{
-    amend, bench, bitmap, check, compare, convert, create, dd, info, map, measure, output, resize,
-    snapshot,
+    amend, bench, bitmap, check, commit, compare, convert, create, dd, info, map, measure, output,
+    rebase, resize, snapshot,
 };
 
 /// A subcommand: its definition, and what it does with its arguments.
@@ -43,6 +43,10 @@ const SUBCOMMANDS: &[Subcommand] = &[
         run: compare::run,
     },
     Subcommand {
+        command: commit::command,
+        run: commit::run,
+    },
+    Subcommand {
         command: convert::command,
         run: convert::run,
     },
@@ -67,6 +71,10 @@ const SUBCOMMANDS: &[Subcommand] = &[
         run: measure::run,
     },
     Subcommand {
+        command: rebase::command,
+        run: rebase::run,
+    },
+    Subcommand {
         command: resize::command,
         run: resize::run,
     },
@@ -75,9 +83,6 @@ const SUBCOMMANDS: &[Subcommand] = &[
         run: snapshot::run,
     },
 ];
-
-/// What `qemu-img` can do besides and this program cannot yet.
-const MISSING: &[&str] = &["commit", "rebase"];
 
 fn main() -> ExitCode {
     let mut args = std::env::args_os();
@@ -154,9 +159,6 @@ fn run(name: &Name, args: Vec<OsString>) -> Result<(), Failure> {
                 }
             };
         }
-    }
-    if MISSING.contains(&&*first) {
-        return Err(name.error(&format!("Command not supported yet: {first}")));
     }
     Err(name.usage(&format!("Command not found: {first}")))
 }

@@ -294,7 +294,7 @@ impl Refcounts {
     }
 
     /// Checks that the file can have the clusters below `end`.
-    fn check_room(&self, image: &ImageFile, end: u64) -> Result<()> {
+    pub(super) fn check_room(&self, image: &ImageFile, end: u64) -> Result<()> {
         if end > self.end {
             return Err(image.full());
         }

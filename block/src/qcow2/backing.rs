@@ -2,6 +2,9 @@
 //!
 //! It is opened read-only, with its own backing file below it, and never changes while the image
 //! above is open. What lies behind its end reads as zero.
+//!
+//! When images are committed, the one that takes up their data is opened for writing, and those above
+//! it are opened without it.
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
@@ -16,7 +19,7 @@ use super::{OpenOptions, Qcow2, check};
 use crate::buffers::{Buffers, fill_zero};
 use crate::file::ImageFile;
 use crate::lock::Access;
-use crate::{Disk, Error, Raw, Result};
+use crate::{Disk, Error, Limits, Raw, Result};
 
 /// Most images below one another.
 const MAX_DEPTH: usize = 256;
@@ -94,6 +97,39 @@ impl Found {
 /// Opens what lies below `top`: from the backing file that it names down to an image that names none,
 /// and then from there up to the one below `top`.
 pub(super) fn open(top: &Found, options: &OpenOptions) -> Result<Option<Box<dyn Disk>>> {
+    Ok(open_chain(top, options, None)?.below)
+}
+
+/// Opens what lies below `top` down to the image that has `depth` others above it besides `top`, and
+/// this one, the base, for writing.
+///
+/// # Errors
+/// [`Error::Option`] if there is no such image.
+pub(super) fn open_above(top: &Found, options: &OpenOptions, depth: usize) -> Result<Above> {
+    let chain = open_chain(top, options, Some(depth))?;
+    match (chain.below, chain.base) {
+        (Some(below), Some(base)) => Ok(Above { below, base }),
+        _ => Err(Error::Option(
+            "Image does not have a backing file".to_owned(),
+        )),
+    }
+}
+
+/// What lies below an image, without a base.
+pub(super) struct Above {
+    /// The images above the base, on something in its place that has its size and cannot be read.
+    pub below: Box<dyn Disk>,
+    /// On what lies below it.
+    pub base: Box<dyn Disk>,
+}
+
+#[derive(Default)]
+struct Chain {
+    below: Option<Box<dyn Disk>>,
+    base: Option<Box<dyn Disk>>,
+}
+
+fn open_chain(top: &Found, options: &OpenOptions, base: Option<usize>) -> Result<Chain> {
     let given = &options.backing;
     let options = OpenOptions {
         read_only: true,
@@ -104,12 +140,20 @@ pub(super) fn open(top: &Found, options: &OpenOptions) -> Result<Option<Box<dyn 
     };
     match given {
         Backing::Named => {}
-        Backing::Nothing => return Ok(None),
+        Backing::Nothing => return Ok(Chain::default()),
+        Backing::File { .. } if base.is_some() => {
+            let reason = "only a backing file that the image names can be written";
+            return Err(Error::Option(reason.to_owned()));
+        }
         Backing::File { path, format } => {
             let opened = open_given(top, path, *format, &options);
-            return opened.map(Some).map_err(|reason| Error::BackingFile {
+            let below = opened.map_err(|reason| Error::BackingFile {
                 file: top.image.path.clone(),
                 reason,
+            })?;
+            return Ok(Chain {
+                below: Some(below),
+                base: None,
             });
         }
     }
@@ -123,23 +167,74 @@ pub(super) fn open(top: &Found, options: &OpenOptions) -> Result<Option<Box<dyn 
         })
     };
     let mut ids = Vec::new();
-    let mut disk: Option<Box<dyn Disk>> = None;
+    let mut chain = Chain::default();
     while let Some(name) = &images.last().unwrap_or(top).header.backing_file {
         let above = images.last().unwrap_or(top);
-        let next = find(above, name, &options, &mut ids);
-        match next.map_err(|reason| failed(&images, reason))? {
+        let is_base = base == Some(images.len());
+        let options = OpenOptions {
+            read_only: !is_base,
+            ..options.clone()
+        };
+        let wrapped = |error: Error| match error {
+            // Which others may share with a reader, but not with a writer.
+            Error::Locked { shared: false, .. } if is_base => error,
+            error => failed(&images, error.reason()),
+        };
+        match find(above, name, &options, &mut ids).map_err(wrapped)? {
+            next if is_base => {
+                let base = next.open_base(&options).map_err(wrapped)?;
+                chain.below = Some(Box::new(Absent { size: base.size() }));
+                chain.base = Some(base);
+                break;
+            }
             Next::Disk(raw) => {
-                disk = Some(raw);
+                chain.below = Some(raw);
                 break;
             }
             Next::Image(image) => images.push(*image),
         }
     }
     while let Some(image) = images.pop() {
-        let opened = Qcow2::from_found(image, &options, disk.take());
-        disk = Some(Box::new(opened.map_err(|e| failed(&images, e.reason()))?));
+        let opened = Qcow2::from_found(image, &options, chain.below.take());
+        chain.below = Some(Box::new(opened.map_err(|e| failed(&images, e.reason()))?));
     }
-    Ok(disk)
+    Ok(chain)
+}
+
+/// A disk that is not there.
+struct Absent {
+    size: u64,
+}
+
+impl Disk for Absent {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn limits(&self) -> Limits {
+        Limits::new(512, true)
+    }
+
+    fn read_at(&self, _: &[VolatileSlice<'_>], _: u64) -> Result<()> {
+        let reason = "the base is not read through the images above it";
+        Err(Error::Option(reason.to_owned()))
+    }
+
+    fn write_at(&self, _: &[VolatileSlice<'_>], _: u64) -> Result<()> {
+        Err(Error::ReadOnly)
+    }
+
+    fn write_zeroes(&self, _: u64, _: u64, _: bool) -> Result<()> {
+        Err(Error::ReadOnly)
+    }
+
+    fn discard(&self, _: u64, _: u64) -> Result<()> {
+        Err(Error::ReadOnly)
+    }
+
+    fn flush(&self) -> Result<()> {
+        Ok(())
+    }
 }
 
 /// Opens the file `path`, which is to be below `top`.
@@ -173,31 +268,48 @@ enum Next {
     Image(Box<Found>),
 }
 
+impl Next {
+    /// Opens what is to be written, on top of what lies below it.
+    fn open_base(self, options: &OpenOptions) -> Result<Box<dyn Disk>> {
+        match self {
+            Self::Disk(raw) => Ok(raw),
+            Self::Image(image) => {
+                let below = open(&image, options)?;
+                Ok(Box::new(Qcow2::from_found(*image, options, below)?))
+            }
+        }
+    }
+}
+
 /// Opens the backing file `name` of `above`, which has not been opened before: `ids` has those.
 fn find(
     above: &Found,
     name: &[u8],
     options: &OpenOptions,
     ids: &mut Vec<(u64, u64)>,
-) -> std::result::Result<Next, String> {
-    ids.push(id(&above.image.path)?);
-    let format = format_of(&above.header, options)?;
-    let path = path_of(&above.image.path, name)?;
+) -> Result<Next> {
+    ids.push(id(&above.image.path).map_err(Error::Option)?);
+    let format = format_of(&above.header, options).map_err(Error::Option)?;
+    let path = path_of(&above.image.path, name).map_err(Error::Option)?;
     if id(&path).is_ok_and(|id| ids.contains(&id)) {
-        return Err(format!("'{}' is below itself", path.display()));
+        let reason = format!("'{}' is below itself", path.display());
+        return Err(Error::Option(reason));
     }
     if ids.len() > MAX_DEPTH {
-        return Err(format!("more than {MAX_DEPTH} images below one another"));
+        let reason = format!("more than {MAX_DEPTH} images below one another");
+        return Err(Error::Option(reason));
     }
-    let open = || policy::open_backing_file(&above.image.path, &path, options.follow);
-    ImageFile::open_with(&path, open, Access::Read, options.files)
-        .and_then(|file| match format {
-            BackingFormat::Raw => Raw::from_file(file, true).map(|raw| Next::Disk(Box::new(raw))),
-            BackingFormat::Qcow2 => {
-                Found::new(file, true).map(|found| Next::Image(Box::new(found)))
-            }
-        })
-        .map_err(|e| e.reason())
+    let read_only = options.read_only;
+    let open = || policy::open_backing_file(&above.image.path, &path, options.follow, read_only);
+    let access = match format {
+        BackingFormat::Raw if !read_only => Access::WriteRaw,
+        BackingFormat::Raw | BackingFormat::Qcow2 => Access::new(read_only),
+    };
+    let file = ImageFile::open_with(&path, open, access, options.files)?;
+    Ok(match format {
+        BackingFormat::Raw => Next::Disk(Box::new(Raw::from_file(file, read_only)?)),
+        BackingFormat::Qcow2 => Next::Image(Box::new(Found::new(file, read_only)?)),
+    })
 }
 
 /// Device and inode of the file at `path`.
@@ -248,7 +360,7 @@ pub fn path_of(image: &Path, name: &[u8]) -> std::result::Result<PathBuf, String
 /// [`Error::Option`] with the reason why not.
 pub fn find_backing(image: &Path, name: &[u8], follow: Follow) -> Result<PathBuf> {
     let path = path_of(image, name).map_err(Error::Option)?;
-    drop(policy::open_backing_file(image, &path, follow)?);
+    drop(policy::open_backing_file(image, &path, follow, true)?);
     Ok(path)
 }
 

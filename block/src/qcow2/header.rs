@@ -10,6 +10,7 @@ use super::extension::{Extensions, FeatureNames};
 use super::geometry::Geometry;
 use super::parse::{LENGTH_V2, LENGTH_V3, Layout, MAGIC, Purpose};
 use super::refcount_width::RefcountWidth;
+use crate::file::ImageFile;
 use crate::{Error, Result, Storage};
 
 /// The smallest and the largest cluster that an image may have, as powers of two.
@@ -159,6 +160,27 @@ impl Header {
         Ok(cluster)
     }
 
+    /// Makes this the header of `image`, unless it is already: the sectors that change are written, in
+    /// one write. It can be torn by a power failure if they are several, as when a longer name moves
+    /// what follows it.
+    ///
+    /// # Errors
+    /// [`Error::HeaderFull`] before anything is written; [`Error::Io`].
+    pub fn write(&self, image: &ImageFile) -> Result<()> {
+        let new = self.encode(&image.path)?;
+        let mut old = vec![0; new.len()];
+        image.read_bytes_at(&mut old, 0)?;
+        let changed = |i: &usize| old[*i] != new[*i];
+        let first = (0..new.len()).find(changed);
+        let last = (0..new.len()).rfind(changed);
+        let (Some(first), Some(last)) = (first, last) else {
+            return Ok(());
+        };
+        let sectors = first / 512 * 512..(last / 512 + 1) * 512;
+        image.write_bytes_at(&new[sectors.clone()], sectors.start as u64)?;
+        image.sync()
+    }
+
     fn layout(&self) -> Layout {
         Layout {
             magic: MAGIC.into(),
@@ -246,6 +268,11 @@ impl Header {
     /// Whether the data file is promised to be a valid raw image.
     pub fn data_file_is_raw(&self) -> bool {
         self.autoclear_features & autoclear::DATA_FILE_RAW != 0
+    }
+
+    /// Clears what this version does not know and will not keep up, as on any first write.
+    pub fn forget_unknown_autoclear(&mut self) {
+        self.autoclear_features &= autoclear::KNOWN;
     }
 
     /// Whether refcounts may be wrong, since the image was not closed.

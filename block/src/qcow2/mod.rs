@@ -13,6 +13,7 @@
 //! | `zeroes` | writing zeroes, and discarding |
 //! | `resize` | growing and shrinking the disk |
 //! | `backing` | what shows where the image has nothing |
+//! | `rebase`, `commit` | putting an image on another backing file; moving its data to one below |
 //! | `placement`, `packed` | where data lies: in the image, or in a data file of some kind |
 //! | `cache`, `l1`, `words`, `refcount` | L2 slices, the L1 table and refcounts, in memory |
 //! | `allocator`, `free_map`, `reserved` | free clusters, and those that can never be free |
@@ -55,6 +56,7 @@ mod backing;
 mod bitmaps;
 mod cache;
 mod check;
+mod commit;
 mod compress;
 mod compressed;
 mod create;
@@ -76,6 +78,7 @@ mod parse;
 mod placement;
 mod policy;
 mod ranges;
+mod rebase;
 mod refcount;
 mod refcount_width;
 mod remap;
@@ -112,6 +115,7 @@ pub use amend::{AmendOptions, amend};
 pub use backing::{Backing, BackingFormat, find_backing, path_of as backing_path};
 pub use bitmaps::{BitmapEditor, BitmapInfo};
 pub use check::{CheckOptions, CheckReport, Finding, FindingKind, Repair, check, check_storage};
+pub use commit::Commit;
 pub use compress::CompressedCluster;
 pub use compressed::CompressionType;
 pub(crate) use create::begin;
@@ -120,6 +124,7 @@ pub use info::Info;
 pub use measure::{bitmaps_size, full_size};
 pub use open::OpenOptions;
 pub use policy::Follow;
+pub use rebase::{BackingName, NewBacking, set_backing_name};
 pub use snapshot::{SnapshotInfo, SnapshotName};
 
 /// How guest data lies in an external data file.

@@ -248,7 +248,7 @@ struct Files {
 }
 
 /// The refcounts of an image to be written, after all of its metadata has been seen to lie apart.
-fn open_refcounts(
+pub(super) fn open_refcounts(
     image: &ImageFile,
     geometry: Geometry,
     header: &Header,

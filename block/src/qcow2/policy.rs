@@ -32,11 +32,16 @@ pub enum Follow {
 /// Attempts to open a file while others rename what leads there.
 const ATTEMPTS: usize = 16;
 
-/// Opens the backing file of `image`, to which its name leads, for reading.
+/// Opens the backing file of `image`, to which its name leads.
 ///
 /// # Errors
 /// The reason why it may not or cannot be opened.
-pub(super) fn open_backing_file(image: &Path, path: &Path, follow: Follow) -> Result<File> {
+pub(super) fn open_backing_file(
+    image: &Path,
+    path: &Path,
+    follow: Follow,
+    read_only: bool,
+) -> Result<File> {
     let failed = |e: io::Error| {
         let shown = path.display().to_string().escape_debug().to_string();
         Error::Option(format!("Could not open '{shown}': {}", system_text(&e)))
@@ -47,8 +52,8 @@ pub(super) fn open_backing_file(image: &Path, path: &Path, follow: Follow) -> Re
     };
     match follow {
         Follow::Nothing => Err(outside("may not be followed")),
-        Follow::Anywhere => FileStorage::open_file(path, true).map_err(failed),
-        Follow::ImageDirectory => match open_in_directory_of(image, path) {
+        Follow::Anywhere => FileStorage::open_file(path, read_only).map_err(failed),
+        Follow::ImageDirectory => match open_in_directory_of(image, path, read_only) {
             Err(e) if e.raw_os_error() == Some(libc::EXDEV) => {
                 Err(outside("lies outside the image's directory"))
             }
@@ -57,9 +62,8 @@ pub(super) fn open_backing_file(image: &Path, path: &Path, follow: Follow) -> Re
     }
 }
 
-/// Opens `path` for reading if it leads to something in the directory of `image` or below; `EXDEV`
-/// if not.
-fn open_in_directory_of(image: &Path, path: &Path) -> io::Result<File> {
+/// Opens `path` if it leads to something in the directory of `image` or below; `EXDEV` if not.
+fn open_in_directory_of(image: &Path, path: &Path, read_only: bool) -> io::Result<File> {
     let directory = match image.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
@@ -77,7 +81,7 @@ fn open_in_directory_of(image: &Path, path: &Path) -> io::Result<File> {
             }
         }
     };
-    open_beneath(directory, relative, true)
+    open_beneath(directory, relative, read_only)
 }
 
 /// Opens the data file `path` that [`resolve_data_file`] has found for `image`, unless it has become

@@ -51,7 +51,7 @@ impl Qcow2 {
     }
 
     /// Refuses what cannot succeed.
-    fn check_size(&self, new: u64) -> Result<()> {
+    pub(super) fn check_size(&self, new: u64) -> Result<()> {
         let wrong = |reason: &str| Err(Error::Option(reason.to_owned()));
         if self.version < 3 && self.has_snapshots {
             // Their table does not tell what size the disk had.
@@ -81,7 +81,7 @@ impl Qcow2 {
         let gained = g.clusters(old)..g.clusters(new);
         let raw = matches!(self.placement, Placement::Raw(..));
         if !raw {
-            self.unmap_clusters(gained.clone())?;
+            self.unmap_clusters(gained.clone(), Zeroed::Behind)?;
             self.write_back()?;
         }
         self.grow_l1_table(g.l1_entries(new))?;
@@ -132,7 +132,7 @@ impl Qcow2 {
         drop(self.ranges.lock(g.cluster(new)..g.clusters(old)));
         // The disk has its new size, whatever becomes of the space behind its end.
         let freed = self
-            .unmap_clusters(g.clusters(new)..g.clusters(old))
+            .unmap_clusters(g.clusters(new)..g.clusters(old), Zeroed::Behind)
             // Other programs that make it grow may not look.
             .and_then(|()| {
                 // A discard could give the cluster to others between the lookup and the zeros.
@@ -157,8 +157,8 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// Removes the mapping of `clusters`, which lie behind the end of the disk.
-    fn unmap_clusters(&self, clusters: Range<u64>) -> Result<()> {
+    /// Removes the mapping of `clusters`, and gives back their space.
+    pub(super) fn unmap_clusters(&self, clusters: Range<u64>, zeroed: Zeroed) -> Result<()> {
         let g = self.geometry;
         let mut first = clusters.start;
         while first < clusters.end {
@@ -168,7 +168,7 @@ impl Qcow2 {
             let slice_end = (g.slice(first) + 1) * g.slice_entries();
             let end = slice_end.min(clusters.end);
             let _held = self.ranges.lock(first..end);
-            self.zero_clusters(first..end, Zeroed::Behind)?;
+            self.zero_clusters(first..end, zeroed)?;
             first = end;
         }
         Ok(())

@@ -23,6 +23,12 @@ pub(super) enum Zeroed {
     Unmapped,
     /// As that, and they lie behind the end of the disk: the backing file does not show.
     Behind,
+    /// Zero by their mapping, even where they read as zero without one: another backing file may
+    /// show there soon.
+    Explicit,
+    /// Unallocated: the backing file shows. The space in an external data file stays in use: were it
+    /// released before the mapping is gone from the disk, a crash could bring back zeros.
+    Emptied,
 }
 
 impl Qcow2 {
@@ -40,9 +46,15 @@ impl Qcow2 {
         } else {
             Zeroed::Reserved
         };
+        self.zero_as(offset, len, zeroed)
+    }
+
+    /// Makes a range of a disk without a raw data file read as zero in one of the first two ways, or
+    /// explicitly.
+    pub(super) fn zero_as(&self, offset: u64, len: u64, zeroed: Zeroed) -> Result<()> {
         let by_mapping = match zeroed {
-            Zeroed::Reserved => self.version >= 3,
-            Zeroed::Unmapped | Zeroed::Behind => self.can_unmap(),
+            Zeroed::Reserved | Zeroed::Explicit => self.version >= 3,
+            Zeroed::Unmapped | Zeroed::Behind | Zeroed::Emptied => self.can_unmap(),
         };
         let mut running = self.requests.begin();
         let mut done = 0;
@@ -56,7 +68,7 @@ impl Qcow2 {
             let (at, left) = (offset + done, len - done);
             done += match self.whole_clusters(at, left) {
                 whole if whole > 0 && by_mapping => self.zero_whole(at, whole, zeroed)?,
-                _ => self.zero_part(at, left.min(self.to_cluster_end(at)))?,
+                _ => self.zero_part(at, left.min(self.to_cluster_end(at)), zeroed)?,
             };
         }
         Ok(())
@@ -165,8 +177,11 @@ impl Qcow2 {
                 Err(_) => old,
             }
         })?;
-        for range in lost.clusters {
-            self.retire(range.start, range.end - range.start);
+        let external = matches!(self.placement, Placement::External(_));
+        if !(zeroed == Zeroed::Emptied && external) {
+            for range in lost.clusters {
+                self.retire(range.start, range.end - range.start);
+            }
         }
         for range in lost.compressed {
             self.retired.add_compressed(range);
@@ -177,8 +192,13 @@ impl Qcow2 {
     /// What `entry` of a cluster of this kind becomes.
     fn zeroed_entry(&self, entry: Entry, cluster: u64, kind: Kind, zeroed: Zeroed) -> Entry {
         let g = self.geometry;
-        let shows = zeroed != Zeroed::Behind && self.backing_shows(cluster << g.cluster_bits);
+        let shows = match zeroed {
+            Zeroed::Behind => false,
+            Zeroed::Explicit => true,
+            _ => self.backing_shows(cluster << g.cluster_bits),
+        };
         match kind {
+            _ if zeroed == Zeroed::Emptied => Entry::UNALLOCATED,
             Kind::Zero(_) if zeroed == Zeroed::Reserved => entry,
             Kind::Data(place) if zeroed == Zeroed::Reserved && place.in_place => entry.zeroed(g),
             _ if entry == Entry::UNALLOCATED && !shows => entry,
@@ -189,11 +209,11 @@ impl Qcow2 {
 
     /// Zeroes some of the `len` bytes at `offset`, which lie in one cluster, and returns how many;
     /// none if another request has changed their mapping meanwhile.
-    fn zero_part(&self, offset: u64, len: u64) -> Result<u64> {
+    fn zero_part(&self, offset: u64, len: u64, zeroed: Zeroed) -> Result<u64> {
         let run = self.run_in_slice(offset, len)?;
         let reads_zero = match run.kind {
             Kind::Zero(_) => true,
-            Kind::Unallocated(_) => !self.backing_shows(offset),
+            Kind::Unallocated(_) => zeroed != Zeroed::Explicit && !self.backing_shows(offset),
             Kind::Data(_) | Kind::Compressed { .. } => false,
         };
         if reads_zero {

@@ -329,8 +329,8 @@ fn describes_options() {
 fn names_what_is_not_supported_yet() {
     let refused = |line: &str| Place::tandem().run(&words(line)).stderr;
     assert_eq!(
-        refused("rebase a"),
-        "qemu-img: Command not supported yet: rebase\n"
+        refused("bench a"),
+        "qemu-img: Command not supported yet: bench\n"
     );
 }
 

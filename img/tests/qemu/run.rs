@@ -3,7 +3,8 @@
 use std::fs;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use tempfile::TempDir;
 
@@ -75,9 +76,33 @@ impl Place {
         assert_eq!(made.status, Some(0), "{line}: {}", made.stderr);
     }
 
+    /// Runs the program of this place, and kills it after so many milliseconds, unless it has ended.
+    pub fn kill_after(&self, args: &[&str], milliseconds: u64) {
+        let mut child = Command::new(self.program)
+            .args(args)
+            .current_dir(self.dir.path())
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        std::thread::sleep(Duration::from_millis(milliseconds));
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+
     /// Runs commands of `qemu-io` on an image.
     pub fn qemu_io(&self, image: &str, commands: &[&str]) {
+        self.run_qemu_io(&[], image, commands);
+    }
+
+    /// As [`qemu_io`](Self::qemu_io), for an image of this format.
+    pub fn qemu_io_as(&self, format: &str, image: &str, commands: &[&str]) {
+        self.run_qemu_io(&["-d", "unmap", "-f", format], image, commands);
+    }
+
+    fn run_qemu_io(&self, options: &[&str], image: &str, commands: &[&str]) {
         let done = Command::new("qemu-io")
+            .args(options)
+            .args(["-t", "unsafe"])
             .args(commands.iter().flat_map(|command| ["-c", command]))
             .arg(image)
             .current_dir(self.dir.path())

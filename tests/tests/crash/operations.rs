@@ -8,9 +8,10 @@ use std::process::Command;
 use std::sync::{Arc, Mutex};
 
 use tandem_block::qcow2::{
-    BitmapEditor, CreateOptions, Finding, OpenOptions, Qcow2, Repair, check_storage, create,
+    BackingFormat, BackingName, BitmapEditor, CreateOptions, Finding, NewBacking, OpenOptions,
+    Qcow2, Repair, check_storage, create,
 };
-use tandem_block::{Disk, Result};
+use tandem_block::{Disk, Raw, Result};
 use vm_memory::VolatileSlice;
 
 use crate::explore::check;
@@ -257,6 +258,72 @@ fn deleting_a_snapshot() {
             |disk| disk.delete_snapshot(name),
             |before, _| before.to_vec(),
         );
+    }
+}
+
+/// An overlay that has something of its own in some places.
+fn overlay(cluster_size: u64) -> Vec<u8> {
+    let dir = tempfile::tempdir().unwrap();
+    let (base, path) = (dir.path().join("base"), dir.path().join("image"));
+    std::fs::write(&base, vec![7; SIZE]).unwrap();
+    let options = CreateOptions {
+        size: SIZE as u64,
+        cluster_size,
+        backing_file: Some("base".into()),
+        backing_format: Some(BackingFormat::Raw),
+        ..CreateOptions::default()
+    };
+    create(&path, &options).unwrap();
+    let disk = Qcow2::open(&path, &OpenOptions::default()).unwrap();
+    fill(&disk, 10_000, 12_000, 9);
+    disk.close().unwrap();
+    std::fs::read(&path).unwrap()
+}
+
+/// A raw disk of bytes that are `byte`.
+fn raw(byte: u8) -> Box<dyn Disk> {
+    let bytes = Arc::new(Mutex::new(vec![byte; SIZE]));
+    let storage = Box::new(Memory::plain(Which::Data, &bytes));
+    Box::new(Raw::with_storage(Path::new("base"), storage, true).unwrap())
+}
+
+fn open_on(image: Memory, backing: Option<Box<dyn Disk>>) -> Qcow2 {
+    let options = OpenOptions::default();
+    Qcow2::with_backing(Path::new("image"), Box::new(image), None, backing, &options).unwrap()
+}
+
+/// The disk reads the same on whatever the header names, at any time.
+#[test]
+fn rebasing() {
+    for (seed, cluster_size) in (0..).zip([512, 1024, 4096]) {
+        let start = overlay(cluster_size);
+        let before = content(&open_on(plain(&start), Some(raw(7))));
+        let name = BackingName {
+            file: b"other".to_vec(),
+            format: b"raw".to_vec(),
+        };
+        for onto in [Some(&name), None] {
+            let other = raw(5);
+            let new = match onto {
+                Some(_) => NewBacking::Other(&*other),
+                None => NewBacking::Nothing,
+            };
+            let change = |image| {
+                let disk = open_on(image, Some(raw(7)));
+                disk.rebase(onto, new, false, &mut |_, _| {}).unwrap();
+            };
+            explore(&start, seed, change, |state, what| {
+                check(&plain(&state)).unwrap_or_else(|e| panic!("{what}: {e}"));
+                let has = |name: &[u8]| state[..512].windows(name.len()).any(|part| part == name);
+                let backing = if has(b"other") {
+                    Some(raw(5))
+                } else {
+                    has(b"base").then(|| raw(7))
+                };
+                let disk = open_on(plain(&state), backing);
+                assert!(content(&disk) == before, "{what}: the disk");
+            });
+        }
     }
 }
 

@@ -140,7 +140,7 @@ fn nothing_unknown_is_dropped() {
         lazy_refcounts: Some(true),
         ..AmendOptions::default()
     };
-    amend(&image.path(), &options).unwrap();
+    amend(&image.path(), &options, &mut |_, _| {}).unwrap();
     keeps("amend");
     image.check();
 }

@@ -31,7 +31,7 @@ use crate::{Disk, Error, Result};
 
 use references::References;
 use table::MAX_TABLE_SIZE;
-pub(crate) use table::{Snapshot, SnapshotTable, read_table};
+pub(crate) use table::{Snapshot, SnapshotTable, encode, read_table};
 
 /// Offset of `size` in the header; `crypt_method`, `l1_size` and `l1_table_offset` follow it.
 const HEADER_SIZE: u64 = 24;

@@ -1,0 +1,151 @@
+//! Committing: the data of an image goes to one below it, the base.
+//!
+//! What the images above the base have is written to it while it is open for writing, and it alone.
+//! Until all of that is on disk the images above it are not touched, and hide what the base has; so
+//! the disk on top reads the same at any time, and after a crash.
+
+use std::path::Path;
+
+use vm_memory::VolatileSlice;
+
+use super::backing::{self, Above, Found};
+use super::placement::Placement;
+use super::zeroes::Zeroed;
+use super::{OpenOptions, Qcow2};
+use crate::file::ImageFile;
+use crate::lock::Access;
+use crate::{Disk, ExtentKind, Result, extent_in_chain};
+
+/// Bytes that are copied at once.
+const PIECE: u64 = 2 << 20;
+
+/// An image whose data goes to one of those below it.
+pub struct Commit {
+    /// Without the base and what lies below that.
+    top: Qcow2,
+    base: Box<dyn Disk>,
+    /// How many images are between the two.
+    between: usize,
+}
+
+impl Commit {
+    /// Opens the image at `path` and, for writing, the one below it that has `between` others above
+    /// it.
+    ///
+    /// # Errors
+    /// [`Error::Option`](crate::Error::Option) if there is no such image; as [`Qcow2::open`].
+    pub fn open(path: &Path, between: usize, options: &OpenOptions) -> Result<Self> {
+        let options = OpenOptions {
+            read_only: false,
+            ..options.clone()
+        };
+        let image = ImageFile::open(path, Access::Write, options.files)?;
+        let found = Found::new(image, false)?;
+        // What keeps the images below from being read is no matter of writing them.
+        drop(backing::open(&found, &options)?);
+        let Above { below, base } = backing::open_above(&found, &options, between)?;
+        Ok(Self {
+            top: Qcow2::from_found(found, &options, Some(below))?,
+            base,
+            between,
+        })
+    }
+
+    /// Makes the base read as the disk on top, and as large if that is larger. `progress` is told how
+    /// many bytes of how many have been written.
+    ///
+    /// # Errors
+    /// What keeps an image from being read, or the base from being written. The disk on top reads as
+    /// before.
+    pub fn copy(&self, progress: &mut dyn FnMut(u64, u64)) -> Result<()> {
+        let mut total = 0;
+        self.for_each_part(|part| {
+            total += part.len;
+            Ok(())
+        })?;
+        let size = self.top.size();
+        if size > self.base.size() {
+            self.base.resize(size)?;
+        }
+        let mut buffer = vec![0; PIECE as usize];
+        let mut done = 0;
+        self.for_each_part(|part| {
+            progress(done, total);
+            done += part.len;
+            if part.is_zero {
+                return self.base.write_zeroes(part.offset, part.len, true);
+            }
+            let piece = &mut buffer[..part.len as usize];
+            self.top
+                .read_at(&[VolatileSlice::from(&mut *piece)], part.offset)?;
+            self.base
+                .write_at(&[VolatileSlice::from(piece)], part.offset)
+        })?;
+        self.base.flush()?;
+        progress(total, total);
+        Ok(())
+    }
+
+    /// Calls `f` on what the images above the base have, in parts of up to [`PIECE`] bytes.
+    fn for_each_part(&self, mut f: impl FnMut(Part) -> Result<()>) -> Result<()> {
+        let size = self.top.size();
+        let mut offset = 0;
+        while offset < size {
+            let len = PIECE.min(size - offset);
+            let (depth, extent) = extent_in_chain(&self.top, offset, len)?;
+            let len = extent.len;
+            let is_zero = match extent.kind {
+                ExtentKind::Data | ExtentKind::Compressed => false,
+                // Unallocated, if the image below this one ends before.
+                ExtentKind::Zero | ExtentKind::Unallocated => true,
+            };
+            // Where the base ends before, it becomes larger and reads as zero.
+            let is_base = depth > self.between
+                || depth == self.between && extent.kind == ExtentKind::Unallocated;
+            if !is_base {
+                f(Part {
+                    offset,
+                    len,
+                    is_zero,
+                })?;
+            }
+            offset += len;
+        }
+        Ok(())
+    }
+
+    /// Closes the images, and removes the data of the one on top with `empties`, if there is none
+    /// between that and the base. Only after [`copy`](Self::copy) has succeeded.
+    ///
+    /// # Errors
+    /// The disk on top reads as before.
+    pub fn finish(self, empties: bool) -> Result<()> {
+        self.base.close()?;
+        if empties && self.between == 0 {
+            self.top.empty()
+        } else {
+            self.top.close()
+        }
+    }
+}
+
+/// A part of the disk that the base takes up.
+struct Part {
+    offset: u64,
+    len: u64,
+    is_zero: bool,
+}
+
+impl Qcow2 {
+    /// Removes all mappings, so that the backing file shows everywhere, and closes the image.
+    fn empty(self) -> Result<()> {
+        self.check_writable()?;
+        let clusters = self.geometry.clusters(self.size());
+        self.unmap_clusters(0..clusters, Zeroed::Emptied)?;
+        self.write_back()?;
+        if let Placement::External(external) = &self.placement {
+            external.file.discard(0, external.file.size()?)?;
+        }
+        self.close()
+    }
+}

@@ -28,6 +28,24 @@ pub enum Preallocation {
     Full,
 }
 
+impl Preallocation {
+    /// What it is called by tools.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Off => "off",
+            Self::Metadata => "metadata",
+            Self::Falloc => "falloc",
+            Self::Full => "full",
+        }
+    }
+
+    /// The kind called `name`.
+    pub fn from_name(name: &str) -> Option<Self> {
+        let all = [Self::Off, Self::Metadata, Self::Falloc, Self::Full];
+        all.into_iter().find(|kind| kind.name() == name)
+    }
+}
+
 /// Zeros are written in pieces of this many bytes.
 const ZEROS: usize = 1 << 20;
 

@@ -13,6 +13,11 @@ use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::sync::{Mutex, lock};
 use crate::{Disk, Error, Extent, ExtentKind, Limits, Result, Storage};
 
+const NO_METADATA: &str = "Unsupported preallocation mode: metadata";
+
+/// The message about a disk that is to be preallocated and to become smaller.
+pub(crate) const NOT_FOR_SHRINKING: &str = "Preallocation can't be used for shrinking an image";
+
 /// A disk whose bytes are the bytes of a file or host block device.
 #[derive(Debug)]
 pub struct Raw {
@@ -55,7 +60,7 @@ impl Raw {
     pub fn create(path: &Path, size: u64, preallocation: Preallocation) -> Result<()> {
         let wrong = |reason: &str| Error::Option(reason.to_owned());
         if preallocation == Preallocation::Metadata {
-            return Err(wrong("Unsupported preallocation mode: metadata"));
+            return Err(wrong(NO_METADATA));
         }
         let size = size
             .checked_next_multiple_of(512)
@@ -148,20 +153,40 @@ impl Disk for Raw {
     }
 
     fn resize(&self, size: u64) -> Result<()> {
+        self.resize_preallocated(size, Preallocation::Off)
+    }
+
+    fn resize_preallocated(&self, size: u64, preallocation: Preallocation) -> Result<()> {
         self.check_writable()?;
         let _resizing = lock(&self.resizing);
         let old = self.size();
-        if !size.is_multiple_of(512) {
-            let reason = "The new size must be a multiple of 512";
-            return Err(Error::Option(reason.to_owned()));
+        // As on opening, the last sector may lie in the file in part.
+        let Some(whole) = size.checked_next_multiple_of(512) else {
+            return Err(Error::Option("The new size is too large".to_owned()));
+        };
+        if preallocation == Preallocation::Metadata {
+            return Err(Error::Option(NO_METADATA.to_owned()));
         }
+        if size < old && preallocation != Preallocation::Off {
+            return Err(Error::Option(NOT_FOR_SHRINKING.to_owned()));
+        }
+        self.file.check_preallocation(preallocation)?;
         if size != old && self.file.capacity()?.is_some() {
             return Err(Error::Option("Cannot resize device files".to_owned()));
         }
         // From here on, no request begins behind the end.
-        self.size.store(size.min(old), Ordering::Release);
-        let resized = self.file.set_len(size);
-        let size = if resized.is_ok() { size } else { old };
+        self.size.store(whole.min(old), Ordering::Release);
+        let resized = self.file.set_len(size).and_then(|()| {
+            if preallocation == Preallocation::Off {
+                return Ok(());
+            }
+            let filled = self.file.fill(old, size.saturating_sub(old), preallocation);
+            if filled.is_err() {
+                drop(self.file.set_len(old));
+            }
+            filled
+        });
+        let size = if resized.is_ok() { whole } else { old };
         self.size.store(size, Ordering::Release);
         resized?;
         self.file.sync()

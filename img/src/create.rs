@@ -416,13 +416,8 @@ fn could_not_open_file(name: &OsStr, reason: String) -> String {
 }
 
 fn preallocation(options: &Options) -> Result<Preallocation, String> {
-    match options.text("preallocation") {
-        None | Some("off") => Ok(Preallocation::Off),
-        Some("metadata") => Ok(Preallocation::Metadata),
-        Some("falloc") => Ok(Preallocation::Falloc),
-        Some("full") => Ok(Preallocation::Full),
-        Some(other) => Err(not_accepted("preallocation", other)),
-    }
+    let name = options.text("preallocation").unwrap_or("off");
+    Preallocation::from_name(name).ok_or_else(|| not_accepted("preallocation", name))
 }
 
 fn qcow2_options(

@@ -11,7 +11,7 @@
 //! | `io` | reads and writes on top of that |
 //! | `compressed`, `compress` | compressed clusters: reading them, and writing them |
 //! | `zeroes` | writing zeroes, and discarding |
-//! | `resize` | growing and shrinking the disk |
+//! | `resize`, `preallocate` | growing and shrinking the disk |
 //! | `backing` | what shows where the image has nothing |
 //! | `placement`, `packed` | where data lies: in the image, or in a data file of some kind |
 //! | `cache`, `l1`, `words`, `refcount` | L2 slices, the L1 table and refcounts, in memory |
@@ -74,6 +74,7 @@ mod packed;
 mod parse;
 mod placement;
 mod policy;
+mod preallocate;
 mod ranges;
 mod refcount;
 mod refcount_width;

@@ -8,7 +8,7 @@ use crate::cache_mode::CacheMode;
 use crate::disk::{check_range, total_len};
 use crate::file::{FileOptions, ImageFile};
 use crate::lock::Access;
-use crate::new_file::{NewFile, Preallocation};
+use crate::new_file::{FileHints, NewFile, Preallocation};
 use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::sync::{Mutex, lock};
 use crate::{Disk, Error, Extent, ExtentKind, Limits, Result, Storage};
@@ -58,6 +58,21 @@ impl Raw {
     /// [`Error::Option`] for [`Preallocation::Metadata`], which a raw disk does not have, or if
     /// the block device is too small; [`Error::Io`].
     pub fn create(path: &Path, size: u64, preallocation: Preallocation) -> Result<()> {
+        Self::create_with(path, size, preallocation, FileHints::default(), &mut |_| ())
+    }
+
+    /// As [`create`](Raw::create), and the file system gets `hints`; `warn` is told what it does not
+    /// take.
+    ///
+    /// # Errors
+    /// As [`create`](Raw::create).
+    pub fn create_with(
+        path: &Path,
+        size: u64,
+        preallocation: Preallocation,
+        hints: FileHints,
+        warn: &mut dyn FnMut(String),
+    ) -> Result<()> {
         let wrong = |reason: &str| Error::Option(reason.to_owned());
         if preallocation == Preallocation::Metadata {
             return Err(wrong(NO_METADATA));
@@ -66,6 +81,7 @@ impl Raw {
             .checked_next_multiple_of(512)
             .ok_or_else(|| wrong("The image size is too large for file format 'raw'"))?;
         let mut file = NewFile::begin(path)?;
+        file.hint(hints, warn);
         file.with_data(size, preallocation)?;
         NewFile::commit(vec![file])
     }

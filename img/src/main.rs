@@ -8,6 +8,7 @@ mod amend;
 mod check;
 mod convert;
 mod create;
+mod create_options;
 mod failure;
 mod getopt;
 mod image;

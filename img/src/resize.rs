@@ -8,7 +8,7 @@ use tandem_block::{FileOptions, Preallocation};
 use crate::failure::Failure;
 use crate::getopt::{self, Parsed, flag, value};
 use crate::image::{
-    Format, Image, could_not_open, follow, follow_option, image_opts_option, object_option,
+    Image, could_not_open, follow, follow_option, image_opts_option, object_option,
 };
 use crate::output;
 use crate::size;
@@ -100,15 +100,7 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
         size::parse(number).map_err(|wrong| args.name.error(&wrong.message("size", number)))?;
     args.refuse(&["object"])?;
     let image = Image::from_args(args)?;
-    if image.format == Format::Raw && image.probed {
-        eprint!(
-            "WARNING: Image format was not specified for '{}' and probing guessed raw.\n         \
-             Automatically detecting the format is dangerous for raw images, write operations on \
-             block 0 will be restricted.\n         \
-             Specify the 'raw' format explicitly to remove the restrictions.\n",
-            image.path.display()
-        );
-    }
+    image.warn_if_guessed();
     resize(args, &image, relative, number, preallocation)
 }
 

@@ -114,7 +114,7 @@ pub use bitmaps::BitmapInfo;
 pub use check::{CheckOptions, CheckReport, Finding, FindingKind, Repair, check, check_storage};
 pub use compress::CompressedCluster;
 pub use compressed::CompressionType;
-pub use create::{CreateOptions, create};
+pub use create::{CreateOptions, DataFileReuse, create, create_with};
 pub use info::Info;
 pub use open::OpenOptions;
 pub use policy::Follow;

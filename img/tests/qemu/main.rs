@@ -15,6 +15,7 @@ mod check;
 mod convert;
 mod create;
 mod damage;
+mod data_file_reuse;
 mod image_opts;
 mod info;
 mod locks;

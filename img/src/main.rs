@@ -6,6 +6,7 @@
 
 mod amend;
 mod check;
+mod completions;
 mod convert;
 mod create;
 mod create_options;
@@ -15,9 +16,11 @@ mod image;
 mod image_opts;
 mod info;
 mod json;
+mod man;
 mod map;
 mod options;
 mod output;
+mod plot;
 mod progress;
 mod resize;
 mod size;
@@ -46,6 +49,10 @@ const SUBCOMMANDS: &[Subcommand] = &[
         run: check::run,
     },
     Subcommand {
+        command: completions::command,
+        run: completions::run,
+    },
+    Subcommand {
         command: convert::command,
         run: convert::run,
     },
@@ -56,6 +63,10 @@ const SUBCOMMANDS: &[Subcommand] = &[
     Subcommand {
         command: info::command,
         run: info::run,
+    },
+    Subcommand {
+        command: man::command,
+        run: man::run,
     },
     Subcommand {
         command: map::command,

@@ -20,6 +20,8 @@ mod image_opts;
 mod info;
 mod locks;
 mod map;
+mod plot;
 mod resize;
 mod run;
+mod shell;
 mod snapshot;

@@ -2,7 +2,7 @@
 
 use vm_memory::VolatileSlice;
 
-use crate::new_file::Preallocation;
+use crate::preallocation::Preallocation;
 use crate::{Error, Result};
 
 /// What a device needs to know of a disk to describe it to its guest.

@@ -11,7 +11,7 @@ use vm_memory::VolatileSlice;
 use crate::cache_mode::CacheMode;
 use crate::direct::Direct;
 use crate::lock::{Access, Locking};
-use crate::new_file::Preallocation;
+use crate::preallocation::Preallocation;
 use crate::{Error, FileStorage, Result, Storage};
 
 /// How the files of a disk are used: the image, its data file, and those below it.

@@ -10,52 +10,11 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use rustix::fs::{AtFlags, CWD, FallocateFlags, RenameFlags};
 use rustix::io::Errno;
 
-use crate::error::system_text;
-use crate::extent_size;
 use crate::file::is_at;
+use crate::hints::FileHints;
 use crate::lock::{self, Access, Locking};
+use crate::preallocation::Preallocation;
 use crate::{Error, Result};
-
-/// How much of a new disk gets its space at once.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Preallocation {
-    /// Space is taken when the guest writes.
-    #[default]
-    Off,
-    /// qcow2 only: the mapping is complete, the data is sparse.
-    Metadata,
-    /// The space is reserved on the host.
-    Falloc,
-    /// Zeros are written to all of it.
-    Full,
-}
-
-impl Preallocation {
-    /// What it is called by tools.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Off => "off",
-            Self::Metadata => "metadata",
-            Self::Falloc => "falloc",
-            Self::Full => "full",
-        }
-    }
-
-    /// The kind called `name`.
-    pub fn from_name(name: &str) -> Option<Self> {
-        let all = [Self::Off, Self::Metadata, Self::Falloc, Self::Full];
-        all.into_iter().find(|kind| kind.name() == name)
-    }
-}
-
-/// What a file system is told of a new file. One that takes no notice of it does no harm.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct FileHints {
-    /// Writes change the file in place, on file systems that copy what is written (btrfs).
-    pub nocow: bool,
-    /// Space is taken in pieces of this many bytes; 0 leaves that to the file system.
-    pub extent_size: u32,
-}
 
 /// Zeros are written in pieces of this many bytes.
 const ZEROS: usize = 1 << 20;
@@ -198,20 +157,8 @@ impl NewFile {
     /// Tells the file system what is known of the file, which is empty; what it does not want to
     /// know is told to `warn`.
     pub fn hint(&self, hints: FileHints, warn: &mut dyn FnMut(String)) {
-        if let Kind::BlockDevice { .. } = self.kind {
-            return;
-        }
-        if hints.nocow
-            && let Ok(flags) = rustix::fs::ioctl_getflags(&self.file)
-        {
-            // As in QEMU, nothing is lost if that fails.
-            let _ = rustix::fs::ioctl_setflags(&self.file, flags | rustix::fs::IFlags::NOCOW);
-        }
-        if hints.extent_size > 0
-            && let Err(e) = extent_size::set(&self.file, hints.extent_size)
-        {
-            let reason = system_text(&e);
-            warn(format!("Failed to set extent size hint: {reason}"));
+        if let Kind::Regular { .. } = self.kind {
+            hints.apply(&self.file, warn);
         }
     }
 

@@ -6,7 +6,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
 use super::CreateOptions;
-use crate::new_file::Preallocation;
+use crate::preallocation::Preallocation;
 use crate::qcow2::DataFileLayout;
 use crate::qcow2::compressed::CompressionType;
 use crate::qcow2::entry::{L1Entry, L2Entry};

@@ -2,7 +2,8 @@
 
 use std::path::PathBuf;
 
-use crate::new_file::{FileHints, Preallocation};
+use crate::hints::FileHints;
+use crate::preallocation::Preallocation;
 use crate::qcow2::DataFileLayout;
 use crate::qcow2::backing::BackingFormat;
 use crate::qcow2::compressed::CompressionType;

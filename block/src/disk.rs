@@ -4,6 +4,7 @@ use std::os::fd::BorrowedFd;
 
 use vm_memory::VolatileSlice;
 
+use crate::preallocation::Preallocation;
 use crate::{Error, Result};
 
 /// What a device needs to know of a disk to describe it to its guest.
@@ -171,6 +172,19 @@ pub trait Disk: Send + Sync {
     /// [`size`](Disk::size) tells which it has, and that may not be durable.
     fn resize(&self, size: u64) -> Result<()> {
         let reason = format!("This disk cannot be resized (to {size} bytes)");
+        Err(Error::Option(reason))
+    }
+
+    /// As [`resize`](Disk::resize), and what the disk gains gets its space at once.
+    ///
+    /// # Errors
+    /// As [`resize`](Disk::resize); [`Error::Option`](crate::Error::Option) for a disk that becomes
+    /// smaller, or that cannot do so; too little room, the disk having its old size then.
+    fn resize_preallocated(&self, size: u64, preallocation: Preallocation) -> Result<()> {
+        if preallocation == Preallocation::Off {
+            return self.resize(size);
+        }
+        let reason = format!("This disk cannot be preallocated (to {size} bytes)");
         Err(Error::Option(reason))
     }
 

@@ -12,6 +12,7 @@ use vm_memory::VolatileSlice;
 use crate::cache_mode::CacheMode;
 use crate::direct::Direct;
 use crate::lock::{Access, Locking};
+use crate::preallocation::Preallocation;
 use crate::{Error, FileStorage, Result, Storage};
 
 /// How the files of a disk are used: the image, its data file, and those below it.
@@ -22,6 +23,9 @@ pub struct FileOptions {
     /// Which caches there are between the guest and the medium.
     pub cache: CacheMode,
 }
+
+/// Zeros are written in pieces of this many bytes.
+const ZEROS: usize = 1 << 20;
 
 /// Attempts to open a file while others replace it.
 const ATTEMPTS: usize = 16;
@@ -213,6 +217,35 @@ impl ImageFile {
         self.storage
             .set_len(len)
             .map_err(|e| Error::io(&self.path, "resize", e))
+    }
+
+    /// Gives space to a range of zeros within the file that nobody else uses: as holes, reserved, or
+    /// written. What it holds now is lost.
+    pub fn fill(&self, offset: u64, len: u64, preallocation: Preallocation) -> Result<()> {
+        if preallocation != Preallocation::Full {
+            let unmap = preallocation != Preallocation::Falloc;
+            return self.write_zeroes(offset, len, unmap);
+        }
+        let zeros = vec![0; ZEROS.min(usize::try_from(len).unwrap_or(ZEROS))];
+        let mut done = 0;
+        while done < len {
+            let n = (len - done).min(ZEROS as u64);
+            self.write_bytes_at(&zeros[..n as usize], offset + done)?;
+            done += n;
+        }
+        Ok(())
+    }
+
+    /// Refuses to reserve space in a block device, which has its own.
+    pub fn check_preallocation(&self, preallocation: Preallocation) -> Result<()> {
+        let reserves = matches!(preallocation, Preallocation::Falloc | Preallocation::Full);
+        if reserves && self.capacity()?.is_some() {
+            let mode = preallocation.name();
+            return Err(Error::Option(format!(
+                "Preallocation mode '{mode}' unsupported for this non-regular file"
+            )));
+        }
+        Ok(())
     }
 
     /// The length that the file cannot exceed, in bytes, if it is fixed.

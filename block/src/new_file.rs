@@ -11,22 +11,10 @@ use rustix::fs::{AtFlags, CWD, FallocateFlags, RenameFlags};
 use rustix::io::Errno;
 
 use crate::file::is_at;
+use crate::hints::FileHints;
 use crate::lock::{self, Access, Locking};
+use crate::preallocation::Preallocation;
 use crate::{Error, FileStorage, Result};
-
-/// How much of a new disk gets its space at once.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Preallocation {
-    /// Space is taken when the guest writes.
-    #[default]
-    Off,
-    /// qcow2 only: the mapping is complete, the data is sparse.
-    Metadata,
-    /// The space is reserved on the host.
-    Falloc,
-    /// Zeros are written to all of it.
-    Full,
-}
 
 /// Zeros are written in pieces of this many bytes.
 const ZEROS: usize = 1 << 20;
@@ -164,6 +152,14 @@ impl NewFile {
         new.file
             .set_permissions(Permissions::from_mode(metadata.mode() & 0o777))?;
         Ok(new)
+    }
+
+    /// Tells the file system what is known of the file, which is empty; what it does not want to
+    /// know is told to `warn`.
+    pub fn hint(&self, hints: FileHints, warn: &mut dyn FnMut(String)) {
+        if let Kind::Regular { .. } = self.kind {
+            hints.apply(&self.file, warn);
+        }
     }
 
     /// The file, for positioned writes.

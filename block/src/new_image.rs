@@ -3,9 +3,9 @@
 use std::path::Path;
 
 use crate::file::ImageFile;
-use crate::new_file::{NewFile, Preallocation};
-use crate::qcow2::{self, CreateOptions, OpenOptions, Qcow2};
-use crate::{CacheMode, Disk, Error, Raw, Result};
+use crate::new_file::NewFile;
+use crate::qcow2::{self, CreateOptions, NewFiles, OpenOptions, Qcow2};
+use crate::{CacheMode, Disk, Error, FileHints, Preallocation, Raw, Result};
 
 /// A new image, and its data file if it has one, which have no names yet.
 ///
@@ -35,8 +35,7 @@ use crate::{CacheMode, Disk, Error, Raw, Result};
 /// ```
 #[derive(Debug)]
 pub struct NewImage {
-    image: NewFile,
-    data: Option<NewFile>,
+    files: NewFiles,
     /// Whether every part of the disk has its place in a file already.
     is_mapped: bool,
 }
@@ -50,6 +49,21 @@ impl NewImage {
     /// the block device is too small; [`Error::Locked`] if a file of that name is in use;
     /// [`Error::Io`].
     pub fn raw(path: &Path, size: u64, preallocation: Preallocation) -> Result<Self> {
+        Self::raw_with(path, size, preallocation, FileHints::default(), &mut |_| ())
+    }
+
+    /// As [`raw`](NewImage::raw), and the file system gets `hints`; `warn` is told what it does not
+    /// take.
+    ///
+    /// # Errors
+    /// As [`raw`](NewImage::raw).
+    pub fn raw_with(
+        path: &Path,
+        size: u64,
+        preallocation: Preallocation,
+        hints: FileHints,
+        warn: &mut dyn FnMut(String),
+    ) -> Result<Self> {
         let wrong = |reason: &str| Error::Option(reason.to_owned());
         if preallocation == Preallocation::Metadata {
             return Err(wrong("Unsupported preallocation mode: metadata"));
@@ -58,10 +72,14 @@ impl NewImage {
             .checked_next_multiple_of(512)
             .ok_or_else(|| wrong("The image size is too large for file format 'raw'"))?;
         let mut image = NewFile::begin(path)?;
+        image.hint(hints, warn);
         image.with_data(size, preallocation)?;
         Ok(Self {
-            image,
-            data: None,
+            files: NewFiles {
+                image,
+                data: None,
+                kept: None,
+            },
             is_mapped: true,
         })
     }
@@ -71,19 +89,33 @@ impl NewImage {
     /// # Errors
     /// As [`qcow2::create`].
     pub fn qcow2(path: &Path, options: &CreateOptions) -> Result<Self> {
-        let (image, data) = qcow2::begin(path, options)?;
+        Self::qcow2_with(path, options, &mut |_| ())
+    }
+
+    /// As [`qcow2`](NewImage::qcow2); `warn` is told what could not be done and is not needed.
+    ///
+    /// # Errors
+    /// As [`qcow2::create`].
+    pub fn qcow2_with(
+        path: &Path,
+        options: &CreateOptions,
+        warn: &mut dyn FnMut(String),
+    ) -> Result<Self> {
+        let files = qcow2::begin(path, options, warn)?;
         let is_mapped = options.data_file_raw || options.preallocation != Preallocation::Off;
-        Ok(Self {
-            image,
-            data,
-            is_mapped,
-        })
+        Ok(Self { files, is_mapped })
     }
 
     /// Whether all of the disk reads as zero: a block device shows what it held before where it has a
     /// place in the disk.
     pub fn reads_zero(&self) -> bool {
-        !self.is_mapped || self.data.as_ref().unwrap_or(&self.image).is_regular()
+        !self.is_mapped
+            || self
+                .files
+                .data
+                .as_ref()
+                .unwrap_or(&self.files.image)
+                .is_regular()
     }
 
     /// Opens the new raw disk for writing. It must be closed before the image is committed.
@@ -91,12 +123,12 @@ impl NewImage {
     /// # Errors
     /// [`Error::Io`].
     pub fn open_raw(&mut self, cache: CacheMode) -> Result<Raw> {
-        let file = Self::file(&mut self.image, cache)?;
+        let file = Self::file(&mut self.files.image, cache)?;
         Raw::from_file(file, false)
     }
 
     /// Opens the new qcow2 disk for writing, on top of `backing`, which must be given if the image
-    /// names a backing file. It must be closed before the image is committed. Of `options`, what
+    /// names a backing file; not one whose data file is kept as it is. It must be closed before the image is committed. Of `options`, what
     /// decides which files are used has no meaning here.
     ///
     /// # Errors
@@ -111,8 +143,8 @@ impl NewImage {
             ..options.clone()
         };
         let cache = options.files.cache;
-        let image = Self::file(&mut self.image, cache)?;
-        let data = self.data.as_mut().map(|data| Self::file(data, cache));
+        let image = Self::file(&mut self.files.image, cache)?;
+        let data = self.files.data.as_mut().map(|data| Self::file(data, cache));
         Qcow2::with_files(image, data.transpose()?, backing, &options)
     }
 
@@ -126,7 +158,11 @@ impl NewImage {
     /// # Errors
     /// [`Error::Io`].
     pub fn commit(self) -> Result<()> {
-        NewFile::commit(self.data.into_iter().chain([self.image]).collect())
+        let NewFiles { image, data, kept } = self.files;
+        NewFile::commit(data.into_iter().chain([image]).collect())?;
+        // Nobody has written to it meanwhile.
+        drop(kept);
+        Ok(())
     }
 }
 

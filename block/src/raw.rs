@@ -8,11 +8,17 @@ use vm_memory::VolatileSlice;
 use crate::cache_mode::CacheMode;
 use crate::disk::{check_range, total_len};
 use crate::file::{FileOptions, ImageFile};
+use crate::hints::FileHints;
 use crate::lock::Access;
-use crate::new_file::Preallocation;
+use crate::preallocation::Preallocation;
 use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::sync::{Mutex, lock};
 use crate::{Disk, Error, Extent, ExtentKind, Limits, NewImage, Result, Storage};
+
+const NO_METADATA: &str = "Unsupported preallocation mode: metadata";
+
+/// The message about a disk that is to be preallocated and to become smaller.
+pub(crate) const NOT_FOR_SHRINKING: &str = "Preallocation can't be used for shrinking an image";
 
 /// A disk whose bytes are the bytes of a file or host block device.
 #[derive(Debug)]
@@ -53,7 +59,22 @@ impl Raw {
     /// # Errors
     /// As [`NewImage::raw`].
     pub fn create(path: &Path, size: u64, preallocation: Preallocation) -> Result<()> {
-        NewImage::raw(path, size, preallocation)?.commit()
+        Self::create_with(path, size, preallocation, FileHints::default(), &mut |_| ())
+    }
+
+    /// As [`create`](Raw::create), and the file system gets `hints`; `warn` is told what it does not
+    /// take.
+    ///
+    /// # Errors
+    /// As [`create`](Raw::create).
+    pub fn create_with(
+        path: &Path,
+        size: u64,
+        preallocation: Preallocation,
+        hints: FileHints,
+        warn: &mut dyn FnMut(String),
+    ) -> Result<()> {
+        NewImage::raw_with(path, size, preallocation, hints, warn)?.commit()
     }
 
     /// Serves `storage` as a disk; `name` stands for it in error messages.
@@ -151,21 +172,41 @@ impl Disk for Raw {
     }
 
     fn resize(&self, size: u64) -> Result<()> {
+        self.resize_preallocated(size, Preallocation::Off)
+    }
+
+    fn resize_preallocated(&self, size: u64, preallocation: Preallocation) -> Result<()> {
         self.check_writable()?;
         let _resizing = lock(&self.resizing);
         let old = self.size();
-        // As for a file that was opened, the last sector may lack something.
-        let Some(new) = size.checked_next_multiple_of(512) else {
-            return Err(Error::Option("The image size is too large".to_owned()));
+        // As on opening, the last sector may lie in the file in part.
+        let Some(whole) = size.checked_next_multiple_of(512) else {
+            return Err(Error::Option("The new size is too large".to_owned()));
         };
-        if new != old && self.file.capacity()?.is_some() {
+        if preallocation == Preallocation::Metadata {
+            return Err(Error::Option(NO_METADATA.to_owned()));
+        }
+        if size < old && preallocation != Preallocation::Off {
+            return Err(Error::Option(NOT_FOR_SHRINKING.to_owned()));
+        }
+        self.file.check_preallocation(preallocation)?;
+        if size != old && self.file.capacity()?.is_some() {
             return Err(Error::Option("Cannot resize device files".to_owned()));
         }
         // From here on, no request begins behind the end.
-        self.size.store(new.min(old), Ordering::Release);
-        let resized = self.file.set_len(size);
-        let now = if resized.is_ok() { new } else { old };
-        self.size.store(now, Ordering::Release);
+        self.size.store(whole.min(old), Ordering::Release);
+        let resized = self.file.set_len(size).and_then(|()| {
+            if preallocation == Preallocation::Off {
+                return Ok(());
+            }
+            let filled = self.file.fill(old, size.saturating_sub(old), preallocation);
+            if filled.is_err() {
+                drop(self.file.set_len(old));
+            }
+            filled
+        });
+        let size = if resized.is_ok() { whole } else { old };
+        self.size.store(size, Ordering::Release);
         resized?;
         self.file.sync()
     }

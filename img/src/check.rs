@@ -46,7 +46,7 @@ pub fn command() -> Command {
             ),
             value("output", None, "human|json", "How to print the result"),
             force_share_option(),
-            cache_option("source-cache", 'T', "the image"),
+            cache_option("source-cache", 'T', "the image").long("cache"),
             value(
                 "repair",
                 Some('r'),
@@ -136,6 +136,9 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
         files: open.files,
         ..CheckOptions::default()
     };
+    if !read_only {
+        image.warn_if_guessed();
+    }
     if image.format == Format::Raw {
         let failure = args.name.error("This image format does not support checks");
         return Err(Failure {

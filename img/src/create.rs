@@ -6,14 +6,16 @@ use std::path::Path;
 
 use clap::Command;
 use tandem_block::qcow2::{
-    self, BackingFormat, CompressionType, CreateOptions, DataFileLayout, Follow,
+    self, BackingFormat, CompressionType, CreateOptions, DataFileLayout, DataFileReuse, Follow,
 };
-use tandem_block::{Error, FileOptions, Locking, NewImage, Preallocation};
+use tandem_block::{Error, FileHints, FileOptions, Locking, NewImage, Preallocation};
 
+use crate::create_options::refuse_encryption;
+pub use crate::create_options::{definitions, help, is_qcow2_option};
 use crate::failure::Failure;
 use crate::getopt::{self, Parsed, flag, value};
 use crate::image::{Format, Image, could_not_open, local_path, object_option};
-use crate::options::{self, Definition, Kind, Options, Value};
+use crate::options::{self, Options, Value};
 use crate::output;
 use crate::size;
 
@@ -54,143 +56,33 @@ pub fn command() -> Command {
         ])
         .after_help(
             "SIZE is in bytes, or with a suffix k, M, G, T, P or E (powers of 1024).\n\
-             Files that exist are replaced, a data file as well, once the new ones are complete.\n\n\
+             Files that exist are replaced, a data file as well, once the new ones are complete.\n\
+             With data_file_reuse=keep a raw disk or block device becomes the data of the new disk as \
+             it is, and is not written; SIZE may be less than it has. data_file_reuse=refuse fails if \
+             the data file exists.\n\n\
              Examples:\n  \
              tandem-img create -f qcow2 disk.qcow2 20G\n  \
              tandem-img create -f qcow2 -o data_file=disk.raw,data_file_raw=on disk.qcow2 20G\n  \
+             tandem-img create -f qcow2 -o data_file=old.raw,data_file_raw=on,data_file_reuse=keep disk.qcow2\n  \
              tandem-img create -f qcow2 -b base.qcow2 -F qcow2 overlay.qcow2\n  \
              tandem-img create -f qcow2 -o cluster_size=2M,preallocation=falloc disk.qcow2 20G\n  \
              tandem-img create -f raw disk.raw 20G",
         )
 }
 
-const fn option(
-    name: &'static str,
-    kind: Kind,
-    default: Option<&'static str>,
-    help: &'static str,
-) -> Definition {
-    Definition {
-        name,
-        kind,
-        default,
-        help,
-    }
-}
-
-/// The options of qcow2 in the order in which they are shown.
-const QCOW2: &[Definition] = &[
-    option("encryption", Kind::Switch, None, ""),
-    option("encrypt.format", Kind::Text, None, ""),
-    option("encrypt.key-secret", Kind::Text, None, ""),
-    option("encrypt.cipher-alg", Kind::Text, None, ""),
-    option("encrypt.cipher-mode", Kind::Text, None, ""),
-    option("encrypt.ivgen-alg", Kind::Text, None, ""),
-    option("encrypt.ivgen-hash-alg", Kind::Text, None, ""),
-    option("encrypt.hash-alg", Kind::Text, None, ""),
-    option("encrypt.iter-time", Kind::Number, None, ""),
-    option(
-        "cluster_size",
-        Kind::Size,
-        Some("65536"),
-        "qcow2 cluster size",
-    ),
-    option(
-        "extended_l2",
-        Kind::Switch,
-        Some("off"),
-        "Extended L2 tables",
-    ),
-    option(
-        "preallocation",
-        Kind::Text,
-        None,
-        "Preallocation mode (allowed values: off, metadata, falloc, full)",
-    ),
-    option(
-        "compression_type",
-        Kind::Text,
-        Some("zlib"),
-        "Compression method used for image cluster compression",
-    ),
-    option("size", Kind::Size, None, "Virtual disk size"),
-    option(
-        "compat",
-        Kind::Text,
-        None,
-        "Compatibility level (v2 [0.10] or v3 [1.1])",
-    ),
-    option(
-        "backing_file",
-        Kind::Text,
-        None,
-        "File name of a base image",
-    ),
-    option(
-        "backing_fmt",
-        Kind::Text,
-        None,
-        "Image format of the base image",
-    ),
-    option(
-        "data_file",
-        Kind::Text,
-        None,
-        "File name of an external data file",
-    ),
-    option(
-        "data_file_raw",
-        Kind::Switch,
-        None,
-        "The external data file must stay valid as a raw image",
-    ),
-    option(
-        "data_file_layout",
-        Kind::Text,
-        None,
-        "How data lies in the data file (allowed values: standard, packed)",
-    ),
-    option(
-        "lazy_refcounts",
-        Kind::Switch,
-        Some("off"),
-        "Postpone refcount updates",
-    ),
-    option(
-        "refcount_bits",
-        Kind::Number,
-        Some("16"),
-        "Width of a reference count entry in bits",
-    ),
-    option("nocow", Kind::Switch, None, ""),
-    option("extent_size_hint", Kind::Size, None, ""),
-];
-
-/// The options of raw in the order in which they are shown.
-const RAW: &[Definition] = &[
-    option("size", Kind::Size, None, "Virtual disk size"),
-    option("nocow", Kind::Switch, None, ""),
-    option(
-        "preallocation",
-        Kind::Text,
-        None,
-        "Preallocation mode (allowed values: off, falloc, full)",
-    ),
-    option("extent_size_hint", Kind::Size, None, ""),
-];
-
-/// Options that raw disks have from the file below them.
-const FILE_OPTIONS: [&str; 3] = ["preallocation", "nocow", "extent_size_hint"];
-
 /// Runs the subcommand.
 pub fn run(args: &Parsed) -> Result<(), Failure> {
     let list = option_list(args)?;
-    let Some((file, rest)) = args.operands.split_first() else {
-        if options::asks_for_help(&list) {
-            let format = format(args).map_err(|reason| args.name.error(&reason))?;
-            output::print(&help(format, false));
-            return Ok(());
+    let operands = args.operands.split_first();
+    if options::asks_for_help(&list) {
+        let format = format(args).map_err(|reason| args.name.error(&reason))?;
+        if let Some((file, _)) = operands {
+            local_path(file).map_err(|reason| args.name.error(&reason))?;
         }
+        output::print(&help(format, operands.is_some()));
+        return Ok(());
+    }
+    let Some((file, rest)) = operands else {
         return Err(args.name.usage("Expecting image file name"));
     };
     let size = match rest.first() {
@@ -226,23 +118,15 @@ pub fn option_list(args: &Parsed) -> Result<String, Failure> {
     Ok(list.join(","))
 }
 
-/// Whether qcow2 images can be created with an option called `name`.
-pub fn is_qcow2_option(name: &str) -> bool {
-    QCOW2.iter().any(|definition| definition.name == name)
-}
-
 /// Does the work, or tells the reason why not.
 fn create(args: &Parsed, file: &OsStr, size: Option<u64>, list: &str) -> Result<(), String> {
     let format = format(args)?;
     let path = local_path(file)?;
-    if options::asks_for_help(list) {
-        output::print(&help(format, true));
-        return Ok(());
-    }
     let mut options = Options::new(definitions(format));
     if !list.is_empty() {
         options.parse(list)?;
     }
+    refuse_encryption(&options)?;
     match (size, options.number("size")) {
         (Some(_), Some(_)) => return Err("The image size must be specified only once".to_owned()),
         (Some(size), None) => options.set("size", Value::Number(size)),
@@ -250,6 +134,7 @@ fn create(args: &Parsed, file: &OsStr, size: Option<u64>, list: &str) -> Result<
     }
     set_backing(args, format, &mut options)?;
     check_backing(file, &mut options, args.has("backing-unsafe"))?;
+    set_size_of_kept(&mut options)?;
     if options.number("size").is_none() {
         return Err("Image creation needs a size parameter".to_owned());
     }
@@ -261,7 +146,8 @@ fn create(args: &Parsed, file: &OsStr, size: Option<u64>, list: &str) -> Result<
             options.shown()
         ));
     }
-    make(format, path, &options)
+    let mut warn = |text| eprintln!("{}", args.name.text(&format!("warning: {text}")));
+    make(format, path, &options, &mut warn)
 }
 
 /// The options of an image for a copy of a disk of `size` bytes: those of `list`, and the backing file
@@ -276,26 +162,71 @@ pub fn copy_options(
     if !list.is_empty() {
         options.parse(list)?;
     }
+    refuse_encryption(&options)?;
+    if options.text("data_file_reuse") == Some("keep") {
+        return Err("data_file_reuse=keep is for images that are not written to".to_owned());
+    }
     options.set("size", Value::Number(size));
     set_backing(args, format, &mut options)?;
     Ok(options)
 }
 
-fn make(format: Format, path: &Path, options: &Options) -> Result<(), String> {
-    begin(format, path, options)?
+fn make(
+    format: Format,
+    path: &Path,
+    options: &Options,
+    warn: &mut dyn FnMut(String),
+) -> Result<(), String> {
+    begin(format, path, options, warn)?
         .commit()
         .map_err(|error| reason(&error, format))
 }
 
-/// A new image with `options` that has not taken its name yet.
-pub fn begin(format: Format, path: &Path, options: &Options) -> Result<NewImage, String> {
+/// A new image with `options` that has not taken its name yet; `warn` is told what could not be done
+/// and is not needed.
+pub fn begin(
+    format: Format,
+    path: &Path,
+    options: &Options,
+    warn: &mut dyn FnMut(String),
+) -> Result<NewImage, String> {
     let size = options.number("size").unwrap_or_default();
     let preallocation = preallocation(options)?;
+    let hints = FileHints {
+        nocow: options.is_on("nocow"),
+        extent_size: u32::try_from(options.number("extent_size_hint").unwrap_or(0))
+            .map_err(|_| "Extent size hint is too large")?,
+    };
     let new = match format {
-        Format::Raw => NewImage::raw(path, size, preallocation),
-        Format::Qcow2 => NewImage::qcow2(path, &qcow2_options(size, preallocation, options)?),
+        Format::Raw => NewImage::raw_with(path, size, preallocation, hints, warn),
+        Format::Qcow2 => {
+            let options = CreateOptions {
+                hints,
+                ..qcow2_options(size, preallocation, options)?
+            };
+            NewImage::qcow2_with(path, &options, warn)
+        }
     };
     new.map_err(|error| reason(&error, format))
+}
+
+/// A disk whose data is there already has its size, unless another is given.
+fn set_size_of_kept(options: &mut Options) -> Result<(), String> {
+    let Some(name) = options.text("data_file") else {
+        return Ok(());
+    };
+    if options.text("data_file_reuse") != Some("keep") || options.number("size").is_some() {
+        return Ok(());
+    }
+    let len = Image::look(OsStr::new(name), Some(OsStr::new("raw")))?.len;
+    if !len.is_multiple_of(512) {
+        return Err(format!(
+            "The data file '{name}' has {len} bytes, which is no multiple of 512; SIZE tells how \
+             much of it is the disk"
+        ));
+    }
+    options.set("size", Value::Number(len));
+    Ok(())
 }
 
 fn format(args: &Parsed) -> Result<Format, String> {
@@ -304,33 +235,6 @@ fn format(args: &Parsed) -> Result<Format, String> {
         .unwrap_or(OsStr::new("raw"))
         .to_string_lossy();
     Format::from_name(&name).ok_or_else(|| format!("Unknown file format '{name}'"))
-}
-
-/// The options that a format has.
-pub fn definitions(format: Format) -> &'static [Definition] {
-    match format {
-        Format::Raw => RAW,
-        Format::Qcow2 => QCOW2,
-    }
-}
-
-/// The help on the options of a format; those of files are known `with_file` only.
-pub fn help(format: Format, with_file: bool) -> String {
-    let definitions = definitions(format);
-    if with_file {
-        return format!("Supported options:\n{}", options::describe(definitions));
-    }
-    let own: Vec<_> = definitions
-        .iter()
-        .filter(|definition| format == Format::Qcow2 || !FILE_OPTIONS.contains(&definition.name))
-        .copied()
-        .collect();
-    format!(
-        "Supported {} options:\n{}\nThe protocol level may support further options.\n\
-         Specify the target filename to include those options.\n",
-        format.name(),
-        options::describe(&own)
-    )
 }
 
 /// Puts what `-b` and `-F` say into `options`.
@@ -402,13 +306,8 @@ fn could_not_open_file(name: &OsStr, reason: String) -> String {
 }
 
 fn preallocation(options: &Options) -> Result<Preallocation, String> {
-    match options.text("preallocation") {
-        None | Some("off") => Ok(Preallocation::Off),
-        Some("metadata") => Ok(Preallocation::Metadata),
-        Some("falloc") => Ok(Preallocation::Falloc),
-        Some("full") => Ok(Preallocation::Full),
-        Some(other) => Err(not_accepted("preallocation", other)),
-    }
+    let name = options.text("preallocation").unwrap_or("off");
+    Preallocation::from_name(name).ok_or_else(|| not_accepted("preallocation", name))
 }
 
 fn qcow2_options(
@@ -445,6 +344,12 @@ fn qcow2_options(
             Some("packed") => DataFileLayout::Packed,
             Some(other) => return Err(not_accepted("data-file-layout", other)),
         },
+        data_file_reuse: match options.text("data_file_reuse") {
+            None => DataFileReuse::default(),
+            Some(name) => DataFileReuse::from_name(name)
+                .ok_or_else(|| not_accepted("data-file-reuse", name))?,
+        },
+        hints: FileHints::default(),
         preallocation,
         lazy_refcounts: options.is_on("lazy_refcounts"),
         compression_type: match options.text("compression_type") {

@@ -1,15 +1,16 @@
 //! `tandem-img map`
 
 use clap::Command;
-use tandem_block::{ExtentKind, FileOptions, Locking, extent_in_chain};
+use tandem_block::{Disk, ExtentKind, FileOptions, Locking, extent_in_chain};
 
 use crate::failure::Failure;
 use crate::getopt::{self, Parsed, value};
 use crate::image::{
     Format, Image, could_not_open, follow, follow_option, force_share_option, image_opts_option,
-    locking, object_option,
+    locking, object_option, printable,
 };
 use crate::output::{self, Output};
+use crate::plot::{self, Plot};
 use crate::size;
 
 /// Definition of the subcommand.
@@ -18,7 +19,8 @@ pub fn command() -> Command {
         .about("Shows where each part of a disk is stored")
         .disable_help_flag(true)
         .override_usage(
-            "tandem-img map [-f FMT] [--output human|json] [-s OFFSET] [-l LENGTH] [-U] FILENAME",
+            "tandem-img map [-f FMT | --image-opts] [--output human|json | --plot FILE.svg] \
+             [-s OFFSET] [-l LENGTH] [-U] FILENAME",
         )
         .args([
             getopt::help(),
@@ -29,6 +31,7 @@ pub fn command() -> Command {
                 "Format of the image: qcow2 or raw (default: told by its first bytes)",
             ),
             value("output", None, "human|json", "How to print the result"),
+            plot::option(),
             value("start-offset", Some('s'), "OFFSET", "Where to begin"),
             value("max-length", Some('l'), "LENGTH", "How much to show"),
             force_share_option(),
@@ -37,22 +40,30 @@ pub fn command() -> Command {
             object_option(),
         ])
         .after_help(
-            "The text for people shows where there is data; JSON shows everything.\n\n\
+            "The text for people shows where there is data; JSON shows everything. The picture shows \
+             what is unallocated, zero, data, compressed, or in images below, and where data that is \
+             not at its own offset lies in its file.\n\n\
              Examples:\n  \
              tandem-img map disk.qcow2\n  \
+             tandem-img map --plot disk.svg disk.qcow2\n  \
+             tandem-img map --plot - disk.qcow2\n  \
              tandem-img map --output=json -s 1G -l 64M disk.qcow2",
         )
 }
 
 /// A part of the disk that is stored in one way.
 #[derive(Clone, Copy, Debug)]
-struct Part {
-    start: u64,
-    length: u64,
+pub struct Part {
+    /// Offset in the disk.
+    pub start: u64,
+    /// Length in bytes.
+    pub length: u64,
     /// Images above the one that has it.
-    depth: usize,
-    kind: ExtentKind,
-    offset: Option<u64>,
+    pub depth: usize,
+    /// What is stored.
+    pub kind: ExtentKind,
+    /// Where, in the file that holds the data.
+    pub offset: Option<u64>,
 }
 
 impl Part {
@@ -121,28 +132,75 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
         Some(length) => start.saturating_add(length).min(disk.size()),
         None => disk.size(),
     };
+    if let Some(target) = args.value("plot") {
+        if args.has("output") {
+            let text = "--plot and --output cannot be used at the same time";
+            return Err(args.name.error(text));
+        }
+        let title = format!(
+            "{} ({}, {})",
+            printable(image.path.as_os_str()),
+            image.format.name(),
+            size::human(disk.size())
+        );
+        let mut plot = Plot::new(title, start.min(end), end);
+        for part in Parts::new(&*disk, start, end) {
+            plot.add(&part.map_err(|e| args.name.error(&e.reason()))?);
+        }
+        return plot.write(target).map_err(|text| args.name.error(&text));
+    }
     let files = image.data_names().map_err(fail)?;
     let mut listing = Listing::new(output, files);
-    let mut at = start;
-    while at < end {
-        let (depth, extent) =
-            extent_in_chain(&*disk, at, end - at).map_err(|e| args.name.error(&e.reason()))?;
-        if extent.kind == ExtentKind::Compressed && output == Output::Human {
+    for part in Parts::new(&*disk, start, end) {
+        let part = part.map_err(|e| args.name.error(&e.reason()))?;
+        if part.kind == ExtentKind::Compressed && output == Output::Human {
             listing.print_last();
             let reason = "File contains external, encrypted or compressed clusters.";
             return Err(args.name.error(reason));
         }
-        listing.add(Part {
-            depth,
-            start: at,
-            length: extent.len,
-            kind: extent.kind,
-            offset: extent.offset,
-        });
-        at += extent.len;
+        listing.add(part);
     }
     listing.end(start);
     Ok(())
+}
+
+/// The parts of a range of a disk, one after the other.
+struct Parts<'a> {
+    disk: &'a dyn Disk,
+    at: u64,
+    end: u64,
+}
+
+impl<'a> Parts<'a> {
+    fn new(disk: &'a dyn Disk, start: u64, end: u64) -> Self {
+        Self {
+            disk,
+            at: start,
+            end,
+        }
+    }
+}
+
+impl Iterator for Parts<'_> {
+    type Item = tandem_block::Result<Part>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.at >= self.end {
+            return None;
+        }
+        let found = extent_in_chain(self.disk, self.at, self.end - self.at);
+        Some(found.map(|(depth, extent)| {
+            let start = self.at;
+            self.at += extent.len;
+            Part {
+                start,
+                length: extent.len,
+                depth,
+                kind: extent.kind,
+                offset: extent.offset,
+            }
+        }))
+    }
 }
 
 /// What is printed, as it becomes known.

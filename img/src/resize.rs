@@ -3,7 +3,7 @@
 use std::ffi::{OsStr, OsString};
 
 use clap::Command;
-use tandem_block::FileOptions;
+use tandem_block::{FileOptions, Preallocation};
 
 use crate::failure::Failure;
 use crate::getopt::{self, Parsed, flag, value};
@@ -18,7 +18,10 @@ pub fn command() -> Command {
     Command::new("resize")
         .about("Makes a disk larger or smaller")
         .disable_help_flag(true)
-        .override_usage("tandem-img resize [-f FMT] [--shrink] [-q] FILENAME [+|-]SIZE")
+        .override_usage(
+            "tandem-img resize [-f FMT | --image-opts] [--preallocation MODE] [--shrink] [-q] \
+             FILENAME [+|-]SIZE",
+        )
         .args([
             getopt::help(),
             value(
@@ -29,7 +32,13 @@ pub fn command() -> Command {
             ),
             flag("shrink", None, "Allow the disk to become smaller"),
             flag("quiet", Some('q'), "Print nothing but errors"),
-            value("preallocation", None, "MODE", "off; others are not supported yet"),
+            value(
+                "preallocation",
+                None,
+                "MODE",
+                "What the disk gains gets its space now: off (default), metadata (qcow2: as holes), \
+                 falloc (reserved), full (written)",
+            ),
             follow_option(),
             image_opts_option(),
             object_option(),
@@ -41,6 +50,7 @@ pub fn command() -> Command {
              there, if that is longer than the disk.\n\n\
              Examples:\n  \
              tandem-img resize disk.qcow2 +10G\n  \
+             tandem-img resize --preallocation=falloc disk.qcow2 +10G\n  \
              tandem-img resize --shrink disk.qcow2 20G",
         )
 }
@@ -65,6 +75,14 @@ pub fn split_size(args: &[OsString]) -> (&[OsString], Option<&OsStr>) {
 
 /// Runs the subcommand.
 pub fn run(args: &Parsed) -> Result<(), Failure> {
+    let preallocation = match args.value("preallocation") {
+        None => Preallocation::Off,
+        Some(name) => {
+            let name = name.to_string_lossy();
+            let text = || format!("Invalid preallocation mode '{name}'");
+            Preallocation::from_name(&name).ok_or_else(|| args.name.error(&text()))?
+        }
+    };
     let text = match (&args.operands[..], args.last.as_deref()) {
         ([_], Some(text)) => text,
         ([], _) | (_, None) => {
@@ -80,22 +98,10 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
     };
     let number =
         size::parse(number).map_err(|wrong| args.name.error(&wrong.message("size", number)))?;
-    match args
-        .value("preallocation")
-        .map(OsStr::to_string_lossy)
-        .as_deref()
-    {
-        None | Some("off") => {}
-        Some("metadata" | "falloc" | "full") => args.refuse(&["preallocation"])?,
-        Some(other) => {
-            let text = format!("Invalid preallocation mode '{other}'");
-            return Err(args.name.error(&text));
-        }
-    }
     args.refuse(&["object"])?;
     let image = Image::from_args(args)?;
     image.warn_of_guess();
-    resize(args, &image, relative, number)
+    resize(args, &image, relative, number, preallocation)
 }
 
 fn resize(
@@ -103,6 +109,7 @@ fn resize(
     image: &Image<'_>,
     relative: Relative,
     number: u64,
+    preallocation: Preallocation,
 ) -> Result<(), Failure> {
     let follow = follow(args)?;
     let disk = image
@@ -118,6 +125,10 @@ fn resize(
         Some(new) if new > 0 && new <= i64::MAX as u64 => new,
         _ => return Err(args.name.error("New image size must be positive")),
     };
+    if new <= old && preallocation != Preallocation::Off {
+        let text = "Preallocation can only be used for growing images";
+        return Err(args.name.error(text));
+    }
     if new < old && !args.has("shrink") {
         let mut failure = args
             .name
@@ -140,7 +151,8 @@ fn resize(
             )
         );
     }
-    let resized = disk.resize(new).and_then(|()| disk.close());
+    let resized = disk.resize_preallocated(new, preallocation);
+    let resized = resized.and_then(|()| disk.close());
     resized.map_err(|e| args.name.error(&e.reason()))?;
     if !args.has("quiet") {
         output::print("Image resized.\n");

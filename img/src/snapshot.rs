@@ -25,7 +25,7 @@ pub fn command() -> Command {
     Command::new("snapshot")
         .about("Lists, takes, applies and deletes the snapshots inside a qcow2 image")
         .disable_help_flag(true)
-        .override_usage("tandem-img snapshot [-f FMT] [-l | -a|-c|-d SNAPSHOT] [-q] [-U] FILENAME")
+        .override_usage("tandem-img snapshot [-f FMT | --image-opts] [-l | -a|-c|-d SNAPSHOT] [-q] [-U] FILENAME")
         .args([
             getopt::help(),
             value(
@@ -108,6 +108,9 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
     let read_only = matches!(action, Action::List);
     let options = image.options(read_only, follow(args)?, files);
     let options = options.map_err(|e| opened(&e.reason()))?;
+    if !read_only {
+        image.warn_if_guessed();
+    }
     if image.format == Format::Raw {
         return on_raw(args, action);
     }

@@ -15,7 +15,7 @@ use super::placement::Placement;
 use super::ranges::RangeGuard;
 use crate::buffers::{Buffers, fill_zero};
 use crate::disk::{check_range, total_len};
-use crate::{Disk, Error, Extent, Limits, Result};
+use crate::{Disk, Error, Extent, Limits, Preallocation, Result};
 
 /// How often a request on a full disk looks for clusters that have come back.
 const SPACE_POLL: Duration = Duration::from_millis(1);
@@ -118,7 +118,12 @@ impl Disk for Qcow2 {
 
     fn resize(&self, size: u64) -> Result<()> {
         self.check_writable()?;
-        self.change_size(size)
+        self.change_size(size, Preallocation::Off)
+    }
+
+    fn resize_preallocated(&self, size: u64, preallocation: Preallocation) -> Result<()> {
+        self.check_writable()?;
+        self.change_size(size, preallocation)
     }
 
     fn flush(&self) -> Result<()> {

@@ -11,7 +11,7 @@
 //! | `io` | reads and writes on top of that |
 //! | `compressed`, `compress` | compressed clusters: reading them, and writing them |
 //! | `zeroes` | writing zeroes, and discarding |
-//! | `resize` | growing and shrinking the disk |
+//! | `resize`, `preallocate` | growing and shrinking the disk |
 //! | `backing` | what shows where the image has nothing |
 //! | `rebase`, `commit` | putting an image on another backing file; moving its data to one below |
 //! | `placement`, `packed` | where data lies: in the image, or in a data file of some kind |
@@ -77,6 +77,7 @@ mod packed;
 mod parse;
 mod placement;
 mod policy;
+mod preallocate;
 mod ranges;
 mod rebase;
 mod refcount;
@@ -118,8 +119,8 @@ pub use check::{CheckOptions, CheckReport, Finding, FindingKind, Repair, check, 
 pub use commit::Commit;
 pub use compress::CompressedCluster;
 pub use compressed::CompressionType;
-pub(crate) use create::begin;
-pub use create::{CreateOptions, create};
+pub use create::{CreateOptions, DataFileReuse, create, create_with};
+pub(crate) use create::{NewFiles, begin};
 pub use info::Info;
 pub use measure::{bitmaps_size, full_size};
 pub use open::OpenOptions;

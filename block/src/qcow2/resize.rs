@@ -26,8 +26,9 @@ use super::reserved::Field;
 use super::subclusters::Subclusters;
 use super::zeroes::Zeroed;
 use super::{DataFileLayout, table};
+use crate::raw::NOT_FOR_SHRINKING;
 use crate::sync::{lock, lock_whole};
-use crate::{Disk, Error, Result};
+use crate::{Disk, Error, Preallocation, Result};
 
 /// Offset of `size` in the header.
 const HEADER_SIZE: u64 = 24;
@@ -35,18 +36,22 @@ const HEADER_SIZE: u64 = 24;
 const HEADER_L1_FIELDS: u64 = 36;
 
 impl Qcow2 {
-    /// Changes the size to `new` bytes.
-    pub(super) fn change_size(&self, new: u64) -> Result<()> {
+    /// Changes the size to `new` bytes; what the disk gains is preallocated.
+    pub(super) fn change_size(&self, new: u64, preallocation: Preallocation) -> Result<()> {
         let _resizing = lock(&self.resizing);
         let old = self.size();
         self.check_size(new)?;
+        if new < old && preallocation != Preallocation::Off {
+            return Err(Error::Option(NOT_FOR_SHRINKING.to_owned()));
+        }
+        self.data().check_preallocation(preallocation)?;
         if new != old {
             self.check_bitmaps(new)?;
         }
         match new.cmp(&old) {
             std::cmp::Ordering::Less => self.shrink(old, new),
             std::cmp::Ordering::Equal => Ok(()),
-            std::cmp::Ordering::Greater => self.grow(old, new),
+            std::cmp::Ordering::Greater => self.grow(old, new, preallocation),
         }
     }
 
@@ -76,7 +81,7 @@ impl Qcow2 {
         Ok(())
     }
 
-    fn grow(&self, old: u64, new: u64) -> Result<()> {
+    fn grow(&self, old: u64, new: u64, preallocation: Preallocation) -> Result<()> {
         let g = self.geometry;
         let gained = g.clusters(old)..g.clusters(new);
         let raw = matches!(self.placement, Placement::Raw(..));
@@ -86,18 +91,24 @@ impl Qcow2 {
         }
         self.grow_l1_table(g.l1_entries(new))?;
         match &self.placement {
-            Placement::External(external) => external.file.set_len(new)?,
+            Placement::External(external) if preallocation == Preallocation::Off => {
+                external.file.set_len(new)?;
+            }
             Placement::Raw(external, _) => {
                 // The last cluster is complete where it is mapped, as in a new image.
                 let end = new.next_multiple_of(g.cluster_size());
                 let end = external.file.capacity()?.unwrap_or(end).min(end);
-                if external.file.size()? < end {
+                let len = external.file.size()?;
+                if len < end {
                     external.file.set_len(end)?;
+                    let filled = external.file.fill(len, end - len, preallocation);
+                    filled.inspect_err(|_| drop(external.file.set_len(len)))?;
                 }
                 self.map_raw(gained)?;
                 self.write_back()?;
             }
-            Placement::Internal | Placement::Packed(_) => {}
+            _ if preallocation == Preallocation::Off => {}
+            _ => self.preallocate(gained, preallocation)?,
         }
         if self.backing_shows(old) {
             // What the disk gains reads as zero, not as what the backing file has there.

@@ -109,8 +109,10 @@ impl<'a> Plan<'a> {
             let reason = format!("Could not open backing file: {reason}");
             opened(&reason)
         })?;
-        let mut new = create::begin(self.format, self.path, &self.options)
-            .map_err(|reason| self.failed(args, &reason))?;
+        let mut new = create::begin(self.format, self.path, &self.options, &mut |text| {
+            eprintln!("{}", args.name.text(&format!("warning: {text}")));
+        })
+        .map_err(|reason| self.failed(args, &reason))?;
         let backing_size = backing.as_ref().map(|backing| backing.size());
         let disk = match self.format {
             Format::Raw => new.open_raw(cache).map(Opened::Raw),

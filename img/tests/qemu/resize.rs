@@ -85,6 +85,123 @@ fn fails_the_same() {
     assert!(both.tandem.content() == before);
 }
 
+/// What every kind of disk gains is preallocated, reads as zero, and has its space.
+#[test]
+fn preallocates_the_same() {
+    use std::os::unix::fs::MetadataExt;
+
+    for (kind, data) in [
+        ("", "t"),
+        ("-o cluster_size=512", "t"),
+        ("-o compat=0.10", "t"),
+        ("-o extended_l2=on", "t"),
+        ("-o refcount_bits=1,cluster_size=4k", "t"),
+        ("-o data_file=d", "d"),
+        ("-o data_file=d,cluster_size=4k", "d"),
+        ("-o data_file=d,extended_l2=on", "d"),
+        ("-o data_file=d,data_file_raw=on", "d"),
+        ("-b base -F raw", "t"),
+        ("-b base -F raw -o data_file=d", "d"),
+    ] {
+        for mode in ["metadata", "falloc", "full"] {
+            let both = Both::new(|place| {
+                place.make("create -q -f raw base 3M");
+                place.qemu_io("base", &["write -P 9 0 3M"]);
+                place.make(&format!("create -q -f qcow2 {kind} t 1000k"));
+                place.qemu_io("t", &["write -P 1 0 1000k", "discard 64k 512k"]);
+            });
+            for size in ["+1500k", "5M"] {
+                let line = format!("resize --preallocation={mode} t {size}");
+                both.same(&line);
+                let [expected, found] = [&both.qemu, &both.tandem].map(|place| {
+                    let checked = place.qemu_img(&["check", "t"]);
+                    assert_eq!(checked.status, Some(0), "{kind} {line}: {}", checked.stderr);
+                    let own = place.run(&["check", "-q", "t"]);
+                    assert_eq!(own.status, Some(0), "{kind} {line}: {}", own.stderr);
+                    place.qemu_img(&words("convert -O raw t converted"));
+                    fs::read(place.path("converted")).unwrap()
+                });
+                // In QEMU, preallocated clusters can show what freed ones of the image held.
+                let old = 1000 << 10;
+                assert!(found[..old] == expected[..old], "{kind}: {line}");
+                assert_eq!(found.len(), expected.len(), "{kind}: {line}");
+                assert!(found[old..].iter().all(|byte| *byte == 0), "{kind}: {line}");
+            }
+            let used = fs::metadata(both.tandem.path(data)).unwrap().blocks() * 512;
+            if !kind.contains("base") {
+                assert_eq!(used >= 4 << 20, mode != "metadata", "{kind} {mode}: {used}");
+            }
+            // All that was gained is mapped, but for the cluster in which the old disk ended.
+            let map = both
+                .tandem
+                .qemu_img(&words("map --output=json -s 3M t"))
+                .stdout;
+            assert!(
+                map.lines().all(|line| line.contains("\"offset\": ")),
+                "{map}"
+            );
+        }
+    }
+}
+
+#[test]
+fn preallocates_raw_disks_the_same() {
+    for mode in ["falloc", "full", "off"] {
+        let both = Both::new(|place| place.make("create -q -f raw t 1M"));
+        for size in ["+1000", "+1", "3M", "+0", "2M"] {
+            both.same(&format!("resize -f raw --preallocation={mode} t {size}"));
+            both.same_bytes("t");
+        }
+        both.same("resize -f raw --shrink t 1001");
+        both.same_bytes("t");
+    }
+}
+
+#[test]
+fn refuses_preallocation_the_same() {
+    let both = Both::new(images);
+    for name in ["internal", "v2", "external", "rawdata", "raw"] {
+        let format = if name == "raw" { "raw" } else { "qcow2" };
+        for mode in ["metadata", "falloc", "full", "foo", "off"] {
+            for size in ["+0", "512k", "-512k"] {
+                both.same(&format!(
+                    "resize -f {format} --preallocation={mode} {name} {size}"
+                ));
+            }
+            if mode != "off" {
+                both.same(&format!(
+                    "resize -f {format} --shrink --preallocation={mode} {name} 512"
+                ));
+            }
+        }
+    }
+    both.same("resize -f raw --preallocation=metadata raw 8M");
+    both.same("resize --preallocation internal 20M");
+}
+
+/// Preallocated packed data files have room for what is gained.
+#[test]
+fn preallocates_packed_data_files() {
+    for mode in ["metadata", "falloc", "full"] {
+        let place = Place::tandem();
+        let line = "create -q -f qcow2 -o data_file=d,data_file_layout=packed t 1000k";
+        assert_eq!(place.run(&words(line)).status, Some(0));
+        let line = format!("resize --preallocation={mode} t 4M");
+        assert_eq!(place.run(&words(&line)).stdout, "Image resized.\n");
+        assert_eq!(fs::metadata(place.path("d")).unwrap().len(), 3 << 20);
+        let checked = place.run(&["check", "t"]);
+        assert_eq!(
+            checked.status,
+            Some(0),
+            "{}{}",
+            checked.stdout,
+            checked.stderr
+        );
+        assert_eq!(place.run(&words("convert -O raw t out")).status, Some(0));
+        assert!(fs::read(place.path("out")).unwrap() == vec![0; 4 << 20]);
+    }
+}
+
 /// Where a raw data file is longer than its disk, the disk gains what it holds there, as in QEMU;
 /// but it is said.
 #[test]

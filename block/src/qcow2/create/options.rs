@@ -2,7 +2,8 @@
 
 use std::path::PathBuf;
 
-use crate::new_file::Preallocation;
+use crate::hints::FileHints;
+use crate::preallocation::Preallocation;
 use crate::qcow2::DataFileLayout;
 use crate::qcow2::backing::BackingFormat;
 use crate::qcow2::compressed::CompressionType;
@@ -12,6 +13,30 @@ use crate::{Error, Result};
 
 /// The smallest cluster whose subclusters are sectors.
 const MIN_EXTENDED_CLUSTER: u64 = 16 << 10;
+
+/// What becomes of a data file that exists already.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DataFileReuse {
+    /// It is made anew, and its content is lost.
+    #[default]
+    Replace,
+    /// No image is created.
+    Refuse,
+    /// It becomes the data of the disk as it is, and is not written. For raw data files only.
+    Keep,
+}
+
+impl DataFileReuse {
+    /// What is called `name` by tools.
+    pub fn from_name(name: &str) -> Option<Self> {
+        match name {
+            "replace" => Some(Self::Replace),
+            "refuse" => Some(Self::Refuse),
+            "keep" => Some(Self::Keep),
+            _ => None,
+        }
+    }
+}
 
 /// What a new image is to be like.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -35,6 +60,10 @@ pub struct CreateOptions {
     pub data_file_raw: bool,
     /// How guest data lies in the data file.
     pub data_file_layout: DataFileLayout,
+    /// What becomes of a data file that exists already.
+    pub data_file_reuse: DataFileReuse,
+    /// What the file system is told of the files.
+    pub hints: FileHints,
     /// How much of the disk gets its space at once.
     pub preallocation: Preallocation,
     /// Allows a writer to postpone refcount updates.
@@ -59,6 +88,8 @@ impl Default for CreateOptions {
             data_file: None,
             data_file_raw: false,
             data_file_layout: DataFileLayout::Standard,
+            data_file_reuse: DataFileReuse::Replace,
+            hints: FileHints::default(),
             preallocation: Preallocation::Off,
             lazy_refcounts: false,
             compression_type: CompressionType::Deflate,
@@ -124,6 +155,23 @@ impl CreateOptions {
             if self.data_file_raw {
                 return wrong(
                     "data-file-layout=packed and data-file-raw cannot be used at the same time",
+                );
+            }
+        }
+        if self.data_file_reuse != DataFileReuse::Replace && self.data_file.is_none() {
+            return wrong("data-file-reuse requires data-file");
+        }
+        if self.data_file_reuse == DataFileReuse::Keep {
+            // Nothing of what the file holds would show.
+            if !self.data_file_raw {
+                return wrong("data-file-reuse=keep requires data-file-raw=on");
+            }
+            if matches!(
+                self.preallocation,
+                Preallocation::Falloc | Preallocation::Full
+            ) {
+                return wrong(
+                    "data-file-reuse=keep and preallocation of data cannot be used at the same time",
                 );
             }
         }

@@ -1,0 +1,100 @@
+//! `tandem-img completions`
+
+use clap::builder::PossibleValuesParser;
+use clap::{Arg, Command, ValueHint};
+use clap_complete::{Shell, generate};
+
+use crate::failure::Failure;
+use crate::getopt::{self, Parsed};
+use crate::output;
+
+/// Definition of the subcommand.
+pub fn command() -> Command {
+    Command::new("completions")
+        .about("Prints a script that makes a shell complete the command lines of this program")
+        .disable_help_flag(true)
+        .override_usage("tandem-img completions bash|zsh|fish")
+        .arg(getopt::help())
+        .after_help(
+            "Examples:\n  \
+             tandem-img completions bash > /etc/bash_completion.d/tandem-img\n  \
+             tandem-img completions zsh > /usr/local/share/zsh/site-functions/_tandem-img\n  \
+             tandem-img completions fish > ~/.config/fish/completions/tandem-img.fish",
+        )
+}
+
+/// Runs the subcommand.
+pub fn run(args: &Parsed) -> Result<(), Failure> {
+    let [name] = &args.operands[..] else {
+        return Err(args.name.usage("Expecting one shell: bash, zsh or fish"));
+    };
+    let shell = match name.to_str() {
+        Some("bash") => Shell::Bash,
+        Some("zsh") => Shell::Zsh,
+        Some("fish") => Shell::Fish,
+        _ => {
+            let name = name.display();
+            let text = format!("Unknown shell '{name}': it must be bash, zsh or fish");
+            return Err(args.name.usage(&text));
+        }
+    };
+    let mut script = Vec::new();
+    generate(shell, &mut complete(shell), "tandem-img", &mut script);
+    let script = String::from_utf8_lossy(&script);
+    // The generator spells the hyphen of the program's name in two ways.
+    output::print(&script.replace("tandem__subcmd__img__", "tandem__img__"));
+    Ok(())
+}
+
+/// What can be completed: the options that are not refused, and the values of those that have few.
+fn complete(shell: Shell) -> Command {
+    let program = crate::program::command();
+    let commands = || program.get_subcommands().map(|c| c.get_name().to_owned());
+    let complete = |defined: &Command| {
+        let visible = defined.get_arguments().filter(|arg| !arg.is_hide_set());
+        let options = visible
+            .cloned()
+            .map(|arg| match values_of(arg.get_id().as_str()) {
+                [] if takes_path(arg.get_id().as_str()) => arg.value_hint(ValueHint::AnyPath),
+                [] => arg,
+                values => arg.value_parser(PossibleValuesParser::new(values)),
+            });
+        let operands = Arg::new("operands").num_args(0..);
+        let operands = match defined.get_name() {
+            "completions" => Some(operands.value_parser(["bash", "zsh", "fish"])),
+            "man" => Some(operands.value_parser(PossibleValuesParser::new(commands()))),
+            // Where there is nothing else, it completes file names by itself.
+            _ if shell == Shell::Bash => None,
+            _ => Some(operands.value_hint(ValueHint::AnyPath)),
+        };
+        Command::new(defined.get_name().to_owned())
+            .about(defined.get_about().cloned().unwrap_or_default())
+            .disable_help_flag(true)
+            .args(options)
+            .args(operands)
+    };
+    Command::new("tandem-img")
+        .disable_help_subcommand(true)
+        .subcommands(program.get_subcommands().map(complete))
+}
+
+/// The values of an option that has few.
+fn values_of(id: &str) -> &'static [&'static str] {
+    match id {
+        "format" | "backing-format" | "output-format" | "source-format" | "target-format" => {
+            &["qcow2", "raw"]
+        }
+        "output" => &["human", "json"],
+        "repair" => &["leaks", "all"],
+        "follow" => &["image-directory", "anywhere", "nothing"],
+        "preallocation" => &["off", "metadata", "falloc", "full"],
+        "cache" | "source-cache" | "target-cache" => {
+            &["writeback", "none", "writethrough", "directsync", "unsafe"]
+        }
+        _ => &[],
+    }
+}
+
+fn takes_path(id: &str) -> bool {
+    matches!(id, "backing" | "plot" | "base")
+}

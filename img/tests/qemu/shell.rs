@@ -1,0 +1,197 @@
+//! `completions` and `man`
+
+use std::fs;
+use std::io::Write;
+use std::process::{Command, Stdio};
+
+use crate::run::{Place, words};
+
+const COMMANDS: [&str; 8] = [
+    "amend", "check", "convert", "create", "info", "map", "resize", "snapshot",
+];
+
+fn print(line: &str) -> String {
+    let run = Place::tandem().run(&words(line));
+    assert_eq!((run.status, &*run.stderr), (Some(0), ""), "{line}");
+    run.stdout
+}
+
+/// What bash offers for the last of the words of `line`.
+fn offered(script: &str, line: &str) -> Vec<String> {
+    let place = Place::tandem();
+    fs::write(place.path("completions"), script).unwrap();
+    fs::write(place.path("disk.qcow2"), "").unwrap();
+    let words: Vec<_> = line.split(' ').map(|word| format!("'{word}'")).collect();
+    let program = format!(
+        "cd '{}'; source completions; COMP_WORDS=({}); COMP_CWORD={}; COMP_LINE='{line}'; \
+         COMP_POINT={}; f=$(complete -p tandem-img); f=${{f#*-F }}; ${{f%% *}} tandem-img '{}' '{}'; printf '%s\\n' \"${{COMPREPLY[@]}}\"",
+        place.path("").display(),
+        words.join(" "),
+        words.len() - 1,
+        line.len(),
+        line.rsplit(' ').next().unwrap(),
+        line.rsplit(' ').nth(1).unwrap(),
+    );
+    let output = Command::new("bash")
+        .args(["--norc", "-c", &program])
+        .output()
+        .unwrap();
+    assert!(
+        output.stderr.is_empty(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    let text = String::from_utf8(output.stdout).unwrap();
+    text.lines().map(str::to_owned).collect()
+}
+
+#[test]
+fn bash_completes() {
+    let script = print("completions bash");
+    let offers = |line: &str, expected: &[&str]| {
+        let offered = offered(&script, line);
+        for word in expected {
+            assert!(
+                offered.iter().any(|found| found == word),
+                "{line}: {word}: {offered:?}"
+            );
+        }
+    };
+    offers("tandem-img ", &COMMANDS);
+    assert_eq!(offered(&script, "tandem-img sna"), ["snapshot"]);
+    offers(
+        "tandem-img check --",
+        &["--repair", "--output", "--image-opts", "--follow"],
+    );
+    offers("tandem-img check -r ", &["leaks", "all"]);
+    offers("tandem-img info --output ", &["human", "json"]);
+    offers("tandem-img resize --preallocation f", &["falloc", "full"]);
+    offers("tandem-img create -f ", &["raw", "qcow2"]);
+    // Nothing of its own: bash completes file names.
+    assert_eq!(offered(&script, "tandem-img map di"), [""]);
+    assert!(script.contains("-o default tandem-img"));
+    offers("tandem-img man ch", &["check"]);
+    offers("tandem-img completions z", &["zsh"]);
+    // Options that are refused are not offered.
+    let check = offered(&script, "tandem-img check --");
+    assert!(!check.contains(&"--object".to_owned()), "{check:?}");
+}
+
+/// Each script is one that its shell can read, where the shell is there.
+#[test]
+fn scripts_are_valid() {
+    for shell in ["bash", "zsh", "fish"] {
+        let script = print(&format!("completions {shell}"));
+        for command in COMMANDS {
+            assert!(script.contains(command), "{shell}: {command}");
+        }
+        let place = Place::tandem();
+        fs::write(place.path("script"), script).unwrap();
+        let checked = Command::new(shell)
+            .arg("-n")
+            .arg(place.path("script"))
+            .output();
+        match checked {
+            Ok(checked) => assert!(
+                checked.status.success() && checked.stderr.is_empty(),
+                "{shell}: {}",
+                String::from_utf8_lossy(&checked.stderr)
+            ),
+            Err(e) => println!("{shell}: {e}"),
+        }
+    }
+}
+
+/// What `man` shows of a page; `None` without such a program.
+fn rendered(page: &str) -> Option<String> {
+    let mut groff = Command::new("groff")
+        .args(["-man", "-Tascii", "-ww", "-P-c", "-P-b", "-P-u"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .ok()?;
+    groff
+        .stdin
+        .take()
+        .unwrap()
+        .write_all(page.as_bytes())
+        .unwrap();
+    let output = groff.wait_with_output().unwrap();
+    let warnings = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success() && warnings.is_empty(), "{warnings}");
+    Some(String::from_utf8(output.stdout).unwrap())
+}
+
+#[test]
+fn pages_tell_what_the_help_tells() {
+    let program = print("man");
+    for command in COMMANDS {
+        assert!(
+            program.contains(&format!("tandem\\-img\\-{command}(1)")),
+            "{command}"
+        );
+        let page = print(&format!("man {command}"));
+        for title in [
+            ".TH",
+            ".SH NAME",
+            ".SH SYNOPSIS",
+            ".SH OPTIONS",
+            ".SH EXAMPLES",
+        ] {
+            assert!(page.contains(title), "{command}: {title}");
+        }
+        let Some(text) = rendered(&page) else {
+            println!("no groff: {command} is not rendered");
+            continue;
+        };
+        let help = print(&format!("{command} --help"));
+        for option in help
+            .split_whitespace()
+            .filter(|word| word.starts_with("--") && word.len() > 2)
+        {
+            let name = option
+                .trim_end_matches([',', ')', '.', ']'])
+                .split('=')
+                .next()
+                .unwrap();
+            assert!(text.contains(name), "{command}: {name}\n{text}");
+        }
+        // Examples keep their lines.
+        let example = help
+            .lines()
+            .rev()
+            .find(|line| line.starts_with("  tandem-img "))
+            .unwrap();
+        assert!(
+            text.lines().any(|line| line.trim() == example.trim()),
+            "{example}\n{text}"
+        );
+    }
+    assert!(rendered(&program).is_none_or(|text| text.contains("SUBCOMMANDS")));
+}
+
+#[test]
+fn mistakes_are_named() {
+    for (line, message) in [
+        ("completions", "Expecting one shell: bash, zsh or fish\n"),
+        (
+            "completions csh",
+            "Unknown shell 'csh': it must be bash, zsh or fish\n",
+        ),
+        (
+            "completions bash zsh",
+            "Expecting one shell: bash, zsh or fish\n",
+        ),
+        ("man foo", "Command not found: foo\n"),
+        ("man a b", "Expecting one command\n"),
+    ] {
+        let run = Place::tandem().run(&words(line));
+        assert_eq!((run.status, &*run.stdout), (Some(1), ""), "{line}");
+        assert!(
+            run.stderr.starts_with(&format!("qemu-img: {message}")),
+            "{}",
+            run.stderr
+        );
+    }
+}

@@ -8,14 +8,12 @@ use std::ops::Range;
 
 use super::geometry::ENTRY_SIZE;
 use super::header::MAX_REFCOUNT_TABLE_SIZE;
+use super::parse::offset;
 use super::refcount::Refcounts;
 use super::reserved::Field;
 use super::table;
 use crate::Result;
 use crate::file::ImageFile;
-
-/// Offset of `refcount_table_offset` in the header; `refcount_table_clusters` follows it.
-const HEADER_TABLE_FIELDS: u64 = 48;
 
 /// Rows that are tried before one is made at the end of the file.
 const ROW_ATTEMPTS: usize = 4;
@@ -353,7 +351,7 @@ impl Refcounts {
 
         let mut fields = table_offset.to_be_bytes().to_vec();
         fields.extend((table_clusters as u32).to_be_bytes());
-        image.write_bytes_at(&fields, HEADER_TABLE_FIELDS)?;
+        image.write_bytes_at(&fields, offset::REFCOUNT_TABLE)?;
         image.sync()?;
 
         let (old_offset, old_clusters) = (self.table_offset, self.table_clusters);

@@ -38,8 +38,6 @@ pub(crate) mod incompatible {
     pub(crate) const EXTENDED_L2: u64 = 1 << 4;
     /// The data file is in the packed layout: an extension of ours, see `packed`.
     pub(crate) const PACKED: u64 = 1 << 62;
-    /// Offset of `incompatible_features` in the header in bytes.
-    pub(crate) const OFFSET: u64 = 72;
     /// All bits that the published specification defines, and ours.
     pub(crate) const KNOWN: u64 = 0x1f | PACKED;
 }
@@ -58,8 +56,6 @@ pub(crate) mod autoclear {
     pub(crate) const DATA_FILE_RAW: u64 = 1 << 1;
     /// All bits that the published specification defines.
     pub(crate) const KNOWN: u64 = 0x3;
-    /// Offset of `autoclear_features` in the header in bytes.
-    pub(crate) const OFFSET: u64 = 88;
 }
 
 /// The header of an image, valid in itself; whether this version supports everything that it asks
@@ -316,11 +312,15 @@ impl Header {
             let value = self.autoclear_features;
             return Err(Error::invalid(file, "autoclear_features", value, reason));
         }
-        let missing = [(self.crypt_method != 0, "encryption")];
-        match missing.into_iter().find(|(present, _)| *present) {
-            Some((_, feature)) => Err(Error::unsupported(file, feature)),
-            None => Ok(()),
+        self.check_encryption(file)
+    }
+
+    /// Refuses an encrypted image.
+    pub fn check_encryption(&self, file: &Path) -> Result<()> {
+        if self.crypt_method != 0 {
+            return Err(Error::unsupported(file, "encryption"));
         }
+        Ok(())
     }
 
     /// Refuses internal snapshots with an external data file, which has no refcounts.
@@ -331,16 +331,6 @@ impl Header {
         let reason = "an image with an external data file cannot have internal snapshots";
         let count = self.nb_snapshots.into();
         Err(Error::invalid(file, "nb_snapshots", count, reason))
-    }
-
-    /// Refuses what lies outside the header and nothing reads yet, so that no report leaves it out
-    /// or takes it for leaked.
-    pub fn check_tellable(&self, file: &Path) -> Result<()> {
-        let missing = [(self.crypt_method != 0, "encryption")];
-        match missing.into_iter().find(|(present, _)| *present) {
-            Some((_, feature)) => Err(Error::unsupported(file, feature)),
-            None => Ok(()),
-        }
     }
 }
 

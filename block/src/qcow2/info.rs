@@ -75,7 +75,7 @@ impl Info {
         };
         let image = ImageFile::open(path, Access::Look, options)?;
         let header = Header::read(&*image.storage, path)?;
-        header.check_tellable(path)?;
+        header.check_encryption(path)?;
         let table = read_table(&*image.storage, path, &header)?;
         let incompatible = |bit| header.incompatible_features & bit != 0;
         Ok(Self {

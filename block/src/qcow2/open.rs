@@ -13,6 +13,7 @@ use super::geometry::{ENTRY_SIZE, Geometry};
 use super::header::{Header, autoclear};
 use super::l1::{self, L1Table};
 use super::packed::Packed;
+use super::parse::offset;
 use super::placement::{External, Passthrough, Placement};
 use super::policy::{self, Follow};
 use super::ranges::RangeLocks;
@@ -348,7 +349,7 @@ fn clear_unknown_autoclear(image: &ImageFile, header: &Header) -> Result<()> {
     if known == header.autoclear_features {
         return Ok(());
     }
-    image.write_bytes_at(&known.to_be_bytes(), autoclear::OFFSET)?;
+    image.write_bytes_at(&known.to_be_bytes(), offset::AUTOCLEAR_FEATURES)?;
     image.sync()
 }
 

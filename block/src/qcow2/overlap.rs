@@ -17,6 +17,7 @@ use crate::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use super::Qcow2;
 use super::header::incompatible;
+use super::parse::offset;
 use crate::{Error, Result};
 
 /// Bits of a filter for each cluster of metadata, so that it is seldom in doubt.
@@ -179,7 +180,7 @@ impl Qcow2 {
             // The error is told, whether the mark can be made or not.
             drop(
                 self.image
-                    .write_bytes_at(&features.to_be_bytes(), incompatible::OFFSET)
+                    .write_bytes_at(&features.to_be_bytes(), offset::INCOMPATIBLE_FEATURES)
                     .and_then(|()| self.image.sync()),
             );
         }

@@ -18,7 +18,7 @@ use crate::{Error, Result, Storage};
 pub(super) const MAGIC: u32 = 0x5146_49fb;
 
 /// Most internal snapshots that an image may have.
-const MAX_SNAPSHOTS: u32 = 65536;
+pub(super) const MAX_SNAPSHOTS: u32 = 65536;
 /// Bytes of an entry of the snapshot table, without its variable parts.
 const SNAPSHOT_ENTRY_SIZE: u64 = 40;
 /// Longest name of a backing file in bytes.
@@ -57,6 +57,28 @@ pub(super) struct Layout {
     pub header_length: U32,
     pub compression_type: u8,
     pub padding: [u8; 7],
+}
+
+/// Where fields begin in the header, in bytes, that change in an image in use. Those that change
+/// together follow each other, in one sector.
+pub(super) mod offset {
+    use super::Layout;
+    use std::mem::offset_of;
+
+    /// `backing_file_offset`.
+    pub const BACKING_FILE: u64 = offset_of!(Layout, backing_file_offset) as u64;
+    /// `size`; `crypt_method`, `l1_size` and `l1_table_offset` follow it.
+    pub const SIZE: u64 = offset_of!(Layout, size) as u64;
+    /// `l1_size`; `l1_table_offset` follows it.
+    pub const L1_TABLE: u64 = offset_of!(Layout, l1_size) as u64;
+    /// `refcount_table_offset`; `refcount_table_clusters` follows it.
+    pub const REFCOUNT_TABLE: u64 = offset_of!(Layout, refcount_table_offset) as u64;
+    /// `nb_snapshots`; `snapshots_offset` follows it.
+    pub const SNAPSHOTS: u64 = offset_of!(Layout, nb_snapshots) as u64;
+    /// `incompatible_features`.
+    pub const INCOMPATIBLE_FEATURES: u64 = offset_of!(Layout, incompatible_features) as u64;
+    /// `autoclear_features`.
+    pub const AUTOCLEAR_FEATURES: u64 = offset_of!(Layout, autoclear_features) as u64;
 }
 
 /// Bytes of the fixed fields in version 2.

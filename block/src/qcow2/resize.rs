@@ -20,6 +20,7 @@ use super::entry::{Entry, L2Entry};
 use super::geometry::ENTRY_SIZE;
 use super::header::{MAX_L1_SIZE, MAX_OFFSET};
 use super::mapping::{Kind, Place};
+use super::parse::offset;
 use super::placement::Placement;
 use super::refcount::Refcounts;
 use super::reserved::Field;
@@ -29,11 +30,6 @@ use super::{DataFileLayout, table};
 use crate::raw::NOT_FOR_SHRINKING;
 use crate::sync::{lock, lock_whole};
 use crate::{Disk, Error, Preallocation, Result};
-
-/// Offset of `size` in the header.
-const HEADER_SIZE: u64 = 24;
-/// Offset of `l1_size` in the header; `l1_table_offset` follows it.
-const HEADER_L1_FIELDS: u64 = 36;
 
 impl Qcow2 {
     /// Changes the size to `new` bytes; what the disk gains is preallocated.
@@ -232,7 +228,7 @@ impl Qcow2 {
 
     fn write_size(&self, size: u64) -> Result<()> {
         self.image
-            .write_bytes_at(&size.to_be_bytes(), HEADER_SIZE)?;
+            .write_bytes_at(&size.to_be_bytes(), offset::SIZE)?;
         self.image.sync()
     }
 
@@ -274,7 +270,7 @@ impl Qcow2 {
         self.write_counts()?;
         let mut fields = (size as u32).to_be_bytes().to_vec();
         fields.extend(offset.to_be_bytes());
-        self.image.write_bytes_at(&fields, HEADER_L1_FIELDS)?;
+        self.image.write_bytes_at(&fields, offset::L1_TABLE)?;
         self.image.sync()?;
         self.l1.moved(offset, size);
         Ok(())

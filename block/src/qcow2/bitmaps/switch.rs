@@ -11,13 +11,11 @@ use zerocopy::FromBytes;
 use crate::file::ImageFile;
 use crate::qcow2::extension::{self, Bitmaps as Extension};
 use crate::qcow2::header::{Header, autoclear};
-use crate::qcow2::parse::Layout;
+use crate::qcow2::parse::{Layout, offset};
 use crate::{Error, Result};
 
 /// What is written in whole or not at all.
 const SECTOR: usize = 512;
-/// Offset of `backing_file_offset` in the header.
-const BACKING_FILE_OFFSET: usize = 8;
 
 /// States of the first cluster, from the one on disk to one that names `bitmaps`.
 pub(super) type Steps = Vec<Vec<u8>>;
@@ -78,7 +76,7 @@ fn steps(old: Vec<u8>, start: usize, bitmaps: Option<Extension>) -> Option<Steps
         copy.copy_from_slice(&old[name]);
         steps.push(next.clone());
         let field = (place as u64).to_be_bytes();
-        next[BACKING_FILE_OFFSET..][..field.len()].copy_from_slice(&field);
+        next[offset::BACKING_FILE as usize..][..field.len()].copy_from_slice(&field);
         steps.push(next.clone());
     }
     let was_on = layout.autoclear_features.get() & autoclear::BITMAPS != 0;
@@ -112,7 +110,7 @@ fn steps(old: Vec<u8>, start: usize, bitmaps: Option<Extension>) -> Option<Steps
 /// Sets or clears the bit that says that the bitmaps are up to date.
 fn set_valid(cluster: &mut [u8], valid: bool) {
     // Bits are numbered from the end of a big-endian field.
-    let byte = &mut cluster[autoclear::OFFSET as usize + 7];
+    let byte = &mut cluster[offset::AUTOCLEAR_FEATURES as usize + 7];
     if valid {
         *byte |= autoclear::BITMAPS as u8;
     } else {

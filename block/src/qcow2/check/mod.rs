@@ -37,6 +37,7 @@ use std::path::{Path, PathBuf};
 use super::geometry::Geometry;
 use super::header::{Header, incompatible};
 use super::open::open_data_file;
+use super::parse::offset;
 use super::refcount_width::RefcountWidth;
 use super::{Follow, OpenOptions, bitmaps, table};
 use crate::file::{FileOptions, ImageFile};
@@ -206,7 +207,6 @@ pub(super) fn repair_dirty(image: &ImageFile) -> Result<()> {
 fn read_header(path: &Path, storage: &dyn Storage) -> Result<Header> {
     let header = Header::read_for_check(storage, path)?;
     header.check_supported(path, true)?;
-    header.check_tellable(path)?;
     // As in QEMU, a bitmap directory that is not valid keeps the image from being opened.
     bitmaps::validate(storage, path, &header)?;
     Ok(header)
@@ -351,7 +351,7 @@ impl<'a> Check<'a> {
         }
         self.files.sync()?;
         let bytes = (features & !BITS).to_be_bytes();
-        self.files.write(&bytes, incompatible::OFFSET)?;
+        self.files.write(&bytes, offset::INCOMPATIBLE_FEATURES)?;
         self.files.sync()
     }
 

@@ -6,11 +6,9 @@ use std::cmp::Ordering;
 use super::counters::Counters;
 use super::{Check, FindingKind, Repair};
 use crate::qcow2::header::MAX_REFCOUNT_TABLE_SIZE;
+use crate::qcow2::parse::offset;
 use crate::qcow2::table;
 use crate::{Error, Result};
-
-/// Offset of `refcount_table_offset` in the header; `refcount_table_clusters` follows it.
-const HEADER_TABLE_FIELDS: u64 = 48;
 
 impl Check<'_> {
     pub(super) fn compare_refcounts(&mut self) -> Result<()> {
@@ -187,7 +185,7 @@ impl Check<'_> {
         self.files.sync()?;
         let mut fields = table_offset.to_be_bytes().to_vec();
         fields.extend((table_clusters as u32).to_be_bytes());
-        self.files.write(&fields, HEADER_TABLE_FIELDS)?;
+        self.files.write(&fields, offset::REFCOUNT_TABLE)?;
         self.files.sync()?;
         self.refcount_table = table;
         self.rebuild = false;

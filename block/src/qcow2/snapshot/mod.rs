@@ -23,6 +23,7 @@ use super::Qcow2;
 use super::entry::COPIED;
 use super::geometry::{ENTRY_SIZE, Geometry};
 use super::header::{Header, MAX_L1_SIZE, incompatible};
+use super::parse::{MAX_SNAPSHOTS, offset};
 use super::reserved::{Field, MAX_SNAPSHOT_TABLES};
 use super::table as entries;
 use crate::file::ImageFile;
@@ -33,12 +34,6 @@ use references::References;
 use table::MAX_TABLE_SIZE;
 pub(crate) use table::{Snapshot, SnapshotTable, encode, read_table};
 
-/// Offset of `size` in the header; `crypt_method`, `l1_size` and `l1_table_offset` follow it.
-const HEADER_SIZE: u64 = 24;
-/// Offset of `nb_snapshots` in the header; `snapshots_offset` follows it.
-const HEADER_SNAPSHOTS: u64 = 60;
-/// Most snapshots that an image may have.
-const MAX_SNAPSHOTS: usize = 65536;
 /// Most bytes of a snapshot's name that other programs read.
 const MAX_NAME: usize = 255;
 
@@ -350,7 +345,7 @@ impl<'a> Change<'a> {
         fields.extend(self.header.crypt_method.to_be_bytes());
         fields.extend((needed as u32).to_be_bytes());
         fields.extend(offset.to_be_bytes());
-        self.switch(&fields, HEADER_SIZE)?;
+        self.switch(&fields, offset::SIZE)?;
         let old = std::mem::replace(&mut self.l1, l1);
         let old_offset = std::mem::replace(&mut self.l1_offset, offset);
         self.disk.size.store(size, Ordering::Relaxed);
@@ -364,7 +359,7 @@ impl<'a> Change<'a> {
 
     /// Checks that an image can have `snapshots`, one more than now.
     fn check_room(&self, snapshots: &[Snapshot]) -> Result<()> {
-        let reason = if snapshots.len() > MAX_SNAPSHOTS {
+        let reason = if snapshots.len() > MAX_SNAPSHOTS as usize {
             format!("an image can have {MAX_SNAPSHOTS} snapshots at most")
         } else if table::encode(snapshots).len() as u64 > MAX_TABLE_SIZE {
             format!("the snapshot table can have {MAX_TABLE_SIZE} bytes at most")
@@ -478,7 +473,7 @@ impl<'a> Change<'a> {
     fn switch_table(&mut self, count: usize, offset: u64) -> Result<()> {
         let mut fields = (count as u32).to_be_bytes().to_vec();
         fields.extend(offset.to_be_bytes());
-        self.switch(&fields, HEADER_SNAPSHOTS)?;
+        self.switch(&fields, offset::SNAPSHOTS)?;
         let clusters = self.disk.geometry.clusters(self.table.len);
         let old = self.header.snapshots_offset;
         self.references()
@@ -504,7 +499,7 @@ impl<'a> Change<'a> {
         self.disk.image.sync()?;
         self.disk
             .image
-            .write_bytes_at(&features.to_be_bytes(), incompatible::OFFSET)?;
+            .write_bytes_at(&features.to_be_bytes(), offset::INCOMPATIBLE_FEATURES)?;
         self.disk.image.sync()
     }
 }

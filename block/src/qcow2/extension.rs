@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use zerocopy::byteorder::big_endian::{U32, U64};
-use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::{Error, Result};
 
@@ -350,18 +350,18 @@ fn parse_bitmaps(data: &[u8], context: &Context<'_>) -> Result<Bitmaps> {
     Ok(bitmaps)
 }
 
+/// What the last entry lacks is zero, as for QEMU.
 fn parse_feature_names(data: &[u8]) -> Vec<FeatureName> {
-    data.chunks_exact(size_of::<FeatureNameLayout>())
-        .filter_map(|entry| FeatureNameLayout::ref_from_bytes(entry).ok())
-        .map(|entry| FeatureName {
-            kind: entry.kind,
-            bit: entry.bit,
-            name: entry
-                .name
-                .iter()
-                .copied()
-                .take_while(|&byte| byte != 0)
-                .collect(),
+    data.chunks(size_of::<FeatureNameLayout>())
+        .map(|bytes| {
+            let mut entry = FeatureNameLayout::new_zeroed();
+            entry.as_mut_bytes()[..bytes.len()].copy_from_slice(bytes);
+            let name = entry.name.into_iter().take_while(|&byte| byte != 0);
+            FeatureName {
+                kind: entry.kind,
+                bit: entry.bit,
+                name: name.collect(),
+            }
         })
         .collect()
 }

@@ -38,8 +38,8 @@ pub(crate) mod incompatible {
     pub(crate) const EXTENDED_L2: u64 = 1 << 4;
     /// The data file is in the packed layout: an extension of ours, see `packed`.
     pub(crate) const PACKED: u64 = 1 << 62;
-    /// All bits that the published specification defines, and ours.
-    pub(crate) const KNOWN: u64 = 0x1f | PACKED;
+    /// All bits that the published specification defines.
+    pub(crate) const PUBLISHED: u64 = 0x1f;
 }
 
 /// Bits of `compatible_features`.
@@ -302,7 +302,7 @@ impl Header {
                 reason,
             ));
         }
-        if has(incompatible::PACKED) && (self.data_file_is_raw() || !self.has_data_file()) {
+        if has(incompatible::PACKED) && self.data_file_is_raw() {
             let reason = "the packed layout requires a data file that is not raw";
             let value = self.incompatible_features;
             return Err(Error::invalid(file, "incompatible_features", value, reason));

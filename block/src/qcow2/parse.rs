@@ -154,7 +154,12 @@ impl Header {
     }
 
     fn check_incompatible_features(&self, file: &Path, extension_bytes: &[u8]) -> Result<()> {
-        let unknown = self.incompatible_features & !incompatible::KNOWN;
+        // Without a data file the bit is not ours.
+        let packed = match self.has_data_file() {
+            true => incompatible::PACKED,
+            false => 0,
+        };
+        let unknown = self.incompatible_features & !(incompatible::PUBLISHED | packed);
         if unknown != 0 {
             let names = Extensions::feature_names(extension_bytes);
             return Err(Error::unsupported(file, &name_bits(unknown, &names)));
@@ -472,6 +477,18 @@ mod tests {
             name_bits(1 << 40 | 1 << 41 | 1 << 42, &names),
             "first, second, Unknown incompatible feature: 20000000000"
         );
+    }
+
+    /// Bit 62 means the packed layout where there is a data file, and anything elsewhere.
+    #[test]
+    fn a_bit_of_ours_needs_a_data_file() {
+        let header = Header {
+            incompatible_features: incompatible::PACKED,
+            ..sample()
+        };
+        let cluster = header.encode(Path::new(FILE)).unwrap();
+        let error = parse(&cluster).unwrap_err().to_string();
+        assert!(error.contains("Unsupported qcow2 feature(s)"), "{error}");
     }
 
     #[test]

@@ -242,6 +242,37 @@ fn a_repair_hides_no_backing_file() {
     image.expect(&model);
 }
 
+/// Autoclear bits that nobody knows do not outlive a repair, and those that are known do.
+#[test]
+fn a_repair_keeps_no_promises_that_it_does_not_know() {
+    let image = Image::create(Kind::Raw, 65536, 1 << 20);
+    damage(&image, |b| b[88] |= 0x80);
+    image.check();
+    assert_eq!(fs::read(image.path()).unwrap()[88], 0x80, "only looked at");
+    repair_all(&image);
+    let bytes = fs::read(image.path()).unwrap();
+    assert_eq!((bytes[88], bytes[95]), (0, 2));
+}
+
+/// A name that is shorter than its place in the table of names is one.
+#[test]
+fn unknown_features_have_the_names_that_the_image_gives_them() {
+    let image = Image::create(Kind::Internal, 65536, 1 << 20);
+    damage(&image, |b| {
+        b[72] |= 0x80;
+        let name = b"\x00\x3fTest feature";
+        b[112..116].copy_from_slice(&0x6803_f857u32.to_be_bytes());
+        b[116..120].copy_from_slice(&(name.len() as u32).to_be_bytes());
+        b[120..600].fill(0);
+        b[120..120 + name.len()].copy_from_slice(name);
+    });
+    let error = image.open().err().unwrap().to_string();
+    assert!(error.ends_with("feature(s): Test feature"), "{error}");
+    let output = crate::qemu::command("qemu-img", &["check", image.path().to_str().unwrap()]);
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(text.ends_with("feature(s): Test feature\n"), "{text}");
+}
+
 /// Snapshots that share a bad L2 table with each other do not make a check endless, and all their
 /// references are counted.
 #[test]

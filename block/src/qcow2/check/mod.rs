@@ -35,7 +35,7 @@ use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 
 use super::geometry::Geometry;
-use super::header::{Header, incompatible};
+use super::header::{Header, autoclear, incompatible};
 use super::open::open_data_file;
 use super::parse::offset;
 use super::refcount_width::RefcountWidth;
@@ -332,6 +332,9 @@ impl<'a> Check<'a> {
     }
 
     fn run(mut self) -> Result<CheckReport> {
+        if self.repair != Repair::Nothing {
+            self.clear_unknown_autoclear()?;
+        }
         self.count_references()?;
         self.clear_misplaced()?;
         self.compare_refcounts()?;
@@ -339,6 +342,17 @@ impl<'a> Check<'a> {
         self.check_data_file()?;
         self.mark_clean()?;
         Ok(self.report)
+    }
+
+    /// What is not known here is not kept up either.
+    fn clear_unknown_autoclear(&self) -> Result<()> {
+        let known = self.header.autoclear_features & autoclear::KNOWN;
+        if known != self.header.autoclear_features {
+            let bytes = known.to_be_bytes();
+            self.files.write(&bytes, offset::AUTOCLEAR_FEATURES)?;
+            self.files.sync()?;
+        }
+        Ok(())
     }
 
     /// Clears the bits that say that the image may be damaged, if it is not.

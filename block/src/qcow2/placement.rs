@@ -212,7 +212,10 @@ impl Qcow2 {
         tables.examine(table, || {
             let table_size = g.l2_entries() * g.cluster_size();
             let mut at = table as u64 * table_size;
-            let end = self.size().min(at + table_size);
+            // All of the cluster that the disk ends in: what it has when the disk grows is mapped by then,
+            // but for subclusters of this one.
+            let size = self.size().next_multiple_of(g.cluster_size());
+            let end = size.min(at + table_size);
             let mut missing = 0;
             while at < end {
                 at += match self.look(at, end - at)? {

@@ -61,7 +61,11 @@ fn image(more: &str, written: &str) -> Image {
 #[test]
 fn a_raw_data_file_outlives_damaged_tables() {
     type Change = fn(&mut Vec<u8>);
-    let changes: [(&str, Change); 6] = [
+    let changes: [(&str, Change); 7] = [
+        ("L1 entry lost", |b| {
+            let l1 = word(b, 40);
+            put(b, l1, 0);
+        }),
         ("L1 entry past the end", |b| {
             let l1 = word(b, 40);
             put(b, l1, COPIED | 1 << 36);
@@ -197,6 +201,38 @@ fn flags_do_not_follow_refcounts_that_are_wrong() {
     let bytes = fs::read(image.path()).unwrap();
     assert_eq!(word(&bytes, flags.0) & COPIED, 0, "{found:?}");
     assert_eq!(word(&bytes, flags.1) & COPIED, 0, "{found:?}");
+}
+
+/// Nor do they follow a refcount that cannot tell how often a cluster is used.
+#[test]
+fn flags_do_not_follow_refcounts_that_overflow() {
+    let image = image(",refcount_bits=1", "64k");
+    let mut l2 = 0;
+    damage(&image, |b| {
+        l2 = offset(word(b, word(b, 40)));
+        let entry = word(b, l2) & !COPIED;
+        put(b, l2, entry);
+        put(b, l2 + 8, entry);
+    });
+    repair_all(&image);
+    let bytes = fs::read(image.path()).unwrap();
+    assert_eq!((word(&bytes, l2) | word(&bytes, l2 + 8)) & COPIED, 0);
+}
+
+/// What is found before it is repaired keeps no image from being opened.
+#[test]
+fn a_dirty_image_that_could_be_repaired_is_opened() {
+    let image = image(",refcount_bits=1", "64k");
+    let model = image.read_by_qemu();
+    damage(&image, |b| {
+        let table = word(b, 48);
+        let l2 = offset(word(b, word(b, 40)));
+        let data = offset(word(b, l2));
+        put(b, table, data);
+        b[79] |= 1;
+    });
+    drop(image.open().unwrap());
+    image.expect(&model);
 }
 
 /// A refcount table past the end of the file is one that is written anew.

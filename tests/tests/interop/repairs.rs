@@ -202,14 +202,26 @@ fn data_files_are_checked_and_repaired() {
     assert_eq!(fs::metadata(image.data_file()).unwrap().len(), 8 << 20);
     assert_eq!(repair(&image, Repair::Nothing).0.corruptions, 0);
 
-    for more in ["", ",extended_l2=on"] {
+    // Where the mapping says that there are zeros, they are written; where it says nothing, it may be the
+    // mapping that is lost.
+    for (more, is_zero) in [
+        ("", false),
+        ("", true),
+        (",extended_l2=on", false),
+        (",extended_l2=on", true),
+    ] {
         let image = Image::with_options(Kind::Raw, 65536, 8 << 20, more);
         image.qemu_io(&["write -P 5 0 2M".to_owned()]);
-        // A mapping that is not there, over data that is.
         let mut bytes = fs::read(image.path()).unwrap();
         let l2 = offset(word(&bytes, word(&bytes, 40)));
         let entry_len = if more.is_empty() { 8 } else { 16 };
-        bytes[(l2 + 3 * entry_len) as usize..][..entry_len as usize].fill(0);
+        let at = (l2 + 3 * entry_len) as usize;
+        bytes[at..at + entry_len as usize].fill(0);
+        if is_zero && entry_len == 8 {
+            bytes[at + 7] = 1;
+        } else if is_zero {
+            bytes[at + 8..at + 12].fill(0xff);
+        }
         fs::write(image.path(), &bytes).unwrap();
         let shown = image.read_by_qemu();
         assert_eq!(shown[3 * 65536], 0);
@@ -219,9 +231,19 @@ fn data_files_are_checked_and_repaired() {
             found[0].text,
             "ERROR offset=30000: Raw data file has data where the disk reads as zero"
         );
+        let data = fs::read(image.data_file()).unwrap();
         let (report, _) = repair(&image, Repair::All);
-        assert_eq!((report.corruptions, report.corruptions_fixed), (0, 1));
-        assert_eq!(repair(&image, Repair::Nothing).0.corruptions, 0);
-        image.expect(&shown);
+        let expected = if is_zero { (0, 1) } else { (1, 0) };
+        assert_eq!((report.corruptions, report.corruptions_fixed), expected);
+        if is_zero {
+            assert_eq!(repair(&image, Repair::Nothing).0.corruptions, 0);
+            image.expect(&shown);
+        } else {
+            assert_same(
+                &fs::read(image.data_file()).unwrap(),
+                &data,
+                "the data file",
+            );
+        }
     }
 }

@@ -357,3 +357,29 @@ fn qemu_sees_the_size() {
         }
     }
 }
+
+/// QEMU leaves the subclusters behind the end of a raw disk alone: they are not there when it has grown,
+/// whatever has been seen of the others before.
+#[test]
+fn subclusters_of_a_raw_disk_that_grows() {
+    for size in [8 << 10, 100 << 10] {
+        let image = Image::with_options(Kind::Raw, 65536, size, ",extended_l2=on");
+        image.qemu_io(&[format!("write -P 1 0 {size}")]);
+        let mut model = vec![0; 1 << 20];
+        model[..size as usize].fill(1);
+        let disk = image.open().unwrap();
+        assert_same(&read_all(&disk), &model[..size as usize], "before");
+        disk.resize(size + 16384).unwrap();
+        write(&disk, size + 8192, 4096, 8);
+        model[size as usize + 8192..][..4096].fill(8);
+        disk.resize(1 << 20).unwrap();
+        let at = size.next_multiple_of(65536) - 4096;
+        write(&disk, at, 4096, 9);
+        model[at as usize..][..4096].fill(9);
+        disk.close().unwrap();
+        drop(disk);
+        image.expect(&model);
+        let disk = image.open().unwrap();
+        assert_same(&read_all(&disk), &model, "opened again");
+    }
+}

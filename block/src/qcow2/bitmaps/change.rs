@@ -127,6 +127,9 @@ impl BitmapEditor {
         if self.header.version < 3 {
             return Err("Cannot store dirty bitmaps in qcow2 v2 files".to_owned());
         }
+        if self.disk.size() == 0 {
+            return Err("The disk is empty".to_owned());
+        }
         let bytes = self.disk.size().div_ceil(1 << granularity_bits).div_ceil(8);
         if bytes > MAX_BITMAP_SIZE {
             let reason = "Too much space will be occupied by the bitmap. Use larger granularity";

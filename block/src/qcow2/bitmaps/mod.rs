@@ -232,7 +232,7 @@ impl Bitmaps {
 fn check_sizes(file: &Path, g: Geometry, size: u64, entries: &[Bitmap]) -> Result<()> {
     for entry in entries.iter().filter(|entry| !entry.is_in_use()) {
         let table_size = u64::from(entry.table_size);
-        let needed = g.clusters(entry.bits(size).div_ceil(8)).max(1);
+        let needed = g.clusters(entry.bits(size).div_ceil(8));
         let name = entry.name.escape_ascii();
         let reason = match table_size.cmp(&needed) {
             std::cmp::Ordering::Equal => continue,
@@ -337,6 +337,10 @@ impl Qcow2 {
                 let reason = format!("Bitmap '{name}' is inconsistent and cannot be used");
                 return Err(Error::Option(reason));
             }
+            if new == 0 {
+                let reason = format!("Bitmap '{name}' cannot be stored for an empty disk");
+                return Err(Error::Option(reason));
+            }
             if entry.bits(new) > MAX_BITMAP_SIZE * 8 {
                 let reason = format!("Bitmap '{name}' would be too large for the new size");
                 return Err(Error::Option(reason));
@@ -401,7 +405,7 @@ impl Qcow2 {
         new: &mut Vec<Place>,
     ) -> Result<(u64, u32)> {
         let g = self.geometry;
-        let parts = g.clusters(bitmap.bits(self.size()).div_ceil(8)).max(1);
+        let parts = g.clusters(bitmap.bits(self.size()).div_ceil(8));
         let words = g.cluster_size() / 8;
         let mut entries = vec![0; parts as usize];
         let mut bytes = Vec::with_capacity(g.cluster_size() as usize);

@@ -28,6 +28,15 @@ impl Check<'_> {
             .size()
             .map_err(|e| Error::io(path, "get the size of", e))?;
         let repairs = self.repair == Repair::All;
+        let report = &self.report;
+        let found = [
+            report.corruptions,
+            report.corruptions_fixed,
+            report.leaks,
+            report.leaks_fixed,
+            report.check_errors,
+        ];
+        self.zeroes_raw = repairs && found == [0; 5];
         if len < size
             && self.repairs(repairs, |word| {
                 format!("{word} data file has {len} bytes, and the disk {size}")
@@ -57,7 +66,7 @@ impl Check<'_> {
                 break;
             }
             if entry.offset() == 0 && entry.reserved() == 0 {
-                self.check_zero(start, size.min(start + table_size))?;
+                self.check_zero(start..size.min(start + table_size), Says::Nothing)?;
                 continue;
             }
             let is_sound = entry.reserved() == 0
@@ -66,26 +75,26 @@ impl Check<'_> {
             let Some(words) = self.read_l2_table(entry.offset())?.filter(|_| is_sound) else {
                 continue;
             };
-            let mut zero = start..start;
+            let mut zero = (start..start, Says::Nothing);
             for (k, entry) in Entry::all(&words, g).enumerate() {
                 let at = start + ((k as u64) << g.cluster_bits);
-                for part in self.zero_parts(entry, at) {
+                for (part, says) in self.zero_parts(entry, at) {
                     let part = at + part.start..(at + part.end).min(size);
-                    if part.start != zero.end {
-                        self.check_zero(zero.start, zero.end)?;
-                        zero.start = part.start;
+                    if part.start != zero.0.end || says != zero.1 {
+                        self.check_zero(zero.0, zero.1)?;
+                        zero = (part.start..part.start, says);
                     }
-                    zero.end = part.end.max(zero.start);
+                    zero.0.end = part.end.max(part.start);
                 }
             }
-            self.check_zero(zero.start, zero.end)?;
+            self.check_zero(zero.0, zero.1)?;
         }
         Ok(())
     }
 
     /// The parts of the cluster at guest offset `guest` that read as zero without looking at the data
-    /// file, in bytes.
-    fn zero_parts(&self, entry: Entry, guest: u64) -> Vec<Range<u64>> {
+    /// file, in bytes, and why.
+    fn zero_parts(&self, entry: Entry, guest: u64) -> Vec<(Range<u64>, Says)> {
         let g = self.geometry;
         let cluster = entry.word.cluster(Some(DataFileLayout::Standard));
         let place = match cluster {
@@ -95,38 +104,45 @@ impl Check<'_> {
         let is_sound = entry.word.reserved() == 0
             && place.is_none_or(|offset| offset == guest)
             && (!g.extended_l2 || entry.subclusters.is_valid(place.is_some()));
-        if !is_sound {
+        if !is_sound || cluster == Cluster::Compressed {
             return Vec::new();
         }
+        if g.extended_l2 {
+            return self.zero_subclusters(entry);
+        }
         match cluster {
-            Cluster::Normal(_) if !g.extended_l2 => Vec::new(),
-            Cluster::Normal(_) => {
-                let mut parts = Vec::new();
-                let mut index = 0;
-                while index < SUBCLUSTERS {
-                    let (state, count) = entry.subclusters.run(index);
-                    if state != Subcluster::Allocated {
-                        let bytes = |index: u32| u64::from(index) * g.grain_size();
-                        parts.push(bytes(index)..bytes(index + count));
-                    }
-                    index += count;
-                }
-                parts
-            }
-            Cluster::Compressed => Vec::new(),
-            Cluster::Unallocated | Cluster::ZeroPlain | Cluster::ZeroAlloc(_) => {
-                std::iter::once(0..g.cluster_size()).collect()
-            }
+            Cluster::ZeroPlain | Cluster::ZeroAlloc(_) => vec![(0..g.cluster_size(), Says::Zero)],
+            Cluster::Unallocated => vec![(0..g.cluster_size(), Says::Nothing)],
+            Cluster::Normal(_) | Cluster::Compressed => Vec::new(),
         }
     }
 
-    /// Checks that the data file has no data but zeros from `start` to `end`.
-    fn check_zero(&mut self, start: u64, end: u64) -> Result<()> {
+    fn zero_subclusters(&self, entry: Entry) -> Vec<(Range<u64>, Says)> {
+        let bytes = |index: u32| u64::from(index) * self.geometry.grain_size();
+        let mut parts = Vec::new();
+        let mut index = 0;
+        while index < SUBCLUSTERS {
+            let (state, count) = entry.subclusters.run(index);
+            let range = bytes(index)..bytes(index + count);
+            match state {
+                Subcluster::Allocated => {}
+                Subcluster::Zero => parts.push((range, Says::Zero)),
+                Subcluster::Unallocated => parts.push((range, Says::Nothing)),
+            }
+            index += count;
+        }
+        parts
+    }
+
+    /// Checks that the data file has nothing but zeros in `range`. They are only written where the
+    /// mapping `says` that they are to be there, and nothing else is wrong: where it says nothing, it may
+    /// be the mapping that has been lost.
+    fn check_zero(&mut self, range: Range<u64>, says: Says) -> Result<()> {
         let Some((path, data)) = self.files.data else {
             return Ok(());
         };
-        let mut buffer = vec![0; PIECE.min(end.saturating_sub(start)) as usize];
-        let mut at = start;
+        let (mut at, end) = (range.start, range.end);
+        let mut buffer = vec![0; PIECE.min(end.saturating_sub(at)) as usize];
         while at < end {
             let next = data
                 .next_data(at)
@@ -141,11 +157,7 @@ impl Check<'_> {
             let len = piece.len() as u64;
             if let Some(found) = piece.iter().position(|byte| *byte != 0) {
                 let found = at + found as u64;
-                // If anything else is wrong, what the file holds may be all that is right.
-                let report = &self.report;
-                let is_sound = report.corruptions == 0 && report.check_errors == 0;
-                let wanted = self.repair == Repair::All && is_sound;
-                let repaired = self.repairs(wanted, |word| {
+                let repaired = self.repairs(says == Says::Zero && self.zeroes_raw, |word| {
                     format!(
                         "{word} offset={found:x}: Raw data file has data where the disk reads as \
                          zero"
@@ -161,4 +173,13 @@ impl Check<'_> {
         }
         Ok(())
     }
+}
+
+/// Why a part of the disk reads as zero.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Says {
+    /// The mapping says so.
+    Zero,
+    /// There is no mapping.
+    Nothing,
 }

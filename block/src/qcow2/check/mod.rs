@@ -19,7 +19,7 @@
 //!    the end of the file, and the header leads there (unless something else does already);
 //! 3. refcounts that are too high are lowered;
 //! 4. COPIED flags follow the refcounts;
-//! 5. the data file is made as long as the disk, and, if all else is right, zero where the mapping of a
+//! 5. the data file is made as long as the disk, and, if all else was right, zero where the mapping of a
 //!    raw disk says so;
 //! 6. if nothing is left to repair, the image is not dirty or corrupt any more.
 
@@ -188,12 +188,20 @@ pub fn check_storage(
 /// # Errors
 /// [`Error::Invalid`] if something is left that is wrong.
 pub(super) fn repair_dirty(image: &ImageFile) -> Result<()> {
-    let mut left = None;
-    let found = &mut |finding: Finding| match finding.kind {
-        FindingKind::Corruption | FindingKind::CheckError => left = Some(finding.text),
-        FindingKind::Leak | FindingKind::Repaired => {}
+    let check = |repair| {
+        let mut left = None;
+        let found = &mut |finding: Finding| match finding.kind {
+            FindingKind::Corruption | FindingKind::CheckError => left = Some(finding.text),
+            FindingKind::Leak | FindingKind::Repaired => {}
+        };
+        check_storage(&image.path, &*image.storage, None, repair, found)?;
+        Ok(left)
     };
-    check_storage(&image.path, &*image.storage, None, Repair::All, found)?;
+    let mut left = check(Repair::All)?;
+    if left.is_some() {
+        // What was told before it was repaired is not left.
+        left = check(Repair::Nothing)?;
+    }
     match left {
         None => Ok(()),
         Some(text) => {
@@ -275,6 +283,8 @@ struct Check<'a> {
     rebuild: bool,
     /// Something leads past the end of the file, which must not grow there.
     dangling: bool,
+    /// A raw data file is zeroed where the mapping says that it is zero.
+    zeroes_raw: bool,
     done: u64,
 }
 
@@ -320,6 +330,7 @@ impl<'a> Check<'a> {
             blocks: Vec::new(),
             rebuild: false,
             dangling: false,
+            zeroes_raw: false,
             done: 0,
             header,
         };

@@ -263,6 +263,11 @@ impl Check<'_> {
     /// The refcount of the cluster at `offset` according to the image; `None` if it is unreadable.
     pub(super) fn refcount_at(&self, offset: u64) -> Option<u64> {
         let cluster = self.cluster_of(offset);
+        let references = self.references.get(cluster);
+        if references > self.header.refcount_width().max() {
+            // No refcount can tell; it must not pass for one that is used once.
+            return Some(references);
+        }
         let block = self.refcount_block_of(cluster)?;
         if block == 0 || cluster < self.clusters {
             return Some(self.refcounts.get(cluster));

@@ -190,7 +190,13 @@ fn repairs_of_random_damage() {
                 assert!(found.is_empty(), "{what}: after QEMU's repair: {found:?}");
             }
         }
-        assert!(clean > 10, "{kind}: {clean} of 40 repaired");
+        // What a raw data file holds is left alone where the mapping may be what is lost.
+        let least = if kind.contains("data_file_raw") {
+            5
+        } else {
+            11
+        };
+        assert!(clean >= least, "{kind}: {clean} of 40 repaired");
     }
 }
 

@@ -88,7 +88,8 @@ impl Qcow2 {
             return Ok(cluster.into());
         }
         let reason = "Compressed cluster cannot be decompressed".to_owned();
-        Err(self.damaged(self.image.invalid("l2_table entry", stored.offset, reason)))
+        // As for QEMU, no reason to mark the image as corrupt: nothing else is in danger.
+        Err(self.image.invalid("l2_table entry", stored.offset, reason))
     }
 
     /// Gives back one reference to each cluster of the image file that `range` lies in, where a

@@ -20,6 +20,11 @@ fn offset(entry: u64) -> u64 {
     entry & 0x00ff_ffff_ffff_fe00
 }
 
+/// Where the first cluster of the disk lies.
+fn first_data(bytes: &[u8]) -> u64 {
+    offset(word(bytes, offset(word(bytes, word(bytes, 40)))))
+}
+
 /// Changes the bytes of an image.
 fn damage(image: &Image, change: impl FnOnce(&mut Vec<u8>)) {
     let mut bytes = fs::read(image.path()).unwrap();
@@ -109,9 +114,7 @@ fn refcounts_are_not_written_over_data() {
     let image = image(",refcount_bits=1", "64k");
     let model = image.read_by_qemu();
     damage(&image, |b| {
-        let table = word(b, 48);
-        let l2 = offset(word(b, word(b, 40)));
-        let data = offset(word(b, l2));
+        let (table, data) = (word(b, 48), first_data(b));
         put(b, table, data);
     });
     assert_repaired(&image);
@@ -124,9 +127,7 @@ fn new_refcounts_count_what_is_used_twice() {
     let image = image(",refcount_bits=1", "64k");
     let model = image.read_by_qemu();
     damage(&image, |b| {
-        let table = word(b, 48);
-        let l2 = offset(word(b, word(b, 40)));
-        let data = offset(word(b, l2));
+        let (table, data) = (word(b, 48), first_data(b));
         put(b, table + 8, data);
         put(b, table + 16, 0x200);
     });
@@ -225,9 +226,7 @@ fn a_dirty_image_that_could_be_repaired_is_opened() {
     let image = image(",refcount_bits=1", "64k");
     let model = image.read_by_qemu();
     damage(&image, |b| {
-        let table = word(b, 48);
-        let l2 = offset(word(b, word(b, 40)));
-        let data = offset(word(b, l2));
+        let (table, data) = (word(b, 48), first_data(b));
         put(b, table, data);
         b[79] |= 1;
     });

@@ -237,6 +237,26 @@ mod tests {
         resolve_data_file(image, name, Follow::ImageDirectory).map_err(|e| e.to_string())
     }
 
+    /// What a name meant when it was looked at may have become something else when it is opened.
+    #[test]
+    fn what_changes_meanwhile_leads_nowhere_else() {
+        let (dir, image) = tree();
+        let sub = dir.path().join("vm/sub");
+        let found = resolve(&image, "sub/in").unwrap();
+        let open = || open_data_file(&image, &found, Follow::ImageDirectory, true);
+        open().unwrap();
+        // The file becomes a link, and then its directory does.
+        fs::remove_file(sub.join("in")).unwrap();
+        symlink("../../out", sub.join("in")).unwrap();
+        open().unwrap_err();
+        fs::remove_dir_all(&sub).unwrap();
+        fs::create_dir(dir.path().join("other")).unwrap();
+        fs::write(dir.path().join("other/in"), "").unwrap();
+        symlink("../other", &sub).unwrap();
+        open().unwrap_err();
+        assert!(File::open(&found).is_ok(), "the system would follow it");
+    }
+
     #[test]
     fn inside_the_tree_is_followed() {
         let (dir, image) = tree();

@@ -1,5 +1,6 @@
 //! Header extensions (qcow2 specification, "Header extensions").
 
+use std::ops::Range;
 use std::path::Path;
 
 use zerocopy::byteorder::big_endian::{U32, U64};
@@ -212,25 +213,26 @@ impl Extensions {
     }
 }
 
-/// The extensions in `bytes` with `bitmaps` in place of those that are there, and the length of the
-/// old ones; each with the end marker.
-pub(crate) fn replace_bitmaps(bytes: &[u8], bitmaps: Option<Bitmaps>) -> (usize, Vec<u8>) {
-    let mut old_len = size_of::<ExtensionHeader>();
-    let mut out = Vec::new();
-    let mut bitmaps = bitmaps.map(Bitmaps::layout);
+/// Where in `bytes` the extensions are, and the end marker. What a feature name table says is left out:
+/// it tells nothing of the image.
+pub(crate) fn places(bytes: &[u8]) -> Vec<Range<usize>> {
+    const HEADER: usize = size_of::<ExtensionHeader>();
+    let mut places = Vec::new();
+    let mut at = 0;
     for (kind, data) in Items(bytes).map_while(|item| item.ok()) {
-        old_len += size_of::<ExtensionHeader>() + data.len().next_multiple_of(8);
-        if kind != BITMAPS {
-            append(&mut out, kind, data);
-        } else if let Some(layout) = bitmaps.take() {
-            append(&mut out, BITMAPS, layout.as_bytes());
-        }
+        let told = if kind == FEATURE_NAMES { 0 } else { data.len() };
+        places.push(at..at + HEADER + told);
+        at += HEADER + data.len().next_multiple_of(8);
     }
-    if let Some(layout) = bitmaps {
-        append(&mut out, BITMAPS, layout.as_bytes());
-    }
-    append(&mut out, END, &[]);
-    (old_len.min(bytes.len()), out)
+    places.push(at..at + HEADER);
+    places
+}
+
+/// Appends an extension of `len` bytes, of which there are 8 at least and a multiple of 8, that says
+/// nothing, and that no program keeps when it writes the header: a feature name table.
+pub(crate) fn append_gap(out: &mut Vec<u8>, len: usize) {
+    let names = len.saturating_sub(size_of::<ExtensionHeader>());
+    append(out, FEATURE_NAMES, &vec![0; names]);
 }
 
 impl Bitmaps {

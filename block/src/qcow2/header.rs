@@ -6,11 +6,10 @@ use zerocopy::IntoBytes;
 
 use super::DataFileLayout;
 use super::compressed::CompressionType;
-use super::extension::{Extensions, FeatureNames};
+use super::extension::{self, Bitmaps, Extensions, FeatureNames};
 use super::geometry::Geometry;
 use super::parse::{LENGTH_V2, LENGTH_V3, Layout, MAGIC, Purpose};
 use super::refcount_width::RefcountWidth;
-use crate::file::ImageFile;
 use crate::{Error, Result, Storage};
 
 /// The smallest and the largest cluster that an image may have, as powers of two.
@@ -125,6 +124,14 @@ impl Header {
     /// # Errors
     /// [`Error::HeaderFull`] if the extensions and names do not fit into one cluster.
     pub fn encode(&self, file: &Path) -> Result<Vec<u8>> {
+        self.encode_at(0).ok_or_else(|| self.full(file))
+    }
+
+    /// As [`encode`](Self::encode), with a gap behind the fields if they end before `place`: the
+    /// extensions and the backing file's name begin there, or up to 7 bytes behind it.
+    ///
+    /// `None` if there is no room.
+    pub(super) fn encode_at(&self, place: usize) -> Option<Vec<u8>> {
         let cluster_size = 1usize << self.cluster_bits;
         let mut layout = self.layout();
         let mut tail = self.unknown_fields.clone();
@@ -133,6 +140,10 @@ impl Header {
         } else {
             LENGTH_V3
         };
+        if place > fixed + tail.len() {
+            let gap = place - fixed - tail.len();
+            extension::append_gap(&mut tail, gap);
+        }
         let names = FeatureNames {
             published: self.version >= 3 && cluster_size > MIN_CLUSTER_FOR_NAMES,
             packed: self.incompatible_features & incompatible::PACKED != 0,
@@ -145,36 +156,20 @@ impl Header {
             tail.extend_from_slice(name);
         }
         if fixed + tail.len() > cluster_size {
-            return Err(Error::HeaderFull {
-                file: file.to_owned(),
-                cluster_size: cluster_size as u64,
-            });
+            return None;
         }
         let mut cluster = vec![0; cluster_size];
         cluster[..fixed].copy_from_slice(&layout.as_bytes()[..fixed]);
         cluster[fixed..fixed + tail.len()].copy_from_slice(&tail);
-        Ok(cluster)
+        Some(cluster)
     }
 
-    /// Makes this the header of `image`, unless it is already: the sectors that change are written, in
-    /// one write. It can be torn by a power failure if they are several, as when a longer name moves
-    /// what follows it.
-    ///
-    /// # Errors
-    /// [`Error::HeaderFull`] before anything is written; [`Error::Io`].
-    pub fn write(&self, image: &ImageFile) -> Result<()> {
-        let new = self.encode(&image.path)?;
-        let mut old = vec![0; new.len()];
-        image.read_bytes_at(&mut old, 0)?;
-        let changed = |i: &usize| old[*i] != new[*i];
-        let first = (0..new.len()).find(changed);
-        let last = (0..new.len()).rfind(changed);
-        let (Some(first), Some(last)) = (first, last) else {
-            return Ok(());
-        };
-        let sectors = first / 512 * 512..(last / 512 + 1) * 512;
-        image.write_bytes_at(&new[sectors.clone()], sectors.start as u64)?;
-        image.sync()
+    /// The error of a header for which there is no room in `file`.
+    pub(super) fn full(&self, file: &Path) -> Error {
+        Error::HeaderFull {
+            file: file.to_owned(),
+            cluster_size: self.cluster_size(),
+        }
     }
 
     fn layout(&self) -> Layout {
@@ -264,6 +259,15 @@ impl Header {
     /// Whether the data file is promised to be a valid raw image.
     pub fn data_file_is_raw(&self) -> bool {
         self.autoclear_features & autoclear::DATA_FILE_RAW != 0
+    }
+
+    /// Says where the persistent bitmaps are, and that they are up to date.
+    pub fn set_bitmaps(&mut self, bitmaps: Option<Bitmaps>) {
+        self.extensions.bitmaps = bitmaps;
+        self.autoclear_features &= !autoclear::BITMAPS;
+        if bitmaps.is_some() {
+            self.autoclear_features |= autoclear::BITMAPS;
+        }
     }
 
     /// Clears what this version does not know and will not keep up, as on any first write.

@@ -5,6 +5,7 @@
 //! | module | what it knows |
 //! | --- | --- |
 //! | `header`, `parse`, `extension`, `entry`, `subclusters`, `table`, `refcount_width` | the format on disk |
+//! | `switch` | changing the header as a whole |
 //! | `policy` | which files an image may name |
 //! | `open` | from files to a [`Qcow2`] |
 //! | `mapping`, `remap` | guest offset → place, and changing it |
@@ -89,6 +90,7 @@ mod resize;
 mod retired;
 mod snapshot;
 mod subclusters;
+mod switch;
 mod table;
 mod words;
 mod zeroes;

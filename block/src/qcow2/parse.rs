@@ -3,6 +3,7 @@
 //! What is checked, in which order, and the words for it are those of QEMU, so that tools can
 //! print the same text.
 
+use std::ops::Range;
 use std::path::Path;
 
 use zerocopy::byteorder::big_endian::{U32, U64};
@@ -65,8 +66,6 @@ pub(super) mod offset {
     use super::Layout;
     use std::mem::offset_of;
 
-    /// `backing_file_offset`.
-    pub const BACKING_FILE: u64 = offset_of!(Layout, backing_file_offset) as u64;
     /// `size`; `crypt_method`, `l1_size` and `l1_table_offset` follow it.
     pub const SIZE: u64 = offset_of!(Layout, size) as u64;
     /// `l1_size`; `l1_table_offset` follows it.
@@ -310,10 +309,6 @@ impl Layout {
                 reason,
             ));
         }
-        let end = match backing_offset {
-            0 => cluster.len(),
-            offset => offset as usize,
-        };
         let v3 = |value: u64| if is_v3 { value } else { 0 };
         let header = Header {
             version: self.version.get(),
@@ -340,7 +335,26 @@ impl Layout {
             unknown_fields: cluster.get(LENGTH_V3..length).unwrap_or_default().to_vec(),
             extensions: Extensions::default(),
         };
-        Ok((header, cluster.get(length..end).unwrap_or_default()))
+        let extensions = self.extensions(cluster.len());
+        Ok((header, cluster.get(extensions).unwrap_or_default()))
+    }
+
+    /// Where the extensions are in a first cluster of `cluster_size` bytes.
+    pub(super) fn extensions(&self, cluster_size: usize) -> Range<usize> {
+        let start = match self.version.get() {
+            2 => LENGTH_V2,
+            _ => self.header_length.get() as usize,
+        };
+        match self.backing_file_offset.get() as usize {
+            0 => start..cluster_size,
+            name => start..name,
+        }
+    }
+
+    /// Where the name of the backing file is.
+    pub(super) fn backing_name(&self) -> Range<usize> {
+        let start = self.backing_file_offset.get() as usize;
+        start..start.saturating_add(self.backing_file_size.get() as usize)
     }
 
     fn backing_file(&self, offset: u64, cluster: &[u8], file: &Path) -> Result<Option<Vec<u8>>> {

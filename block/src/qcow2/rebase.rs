@@ -82,7 +82,7 @@ impl Qcow2 {
     pub fn check_backing_name(&self, name: Option<&BackingName>) -> Result<()> {
         let mut header = Header::read(&*self.image.storage, &self.image.path)?;
         set(&mut header, name)?;
-        header.encode(&self.image.path).map(drop)
+        header.plan(&self.image).map(drop)
     }
 
     /// Puts the disk on `new`, which `name` leads to, without a change of what it reads, and closes

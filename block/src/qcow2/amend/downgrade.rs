@@ -15,6 +15,21 @@ use crate::qcow2::snapshot::read_table;
 use crate::qcow2::table;
 use crate::{Disk, Result};
 
+impl Header {
+    /// This one in version 2, without what there is no field for.
+    pub(super) fn lowered(&self) -> Self {
+        Self {
+            version: 2,
+            incompatible_features: 0,
+            compatible_features: 0,
+            autoclear_features: 0,
+            compression_type: 0,
+            unknown_fields: Vec::new(),
+            ..self.clone()
+        }
+    }
+}
+
 impl Qcow2 {
     /// Makes the image one of version 2, and changes what else is asked for.
     pub(super) fn downgrade(
@@ -60,12 +75,7 @@ impl Qcow2 {
             Some(width) => Some(self.renew_refcounts(&mut header, width, progress)?),
             None => None,
         };
-        header.version = 2;
-        header.incompatible_features = 0;
-        header.compatible_features = 0;
-        header.autoclear_features = 0;
-        header.compression_type = 0;
-        header.unknown_fields.clear();
+        let header = header.lowered();
         self.image.sync()?;
         self.switch_header(&header, new_counts)?;
         self.close()

@@ -1,7 +1,7 @@
 //! Changing options of an image that exists.
 //!
 //! All that is asked for is looked at first, and refused in whole if a part of it cannot be. The
-//! header then changes in one write. What it leads to then is on disk before: new refcounts, a new
+//! header then changes at once. What it leads to then is on disk before: new refcounts, a new
 //! snapshot table, clusters of zeros for an image of version 2. A size is changed before the version
 //! becomes lower and after everything else.
 
@@ -78,7 +78,14 @@ pub fn amend(
         size: options.size.filter(|size| *size != old.disk_size()),
     };
     changes.check(&header)?;
-    header.encode(path)?;
+    let lower = version < old.version;
+    let last = if lower {
+        header.lowered()
+    } else {
+        header.clone()
+    };
+    // Fails before anything has changed, if it does.
+    last.plan(&image)?;
     if changes.width.is_none() && changes.size.is_none() && version == old.version {
         return header.write(&image);
     }
@@ -92,7 +99,7 @@ pub fn amend(
     };
     let backing = backing::open(&found, &open_options)?;
     let disk = Qcow2::from_found(found, &open_options, backing)?;
-    if version < old.version {
+    if lower {
         disk.downgrade(options, &changes, progress)
     } else {
         disk.amend(header, old.version < version, &changes, progress)
@@ -255,6 +262,10 @@ impl Qcow2 {
         let bytes = snapshot::encode(&table.snapshots);
         header.snapshots_offset = self.add_table(Field::SnapshotTable, &bytes)?;
         self.write_counts()?;
+        // Whose table may have moved for that.
+        let now = Header::read(&*self.image.storage, &self.image.path)?;
+        header.refcount_table_offset = now.refcount_table_offset;
+        header.refcount_table_clusters = now.refcount_table_clusters;
         Ok(Some(old))
     }
 
@@ -347,6 +358,56 @@ mod tests {
             );
             assert!(error.unwrap_err().to_string().contains("existing images"));
         }
+    }
+
+    /// The header that is written names the refcount table that has been moved for what it leads to.
+    #[test]
+    fn a_snapshot_table_for_which_the_refcount_table_grows() {
+        const FULL: u64 = 64 * 256 * 512;
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("image");
+        let options = CreateOptions {
+            size: 2 * FULL,
+            cluster_size: 512,
+            version: 2,
+            ..CreateOptions::default()
+        };
+        create(&path, &options).unwrap();
+        let open = || Qcow2::open(&path, &OpenOptions::default()).unwrap();
+        open().create_snapshot(b"name").unwrap();
+        let disk = open();
+        let mut data = vec![1; (FULL - 360 * 512) as usize];
+        let mut at = 0;
+        while fs::metadata(&path).unwrap().len() < FULL {
+            let piece = vm_memory::VolatileSlice::from(&mut data[..]);
+            disk.write_at(&[piece], at).unwrap();
+            disk.flush().unwrap();
+            at += data.len() as u64;
+            data.truncate(512);
+        }
+        drop(disk);
+
+        let read = || {
+            let file = ImageFile::open(&path, Access::Read, crate::FileOptions::default());
+            Header::read(&*file.unwrap().storage, &path).unwrap()
+        };
+        let before = read();
+        // An entry without the data that version 3 asks for.
+        let mut image = fs::read(&path).unwrap();
+        let entry = before.snapshots_offset as usize;
+        image[entry + 36..entry + 40].fill(0);
+        image.copy_within(entry + 64..entry + 72, entry + 40);
+        fs::write(&path, &image).unwrap();
+
+        let options = AmendOptions {
+            version: Some(3),
+            ..AmendOptions::default()
+        };
+        amend(&path, &options, &mut |_, _| {}).unwrap();
+        assert!(read().refcount_table_clusters > before.refcount_table_clusters);
+        let check = crate::qcow2::check(&path, &crate::qcow2::CheckOptions::default(), &mut |_| {});
+        let report = check.unwrap();
+        assert_eq!((report.corruptions, report.leaks), (0, 0));
     }
 
     #[test]

@@ -2,17 +2,14 @@
 //!
 //! Changes are made in memory. To commit them, the bits that have changed, tables of them and a new
 //! directory go to clusters of their own, and once these are on disk, with their counts, the header
-//! is switched to the new directory (`switch`). After that the old clusters are given back. A crash
-//! leaves the old bitmaps or the new ones (or none, where the header needs more than one step), and at
-//! worst leaked clusters.
+//! changes to the new directory. After that the old clusters are given back. A crash leaves the old
+//! bitmaps or the new ones, and at worst leaked clusters.
 
 use std::path::Path;
 
 use super::bits::Bits;
 use super::directory::{self, Bitmap, GRANULARITY_BITS, MAX_NAME};
-use super::{
-    MAX_BITMAP_SIZE, MAX_BITMAPS, MAX_BITMAPS_SIZE, Place, flags, load, switch, total_size,
-};
+use super::{MAX_BITMAP_SIZE, MAX_BITMAPS, MAX_BITMAPS_SIZE, Place, flags, load, total_size};
 use crate::file::ImageFile;
 use crate::lock::Access;
 use crate::qcow2::backing::Found;
@@ -321,10 +318,13 @@ impl BitmapEditor {
         self.disk.check_writable()?;
         let old = self.old_places()?;
         let mut new = Vec::new();
-        let switched = self
-            .write(&mut new)
-            .and_then(|extension| switch::plan(&self.disk.image, &self.header, extension));
-        let steps = match switched {
+        let planned = self.write(&mut new).and_then(|extension| {
+            // Counts of the new clusters may have changed it.
+            let mut header = Header::read(&*self.disk.image.storage, &self.disk.image.path)?;
+            header.set_bitmaps(extension);
+            header.plan(&self.disk.image)
+        });
+        let steps = match planned {
             Ok(steps) => steps,
             Err(error) => {
                 // Nothing leads there. What cannot be given back is leaked.
@@ -334,7 +334,7 @@ impl BitmapEditor {
                 return Err(error);
             }
         };
-        switch::run(&self.disk.image, &steps)?;
+        steps.run(&self.disk.image)?;
         for (field, range) in old {
             self.disk.release_clusters(Some(field), range)?;
         }

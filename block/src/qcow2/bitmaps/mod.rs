@@ -13,7 +13,6 @@
 mod bits;
 mod change;
 mod directory;
-mod switch;
 
 use std::ops::Range;
 use std::path::Path;

@@ -51,6 +51,12 @@ impl Commit {
         })
     }
 
+    /// Commits `top` to `base`, which is what it lies on or, with `between` others, further down. They are
+    /// open for writing, and what is below `top` is as large as `base`, whether it can be read or not.
+    pub fn with_disks(top: Qcow2, base: Box<dyn Disk>, between: usize) -> Self {
+        Self { top, base, between }
+    }
+
     /// Makes the base read as the disk on top, and as large if that is larger. `progress` is told how
     /// many bytes of how many have been written.
     ///

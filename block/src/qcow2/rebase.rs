@@ -118,6 +118,15 @@ impl Qcow2 {
             compress,
         };
         taking.run(progress)?;
+        self.set_backing_name(name)
+    }
+
+    /// Makes the image name another backing file, or none, whatever its disk shows then, and closes it.
+    ///
+    /// # Errors
+    /// Those of [`check_backing_name`](Self::check_backing_name); [`Error::ReadOnly`].
+    pub fn set_backing_name(self, name: Option<&BackingName>) -> Result<()> {
+        self.check_writable()?;
         self.flush()?;
         let mut header = Header::read(&*self.image.storage, &self.image.path)?;
         set(&mut header, name)?;

@@ -89,6 +89,7 @@ impl Qcow2 {
         match &self.placement {
             Placement::External(external) if preallocation == Preallocation::Off => {
                 external.file.set_len(new)?;
+                external.file.sync()?;
             }
             Placement::Raw(external, _) => {
                 // The last cluster is complete where it is mapped, as in a new image.
@@ -99,6 +100,7 @@ impl Qcow2 {
                     external.file.set_len(end)?;
                     let filled = external.file.fill(len, end - len, preallocation);
                     filled.inspect_err(|_| drop(external.file.set_len(len)))?;
+                    external.file.sync()?;
                 }
                 self.map_raw(gained)?;
                 self.write_back()?;

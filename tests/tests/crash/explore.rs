@@ -198,7 +198,13 @@ impl Explorer {
                 Memory::plain(Which::Data, &data),
             )
         };
-        check(&files().0)?;
+        // What is written where there is no mapping yet is in a raw data file before it is in the disk.
+        let with_data = self.setup.has_data_file() && self.setup.kind != Kind::RawIncomplete;
+        let check_all = || {
+            let (image, data) = files();
+            check_with(&image, with_data.then_some(&data))
+        };
+        check_all()?;
         let (i, d) = files();
         let disk = self.open(i, d).map_err(|e| format!("does not open: {e}"))?;
         let mut stamps = self.read_stamps(&disk)?;
@@ -215,8 +221,8 @@ impl Explorer {
         }
         disk.flush().map_err(|e| e.to_string())?;
         drop(disk);
+        check_all()?;
         let (i, d) = files();
-        check(&i)?;
         let disk = self
             .open(i, d)
             .map_err(|e| format!("does not open again: {e}"))?;
@@ -272,11 +278,16 @@ impl Explorer {
 
 /// `check` finds leaks at most.
 pub fn check(image: &Memory) -> Result<(), String> {
+    check_with(image, None)
+}
+
+/// As [`check`], in the data file too if there is one.
+pub fn check_with(image: &Memory, data: Option<&Memory>) -> Result<(), String> {
     let mut worst = None;
     let report = check_storage(
         Path::new("image"),
         image,
-        None,
+        data.map(|data| data as _),
         Repair::Nothing,
         &mut |finding| {
             if finding.kind != FindingKind::Leak {

@@ -13,6 +13,7 @@
 mod explore;
 mod operations;
 mod power;
+mod rewrites;
 mod storage;
 mod workload;
 
@@ -61,13 +62,22 @@ fn explore(seeds: std::ops::Range<u64>) {
     println!("crash explorer: {states} states, no violation");
 }
 
+/// How many seeds of everything are tried, if that is asked for.
+fn asked() -> Option<u64> {
+    std::env::var("TANDEM_CRASH_SEEDS").ok()?.parse().ok()
+}
+
+/// Each of `cases` with a seed, or with as many as are asked for.
+fn rounds<T: Clone>(cases: impl IntoIterator<Item = T>) -> impl Iterator<Item = (u64, T)> {
+    let seeds = asked().unwrap_or(1);
+    let cases = cases.into_iter().enumerate();
+    cases
+        .flat_map(move |(i, case)| (0..seeds).map(move |seed| (seed * 64 + i as u64, case.clone())))
+}
+
 #[test]
 fn promises_hold_after_power_failures() {
-    let seeds = std::env::var("TANDEM_CRASH_SEEDS")
-        .ok()
-        .and_then(|n| n.parse().ok())
-        .unwrap_or(6);
-    explore(0..seeds);
+    explore(0..asked().unwrap_or(6));
 }
 
 /// The explorer finds an engine at fault that leaves out any one of its barriers: the first, second or

@@ -15,12 +15,10 @@ use tandem_block::{Disk, Raw, Result};
 use vm_memory::VolatileSlice;
 
 use crate::explore::check;
-use crate::power::Files;
-use crate::storage::{Change, Event, Log, Memory, Which};
+use crate::power::{self, Files};
+use crate::storage::{Memory, Which};
 use crate::workload::Random;
 
-/// States built for each point of the log where power can fail.
-const STATES_PER_POINT: usize = 12;
 const SIZE: usize = 60 << 10;
 
 fn open(image: Memory) -> Result<Qcow2> {
@@ -43,36 +41,24 @@ fn explore(
     change: impl FnOnce(Memory),
     mut judge: impl FnMut(Vec<u8>, &str),
 ) {
-    let log = Log::default();
-    change(Memory::recording(Which::Image, start.to_vec(), &log));
-    let log: Vec<Event> = std::mem::take(&mut *log.lock().unwrap());
-    assert!(log.iter().any(|event| matches!(event, Event::Sync { .. })));
-    let mut random = Random(seed);
-    let mut synced = Files {
+    let start = Files {
         image: start.to_vec(),
         data: Vec::new(),
     };
-    let mut pending: Vec<Change> = Vec::new();
-    for (point, event) in log.iter().enumerate() {
-        synced.follow(event, &mut pending);
-        for _ in 0..STATES_PER_POINT {
-            let state = synced.crash(&pending, &mut random);
-            judge(
-                state.image,
-                &format!("seed {seed}, after event {point} of {}", log.len()),
-            );
-        }
-    }
+    let change = |image, _| change(image);
+    power::explore(&start, seed, &mut 0, change, |state, what| {
+        judge(state.image, what);
+    });
 }
 
-fn content(disk: &Qcow2) -> Vec<u8> {
+pub fn content(disk: &Qcow2) -> Vec<u8> {
     let mut bytes = vec![0; disk.size() as usize];
     disk.read_at(&[VolatileSlice::from(&mut bytes[..])], 0)
         .unwrap();
     bytes
 }
 
-fn fill(disk: &Qcow2, at: u64, len: usize, byte: u8) {
+pub fn fill(disk: &Qcow2, at: u64, len: usize, byte: u8) {
     let mut bytes = vec![byte; len];
     disk.write_at(&[VolatileSlice::from(&mut bytes[..])], at)
         .unwrap();
@@ -80,7 +66,7 @@ fn fill(disk: &Qcow2, at: u64, len: usize, byte: u8) {
 
 /// What an image has besides snapshots.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum More {
+pub enum More {
     Nothing,
     /// Compressed clusters in all snapshots, several in one cluster of the file.
     Compressed,
@@ -90,7 +76,7 @@ enum More {
 
 /// An image in which clusters of some snapshots are shared, and others not: it, what the disk holds,
 /// and what each snapshot does.
-fn image_with_snapshots(
+pub fn image_with_snapshots(
     version: u32,
     cluster_size: u64,
     more: More,
@@ -381,7 +367,7 @@ const AUTOCLEAR: usize = 95;
 const GRANULARITY: usize = 512;
 
 /// Adds a persistent bitmap, which follows changes, to the image at `path`.
-fn add_bitmap(path: &Path) {
+pub fn add_bitmap(path: &Path) {
     let add = Command::new("qemu-img")
         .args(["bitmap", "--add", "-g", "512"])
         .arg(path)

@@ -93,6 +93,15 @@ impl Memory {
         }
     }
 
+    /// The same file once more.
+    pub fn again(&self) -> Self {
+        Self {
+            which: self.which,
+            bytes: self.bytes.clone(),
+            log: self.log.clone(),
+        }
+    }
+
     fn change(&self, what: What) {
         what.apply(&mut self.bytes.lock().unwrap());
         self.record(Event::Change(Change {
@@ -109,7 +118,7 @@ impl Memory {
 }
 
 /// Applies a write to the content of a file.
-pub fn apply_write(content: &mut Vec<u8>, offset: u64, bytes: &[u8]) {
+fn apply_write(content: &mut Vec<u8>, offset: u64, bytes: &[u8]) {
     let end = offset as usize + bytes.len();
     if content.len() < end {
         content.resize(end, 0);

@@ -6,7 +6,7 @@
 
 use std::collections::BTreeSet;
 
-use super::{AmendOptions, Changes, apply, wrong};
+use super::{AmendOptions, Amended, apply, wrong};
 use crate::qcow2::Qcow2;
 use crate::qcow2::entry::{COPIED, Cluster, L1Entry, L2Entry};
 use crate::qcow2::geometry::ENTRY_SIZE;
@@ -35,10 +35,10 @@ impl Qcow2 {
     pub(super) fn downgrade(
         mut self,
         options: &AmendOptions,
-        changes: &Changes,
+        amended: &Amended,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<()> {
-        let size = changes.size.unwrap_or(self.size());
+        let size = amended.size.unwrap_or(self.size());
         self.check_size(size)?;
         let header = Header::read(&*self.image.storage, &self.image.path)?;
         let snapshots = read_table(&*self.image.storage, &self.image.path, &header)?.snapshots;
@@ -56,10 +56,10 @@ impl Qcow2 {
                  clusters",
             );
         }
-        if let Some(width) = changes.width {
+        if let Some(width) = amended.width {
             self.refcounts()?.check_width(&self.image, width)?;
         }
-        if changes.size.is_some() {
+        if amended.size.is_some() {
             self.resize(size)?;
             self.flush()?;
             l2_tables = self.l2_tables(&Header::read(&*self.image.storage, &self.image.path)?)?;
@@ -71,7 +71,7 @@ impl Qcow2 {
         }
         let mut header = Header::read(&*self.image.storage, &self.image.path)?;
         apply(&mut header, options)?;
-        let new_counts = match changes.width {
+        let new_counts = match amended.width {
             Some(width) => Some(self.renew_refcounts(&mut header, width, progress)?),
             None => None,
         };

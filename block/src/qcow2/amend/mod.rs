@@ -8,6 +8,7 @@
 mod downgrade;
 mod refcounts;
 
+use std::cmp::Ordering;
 use std::path::{Path, PathBuf};
 
 use std::os::unix::ffi::OsStrExt;
@@ -67,27 +68,10 @@ pub fn amend(
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<()> {
     let image = ImageFile::open(path, Access::Write, options.open.files)?;
-    let Found { image, header: old } = Found::new(image, false)?;
-    let mut header = old.clone();
-    apply(&mut header, options)?;
-    let version = options.version.unwrap_or(old.version);
-    let width = options.width(&old)?;
-    let changes = Changes {
-        version,
-        width: (width.order != old.refcount_order).then_some(width),
-        size: options.size.filter(|size| *size != old.disk_size()),
-    };
-    changes.check(&header)?;
-    let lower = version < old.version;
-    let last = if lower {
-        header.lowered()
-    } else {
-        header.clone()
-    };
-    // Fails before anything has changed, if it does.
-    last.plan(&image)?;
-    if changes.width.is_none() && changes.size.is_none() && version == old.version {
-        return header.write(&image);
+    let Found { image, header } = Found::new(image, false)?;
+    let amended = Amended::new(&image, &header, options)?;
+    if amended.is_header_only() {
+        return amended.header.write(&image);
     }
     let open_options = OpenOptions {
         read_only: false,
@@ -95,15 +79,11 @@ pub fn amend(
     };
     let found = Found {
         image,
-        header: header.clone(),
+        header: amended.header.clone(),
     };
     let backing = backing::open(&found, &open_options)?;
     let disk = Qcow2::from_found(found, &open_options, backing)?;
-    if lower {
-        disk.downgrade(options, &changes, progress)
-    } else {
-        disk.amend(header, old.version < version, &changes, progress)
-    }
+    disk.carry_out(amended, options, progress)
 }
 
 impl AmendOptions {
@@ -120,35 +100,61 @@ impl AmendOptions {
     }
 }
 
-/// What changes beyond the header.
-struct Changes {
-    version: u32,
+/// What an image becomes.
+struct Amended {
+    /// Its header, but for what changes with tables, and in the old version if the new one is lower.
+    header: Header,
+    /// Whether the version becomes higher, or lower.
+    version: Ordering,
     width: Option<RefcountWidth>,
     size: Option<u64>,
 }
 
-impl Changes {
-    /// Refuses a lower version that `header` tells to be impossible.
-    fn check(&self, header: &Header) -> Result<()> {
-        let width = self.width.unwrap_or(header.refcount_width());
-        let lower = self.version < header.version;
-        if lower && width.order != ORDER_V2 {
-            return wrong("compat=0.10 requires refcount_bits=16");
+impl Amended {
+    /// What becomes of `image`, whose header is `old`; refused as far as the header tells that it
+    /// cannot be.
+    fn new(image: &ImageFile, old: &Header, options: &AmendOptions) -> Result<Self> {
+        let mut header = old.clone();
+        apply(&mut header, options)?;
+        let width = options.width(old)?;
+        let amended = Self {
+            version: options.version.unwrap_or(old.version).cmp(&old.version),
+            width: (width.order != old.refcount_order).then_some(width),
+            size: options.size.filter(|size| *size != old.disk_size()),
+            header,
+        };
+        if amended.version == Ordering::Less {
+            check_lowered(&amended.header, width)?;
+            amended.header.lowered().plan(image)?;
+        } else {
+            amended.header.plan(image)?;
         }
-        if lower && header.has_data_file() {
-            return wrong("Cannot downgrade an image with a data file");
-        }
-        let features = header.incompatible_features & !incompatible::COMPRESSION;
-        if lower && features != 0 {
-            return wrong(&format!(
-                "Cannot downgrade an image with incompatible features {features:#x} set"
-            ));
-        }
-        if lower && header.extensions.bitmaps.is_some() {
-            return wrong("Cannot downgrade an image with bitmaps");
-        }
-        Ok(())
+        Ok(amended)
     }
+
+    fn is_header_only(&self) -> bool {
+        self.width.is_none() && self.size.is_none() && self.version == Ordering::Equal
+    }
+}
+
+/// Refuses a lower version that `header` tells to be impossible.
+fn check_lowered(header: &Header, width: RefcountWidth) -> Result<()> {
+    if width.order != ORDER_V2 {
+        return wrong("compat=0.10 requires refcount_bits=16");
+    }
+    if header.has_data_file() {
+        return wrong("Cannot downgrade an image with a data file");
+    }
+    let features = header.incompatible_features & !incompatible::COMPRESSION;
+    if features != 0 {
+        return wrong(&format!(
+            "Cannot downgrade an image with incompatible features {features:#x} set"
+        ));
+    }
+    if header.extensions.bitmaps.is_some() {
+        return wrong("Cannot downgrade an image with bitmaps");
+    }
+    Ok(())
 }
 
 fn wrong<T>(reason: &str) -> Result<T> {
@@ -205,26 +211,42 @@ fn apply(header: &mut Header, options: &AmendOptions) -> Result<()> {
 }
 
 impl Qcow2 {
-    /// Makes `header`, which has not been written, that of the image, and changes the rest.
-    fn amend(
+    /// Changes options of the image as [`amend`](super::amend) does, and closes it; how to open it is
+    /// not asked for.
+    ///
+    /// # Errors
+    /// As [`amend`](super::amend); [`Error::ReadOnly`].
+    pub fn amend(self, options: &AmendOptions, progress: &mut dyn FnMut(u64, u64)) -> Result<()> {
+        self.check_writable()?;
+        self.flush()?;
+        let header = Header::read(&*self.image.storage, &self.image.path)?;
+        let amended = Amended::new(&self.image, &header, options)?;
+        self.carry_out(amended, options, progress)
+    }
+
+    fn carry_out(
         mut self,
-        mut header: Header,
-        upgrades: bool,
-        changes: &Changes,
+        amended: Amended,
+        options: &AmendOptions,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<()> {
-        if let Some(size) = changes.size {
+        if amended.version == Ordering::Less {
+            return self.downgrade(options, &amended, progress);
+        }
+        let mut header = amended.header;
+        self.version = header.version;
+        if let Some(size) = amended.size {
             self.check_size(size)?;
             self.check_bitmaps(size)?;
         }
-        if let Some(width) = changes.width {
+        if let Some(width) = amended.width {
             self.refcounts()?.check_width(&self.image, width)?;
         }
-        let old_table = match upgrades {
-            true => self.complete_snapshots(&mut header)?,
-            false => None,
+        let old_table = match amended.version {
+            Ordering::Greater => self.complete_snapshots(&mut header)?,
+            _ => None,
         };
-        let new_counts = match changes.width {
+        let new_counts = match amended.width {
             Some(width) => Some(self.renew_refcounts(&mut header, width, progress)?),
             None => None,
         };
@@ -233,7 +255,7 @@ impl Qcow2 {
             self.release_clusters(Some(Field::SnapshotTable), table)?;
             self.write_counts()?;
         }
-        if let Some(size) = changes.size {
+        if let Some(size) = amended.size {
             self.resize(size)?;
         }
         self.close()

@@ -1,0 +1,588 @@
+//! Power failures while the header of an image is rewritten, while its data goes to the one below, and
+//! while a disk grows with space for what it gains.
+//!
+//! Whatever was on disk, the header says what it said before the operation or what it says after it,
+//! `check` finds leaks at most, the disk reads the same but for what was written and not flushed, and
+//! the operation can be repeated.
+
+use std::collections::BTreeSet;
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+
+use tandem_block::qcow2::{
+    AmendOptions, BackingFormat, BackingName, Commit, CreateOptions, NewBacking, OpenOptions,
+    Qcow2, create, set_backing_name,
+};
+use tandem_block::{Disk, FileOptions, Preallocation, Raw, Result};
+
+use crate::explore::check_with;
+use crate::operations::{More, add_bitmap, content, fill, image_with_snapshots};
+use crate::power::{self, Files};
+use crate::storage::{Memory, SECTOR, Which};
+use crate::workload::{Kind, Setup};
+
+const SIZE: usize = 60 << 10;
+
+/// What a header says, but for the places of tables.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Said {
+    version: u32,
+    backing_file: Option<Vec<u8>>,
+    features: [u64; 3],
+    refcount_order: u32,
+    /// Without feature names.
+    extensions: Vec<(u32, Vec<u8>)>,
+}
+
+/// Reads a header as the specification describes it.
+fn said(image: &[u8]) -> Said {
+    let word = |at: usize| u32::from_be_bytes(image[at..at + 4].try_into().unwrap());
+    let long = |at: usize| u64::from_be_bytes(image[at..at + 8].try_into().unwrap());
+    assert_eq!(word(0), 0x5146_49fb);
+    let version = word(4);
+    let cluster_size = 1 << word(20);
+    let (name, name_len) = (long(8) as usize, word(16) as usize);
+    let end = if name == 0 { cluster_size } else { name };
+    let v3 = version == 3;
+    let mut at = if v3 { word(100) as usize } else { 72 };
+    let mut extensions = Vec::new();
+    while at < end && word(at) != 0 {
+        let data = at + 8..at + 8 + word(at + 4) as usize;
+        assert!(data.end <= end, "an extension that is too long");
+        if word(at) != 0x6803_f857 {
+            extensions.push((word(at), image[data.clone()].to_vec()));
+        }
+        at = data.end.next_multiple_of(8);
+    }
+    assert!(name + name_len <= cluster_size);
+    Said {
+        version,
+        backing_file: (name != 0).then(|| image[name..name + name_len].to_vec()),
+        features: [72, 80, 88].map(|at| if v3 { long(at) } else { 0 }),
+        refcount_order: if v3 { word(96) } else { 4 },
+        extensions,
+    }
+}
+
+fn memory(which: Which, bytes: &[u8]) -> Memory {
+    Memory::plain(which, &Arc::new(Mutex::new(bytes.to_vec())))
+}
+
+/// A raw disk of bytes that are `byte`.
+fn raw(byte: u8) -> Box<dyn Disk> {
+    let storage = Box::new(memory(Which::Data, &[byte; SIZE]));
+    Box::new(Raw::with_storage(Path::new("base"), storage, true).unwrap())
+}
+
+/// Opens an image on what its header names: a name that ends in `base` is that of a disk of sevens.
+fn open(image: Memory, data: Memory) -> Qcow2 {
+    let mut cluster = vec![0; 1 << 16];
+    tandem_block::Storage::read_bytes_at(&image, &mut cluster, 0).unwrap();
+    let said = said(&cluster);
+    let backing = said.backing_file.map(|name| match name.ends_with(b"base") {
+        true => raw(7),
+        false => raw(5),
+    });
+    let has_data_file = said.features[0] & 4 != 0;
+    let data = has_data_file.then(|| Box::new(data) as _);
+    let options = OpenOptions::default();
+    Qcow2::with_backing(Path::new("image"), Box::new(image), data, backing, &options)
+        .unwrap_or_else(|e| panic!("does not open: {e}"))
+}
+
+fn open_files(files: &Files) -> Qcow2 {
+    let data = memory(Which::Data, &files.data);
+    open(memory(Which::Image, &files.image), data)
+}
+
+fn check(files: &Files, what: &str) {
+    let [image, data] = [
+        memory(Which::Image, &files.image),
+        memory(Which::Data, &files.data),
+    ];
+    let has_data_file = said(&files.image).features[0] & 4 != 0;
+    let checked = check_with(&image, has_data_file.then_some(&data));
+    checked.unwrap_or_else(|e| panic!("{what}: {e}"));
+}
+
+/// The disk has one of the two sizes, and each sector is as in one of the two contents. What a smaller
+/// one does not have was, or is going to be, zero.
+fn expect_content(shown: &[u8], before: &[u8], after: &[u8], what: &str) {
+    let sizes = [before.len(), after.len()];
+    assert!(
+        sizes.contains(&shown.len()),
+        "{what}: {} bytes",
+        shown.len()
+    );
+    let zeros = [0; SECTOR];
+    let sector = |content: &'_ [u8], i: usize| -> [u8; SECTOR] {
+        let bytes = content.get(i * SECTOR..(i + 1) * SECTOR).unwrap_or(&zeros);
+        bytes.try_into().unwrap()
+    };
+    for (i, bytes) in shown.chunks(SECTOR).enumerate() {
+        let possible = [sector(before, i), sector(after, i)];
+        assert!(
+            possible.iter().any(|one| one == bytes),
+            "{what}: sector {i}"
+        );
+    }
+}
+
+/// Power fails at any point of `change`, which first writes something that it does not flush.
+fn rewriting(
+    name: &str,
+    seed: u64,
+    start: &Files,
+    change: impl Fn(Qcow2) -> Result<()>,
+    states: &mut usize,
+) {
+    let run = |image: Memory, data: Memory| {
+        let disk = open(image, data);
+        fill(&disk, 5000, 9000, 0xee);
+        change(disk).unwrap_or_else(|e| panic!("{name}: {e}"));
+    };
+    let completed = |files: &Files| {
+        let [image, data] =
+            [&files.image, &files.data].map(|bytes| Arc::new(Mutex::new(bytes.clone())));
+        run(
+            Memory::plain(Which::Image, &image),
+            Memory::plain(Which::Data, &data),
+        );
+        let files = [image, data].map(|bytes| bytes.lock().unwrap().clone());
+        let [image, data] = files;
+        Files { image, data }
+    };
+    let whole = completed(start);
+    check(&whole, name);
+    let before = (said(&start.image), content(&open_files(start)));
+    let after = (said(&whole.image), content(&open_files(&whole)));
+    let mut seen = BTreeSet::new();
+    let synced = power::explore(start, seed, states, run, |state, what| {
+        let what = &format!("{name}, {what}");
+        check(&state, what);
+        let said = said(&state.image);
+        assert!(said == before.0 || said == after.0, "{what}: {said:?}");
+        let shown = content(&open_files(&state));
+        expect_content(&shown, &before.1, &after.1, what);
+        if said.features[2] & 2 != 0 {
+            assert!(state.data.starts_with(&shown), "{what}: the raw file");
+        }
+        if seen.insert(said) {
+            // Once for each header is enough: opening and writing are tried elsewhere.
+            let repeated = completed(&state);
+            check(&repeated, what);
+            assert_eq!(self::said(&repeated.image), after.0, "{what}: repeated");
+            assert!(
+                content(&open_files(&repeated)) == after.1,
+                "{what}: repeated"
+            );
+        }
+    });
+    // What has returned is done.
+    assert_eq!(said(&synced.image), after.0, "{name}");
+    assert!(content(&open_files(&synced)) == after.1, "{name}");
+}
+
+/// A name of `len` bytes for the file that is called `end`.
+fn name(len: usize, end: &str) -> Vec<u8> {
+    let mut name = vec![b'/'; len - end.len() - 1];
+    name.insert(0, b'.');
+    name.extend(end.as_bytes());
+    name
+}
+
+/// An image with data in some places, zeros in others and nothing elsewhere, on a disk of sevens whose
+/// name has `backing` bytes if it is on any.
+fn image(version: u32, cluster_size: u64, backing: Option<usize>) -> Files {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("image");
+    std::fs::write(dir.path().join("base"), vec![7; SIZE]).unwrap();
+    let options = CreateOptions {
+        size: SIZE as u64,
+        version,
+        cluster_size,
+        backing_file: backing.map(|_| "base".into()),
+        backing_format: backing.map(|_| BackingFormat::Raw),
+        ..CreateOptions::default()
+    };
+    create(&path, &options).unwrap();
+    if let Some(len) = backing {
+        let name = BackingName {
+            file: name(len, "base"),
+            format: b"raw".to_vec(),
+        };
+        set_backing_name(&path, Some(&name), FileOptions::default()).unwrap();
+    }
+    let disk = Qcow2::open(&path, &OpenOptions::default()).unwrap();
+    fill(&disk, 10_000, 12_000, 9);
+    disk.write_zeroes(16 << 10, 8 << 10, false).unwrap();
+    disk.write_zeroes(40 << 10, 10_000, true).unwrap();
+    drop(disk);
+    Files {
+        image: std::fs::read(&path).unwrap(),
+        data: Vec::new(),
+    }
+}
+
+/// An image of `setup` with something in it.
+fn filled(setup: &Setup) -> Files {
+    let (image, data) = setup.files();
+    let [image, data] = [image, data].map(|bytes| Arc::new(Mutex::new(bytes)));
+    let disk = open(
+        Memory::plain(Which::Image, &image),
+        Memory::plain(Which::Data, &data),
+    );
+    fill(&disk, 3000, 20_000, 9);
+    drop(disk);
+    let [image, data] = [image, data].map(|bytes| bytes.lock().unwrap().clone());
+    Files { image, data }
+}
+
+/// Lengths of the names of backing files before and after, each with clusters that have room for both.
+const NAMES: [(u64, usize, usize); 8] = [
+    (512, 8, 12),
+    (1024, 8, 700),
+    (2048, 700, 300),
+    (4096, 900, 901),
+    (4096, 8, 1023),
+    (8192, 1023, 8),
+    (8192, 60, 600),
+    (65536, 600, 600),
+];
+
+/// The disk reads the same on what the header names, whatever it is.
+#[test]
+fn other_backing_files() {
+    let mut states = 0;
+    for (seed, (cluster_size, from, to)) in crate::rounds(NAMES) {
+        let start = image(3, cluster_size, Some(from));
+        let other = BackingName {
+            file: name(to, "other"),
+            format: b"raw".to_vec(),
+        };
+        let change = |disk: Qcow2| {
+            let new = raw(5);
+            disk.rebase(
+                Some(&other),
+                NewBacking::Other(&*new),
+                false,
+                &mut |_, _| {},
+            )
+        };
+        let what = format!("rebase {cluster_size} {from} {to}");
+        rewriting(&what, seed, &start, change, &mut states);
+        let change = |disk: Qcow2| disk.rebase(None, NewBacking::Nothing, false, &mut |_, _| {});
+        rewriting(
+            &format!("{what} to nothing"),
+            seed,
+            &start,
+            change,
+            &mut states,
+        );
+
+        // The name alone, of what shows the same; the first one comes without a format, too.
+        let other = BackingName {
+            file: name(to, "base"),
+            format: b"host_device".to_vec(),
+        };
+        let change = |disk: Qcow2| disk.set_backing_name(Some(&other));
+        rewriting(&format!("{what} unsafe"), seed, &start, change, &mut states);
+        let start = image(2, cluster_size, Some(from));
+        rewriting(
+            &format!("{what} unsafe, 2"),
+            seed,
+            &start,
+            change,
+            &mut states,
+        );
+    }
+    println!("other backing files: {states} states");
+}
+
+/// Bitmaps and extensions that are not known stay with the header.
+#[test]
+fn more_in_the_header() {
+    let mut states = 0;
+    for (seed, cluster_size) in crate::rounds([4096, 8192]) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("image");
+        std::fs::write(&path, image(3, cluster_size, None).image).unwrap();
+        add_bitmap(&path);
+        let name = BackingName {
+            file: name(700, "base"),
+            format: b"raw".to_vec(),
+        };
+        set_backing_name(&path, Some(&name), FileOptions::default()).unwrap();
+        let start = Files {
+            image: std::fs::read(&path).unwrap(),
+            data: Vec::new(),
+        };
+        assert_eq!(said(&start.image).extensions.len(), 2);
+        let change = |disk: Qcow2| disk.set_backing_name(None);
+        // What the bitmap says is tried elsewhere; here it is where it was.
+        rewriting("with a bitmap", seed, &start, change, &mut states);
+    }
+    println!("more in the header: {states} states");
+}
+
+fn amend(options: AmendOptions) -> impl Fn(Qcow2) -> Result<()> {
+    move |disk| disk.amend(&options, &mut |_, _| {})
+}
+
+#[test]
+fn amending_a_data_file() {
+    let mut states = 0;
+    let lengths = [(512, 300), (4096, 900), (4096, 1800), (8192, 900)];
+    for (seed, (cluster_size, len)) in crate::rounds(lengths) {
+        for kind in [Kind::External, Kind::Raw, Kind::Packed] {
+            let start = filled(&Setup::new(kind, 3, cluster_size));
+            let named = |len: usize| AmendOptions {
+                data_file: Some(OsStr::from_bytes(&name(len, "data")).into()),
+                ..AmendOptions::default()
+            };
+            let what = format!("data file, {kind:?} {cluster_size} {len}");
+            rewriting(&what, seed, &start, amend(named(len)), &mut states);
+            let longer = filled_with_name(&start, named(len));
+            let back = amend(AmendOptions {
+                data_file: Some("".into()),
+                lazy_refcounts: Some(true),
+                ..AmendOptions::default()
+            });
+            rewriting(&format!("{what}, none"), seed, &longer, back, &mut states);
+            let all = amend(AmendOptions {
+                data_file_raw: Some(false),
+                refcount_bits: Some(32),
+                size: Some(100 << 10),
+                ..named(len - 10)
+            });
+            rewriting(&format!("{what}, more"), seed, &longer, all, &mut states);
+        }
+    }
+    println!("amending a data file: {states} states");
+}
+
+/// `start`, amended.
+fn filled_with_name(start: &Files, options: AmendOptions) -> Files {
+    let image = Arc::new(Mutex::new(start.image.clone()));
+    let disk = open(
+        Memory::plain(Which::Image, &image),
+        memory(Which::Data, &start.data),
+    );
+    disk.amend(&options, &mut |_, _| {}).unwrap();
+    let image = image.lock().unwrap().clone();
+    Files {
+        image,
+        data: start.data.clone(),
+    }
+}
+
+#[test]
+fn amending_an_image() {
+    let options = AmendOptions::default;
+    let raised = || AmendOptions {
+        version: Some(3),
+        ..options()
+    };
+    let lowered = || AmendOptions {
+        version: Some(2),
+        ..options()
+    };
+    let bits = |bits| AmendOptions {
+        refcount_bits: Some(bits),
+        ..options()
+    };
+    let size = |size| AmendOptions {
+        size: Some(size),
+        ..options()
+    };
+    let lazy = AmendOptions {
+        lazy_refcounts: Some(true),
+        ..options()
+    };
+    let all = AmendOptions {
+        version: Some(3),
+        lazy_refcounts: Some(true),
+        refcount_bits: Some(64),
+        size: Some(100 << 10),
+        ..options()
+    };
+    let shrunk = AmendOptions {
+        size: Some(20 << 10),
+        ..lowered()
+    };
+    let mut states = 0;
+    let cases = [
+        (2, raised()),
+        (3, lowered()),
+        (3, bits(1)),
+        (3, bits(64)),
+        (3, lazy),
+        (3, size(20 << 10)),
+        (3, size(300 << 10)),
+        (2, all),
+        (3, shrunk),
+    ];
+    for (seed, (version, options)) in crate::rounds(cases) {
+        for (cluster_size, backing) in [
+            (512, None),
+            (512, Some(300)),
+            (4096, None),
+            (4096, Some(700)),
+        ] {
+            let start = image(version, cluster_size, backing);
+            let what = format!("{cluster_size} {backing:?} {options:?}");
+            rewriting(&what, seed, &start, amend(options.clone()), &mut states);
+        }
+    }
+    for (seed, cluster_size) in crate::rounds([512, 4096]) {
+        let (image, _, _) = image_with_snapshots(2, cluster_size, More::Nothing);
+        let start = Files {
+            image,
+            data: Vec::new(),
+        };
+        for options in [
+            raised(),
+            AmendOptions {
+                refcount_bits: Some(8),
+                ..raised()
+            },
+        ] {
+            rewriting("snapshots", seed, &start, amend(options), &mut states);
+        }
+    }
+    println!("amending an image: {states} states");
+}
+
+/// A base that is smaller than the image on it, as a qcow2 image or not.
+fn base(cluster_size: Option<u64>) -> Vec<u8> {
+    let Some(cluster_size) = cluster_size else {
+        return vec![7; SIZE - 5120];
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("base");
+    let options = CreateOptions {
+        size: SIZE as u64 - 5120,
+        cluster_size,
+        ..CreateOptions::default()
+    };
+    create(&path, &options).unwrap();
+    let disk = Qcow2::open(&path, &OpenOptions::default()).unwrap();
+    fill(&disk, 0, 13_000, 7);
+    fill(&disk, 30_000, 20_000, 6);
+    drop(disk);
+    std::fs::read(&path).unwrap()
+}
+
+fn open_base(storage: Memory, is_image: bool, read_only: bool) -> Box<dyn Disk> {
+    let (name, storage) = (Path::new("base"), Box::new(storage));
+    let options = OpenOptions {
+        read_only,
+        ..OpenOptions::default()
+    };
+    if is_image {
+        Box::new(Qcow2::with_storage(name, storage, None, &options).unwrap())
+    } else {
+        Box::new(Raw::with_storage(name, storage, read_only).unwrap())
+    }
+}
+
+fn open_top(image: Memory, base: Box<dyn Disk>) -> Qcow2 {
+    let options = OpenOptions::default();
+    let (name, image) = (Path::new("image"), Box::new(image));
+    Qcow2::with_backing(name, image, None, Some(base), &options).unwrap()
+}
+
+/// The disk on top reads the same at any time.
+#[test]
+fn committing() {
+    let mut states = 0;
+    let cases = [
+        (512, Some(512)),
+        (4096, Some(1024)),
+        (1024, None),
+        (512, Some(4096)),
+    ];
+    for (seed, (cluster_size, base_cluster_size)) in crate::rounds(cases) {
+        let is_image = base_cluster_size.is_some();
+        let start = Files {
+            image: image(3, cluster_size, Some(8)).image,
+            data: base(base_cluster_size),
+        };
+        let shown = |files: &Files| {
+            let base = open_base(memory(Which::Data, &files.data), is_image, true);
+            content(&open_top(memory(Which::Image, &files.image), base))
+        };
+        let before = shown(&start);
+        for empties in [false, true] {
+            let mut after = before.clone();
+            after[5000..14_000].fill(0xee);
+            let run = |image: Memory, data: Memory| {
+                let top = open_top(image, open_base(data.again(), is_image, true));
+                fill(&top, 5000, 9000, 0xee);
+                let commit = Commit::with_disks(top, open_base(data, is_image, false), 0);
+                commit.copy(&mut |_, _| {}).unwrap();
+                commit.finish(empties).unwrap();
+            };
+            let judge = |state: Files, what: &str| {
+                let what = &format!("commit {cluster_size} {base_cluster_size:?}, {what}");
+                check(
+                    &Files {
+                        data: Vec::new(),
+                        ..state.clone()
+                    },
+                    what,
+                );
+                if is_image {
+                    let image = state.data.clone();
+                    check(
+                        &Files {
+                            image,
+                            data: Vec::new(),
+                        },
+                        what,
+                    );
+                }
+                expect_content(&shown(&state), &before, &after, what);
+            };
+            let synced = power::explore(&start, seed, &mut states, run, judge);
+            assert!(shown(&synced) == after);
+            let base = open_base(memory(Which::Data, &synced.data), is_image, true);
+            let mut bytes = vec![0; SIZE];
+            base.read_at(&[vm_memory::VolatileSlice::from(&mut bytes[..])], 0)
+                .unwrap();
+            assert!(bytes == after);
+        }
+    }
+    println!("committing: {states} states");
+}
+
+/// The disk has the old size or the new one, and reads as zero where it has grown.
+#[test]
+fn growing_with_space() {
+    let mut states = 0;
+    let kinds = [Kind::Internal, Kind::External, Kind::Packed, Kind::Raw];
+    for (seed, (kind, cluster_size)) in crate::rounds(
+        [512, 4096]
+            .into_iter()
+            .flat_map(|size| kinds.map(|kind| (kind, size))),
+    ) {
+        let setup = Setup::new(kind, 3, cluster_size);
+        let start = filled(&setup);
+        for preallocation in [
+            Preallocation::Metadata,
+            Preallocation::Falloc,
+            Preallocation::Full,
+        ] {
+            let change = |disk: Qcow2| {
+                let size = setup.size() + setup.cluster_size * 9 + 512;
+                disk.resize_preallocated(size, preallocation)?;
+                disk.close()
+            };
+            let what = format!("{kind:?} {cluster_size} {preallocation:?}");
+            rewriting(&what, seed, &start, change, &mut states);
+        }
+    }
+    println!("growing with space: {states} states");
+}

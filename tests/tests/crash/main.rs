@@ -9,6 +9,8 @@
 //! 2. `check` finds leaks at most;
 //! 3. a raw data file whose mapping is complete has the same content as the disk;
 //! 4. the image can be written on, and all of this holds again.
+//!
+//! The same is done with operations on images that no guest uses: `operations` and `rewrites`.
 
 mod explore;
 mod operations;
@@ -62,14 +64,15 @@ fn explore(seeds: std::ops::Range<u64>) {
     println!("crash explorer: {states} states, no violation");
 }
 
-/// How many seeds of everything are tried, if that is asked for.
-fn asked() -> Option<u64> {
-    std::env::var("TANDEM_CRASH_SEEDS").ok()?.parse().ok()
+/// How many seeds of each workload are tried.
+fn seeds() -> u64 {
+    let asked = std::env::var("TANDEM_CRASH_SEEDS");
+    asked.ok().and_then(|n| n.parse().ok()).unwrap_or(6)
 }
 
-/// Each of `cases` with a seed, or with as many as are asked for.
+/// Each of `cases` with a seed, and with more of them where more workloads are asked for.
 fn rounds<T: Clone>(cases: impl IntoIterator<Item = T>) -> impl Iterator<Item = (u64, T)> {
-    let seeds = asked().unwrap_or(1);
+    let seeds = seeds().div_ceil(6);
     let cases = cases.into_iter().enumerate();
     cases
         .flat_map(move |(i, case)| (0..seeds).map(move |seed| (seed * 64 + i as u64, case.clone())))
@@ -77,7 +80,7 @@ fn rounds<T: Clone>(cases: impl IntoIterator<Item = T>) -> impl Iterator<Item = 
 
 #[test]
 fn promises_hold_after_power_failures() {
-    explore(0..asked().unwrap_or(6));
+    explore(0..seeds());
 }
 
 /// The explorer finds an engine at fault that leaves out any one of its barriers: the first, second or

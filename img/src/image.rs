@@ -170,6 +170,7 @@ impl<'a> Image<'a> {
             read_only,
             follow,
             files,
+            mark_zeroes: true,
             ..OpenOptions::default()
         };
         let applied = self.with.apply(&mut options);

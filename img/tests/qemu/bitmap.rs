@@ -337,16 +337,45 @@ fn limits() {
     same(&both, "bitmap --add -g 1k huge a");
 }
 
-/// Bitmaps that a program without support for them has left behind.
-#[test]
-fn stale_bitmaps_make_room() {
-    let place = Place::tandem();
+/// An image whose bitmaps a program without support for them has left behind.
+fn stale(place: &Place) {
     place.make("create -q -f qcow2 image 1M");
     place.make("bitmap --add image old");
     let path = place.path("image");
     let mut bytes = fs::read(&path).unwrap();
     bytes[95] &= !1;
     fs::write(&path, bytes).unwrap();
+}
+
+/// Whoever opens the image is told, once.
+#[test]
+fn stale_bitmaps_are_told_of() {
+    let both = Both::new(|place| {
+        stale(place);
+        place.make("create -q -f raw raw 1M");
+    });
+    for line in [
+        "map image",
+        "check image",
+        "measure -O raw image",
+        "compare image raw",
+        "compare raw image",
+        "convert -O raw image copy",
+        "snapshot -l image",
+        "map --image-opts driver=qcow2,file.filename=image",
+        "map -f raw image",
+        "map -f foo image",
+        // QEMU drops them when it opens the image for writing.
+        "resize -q image 1M",
+    ] {
+        both.same(line);
+    }
+}
+
+#[test]
+fn stale_bitmaps_make_room() {
+    let place = Place::tandem();
+    stale(&place);
     assert_eq!(
         place.run(&["bitmap", "--add", "image", "new"]).status,
         Some(0)

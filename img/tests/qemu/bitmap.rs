@@ -159,6 +159,34 @@ fn what_qemu_reads() {
     }
 }
 
+/// Tables and bits are shorter than their clusters, which have held other things.
+#[test]
+fn large_clusters_that_are_used_again() {
+    let both = Both::new(|place| {
+        place.make("create -q -f qcow2 -o cluster_size=2M image 16M");
+        place.qemu_io_as("qcow2", "image", &["write 0 16M", "discard 0 16M"]);
+        // What lies behind the header and the tables is free, and holds anything.
+        let path = place.path("image");
+        let mut bytes = fs::read(&path).unwrap();
+        bytes.resize(26 << 20, 0);
+        bytes[10 << 20..].fill(0xee);
+        fs::write(&path, bytes).unwrap();
+        place.make("check -q image");
+    });
+    same(&both, "bitmap --add -g 4k image a");
+    for place in [&both.qemu, &both.tandem] {
+        place.qemu_io("image", &["write 3M 100k", "write 15M 64k"]);
+    }
+    same(&both, "bitmap --add --merge a image b");
+    same(&both, "bitmap --add -g 64k --merge a --merge b image c");
+    sound(&both.tandem, "image");
+    for bitmap in ["a", "b", "c"] {
+        let [expected, found] = [&both.qemu, &both.tandem].map(|p| bits(p, "image", bitmap));
+        assert!(expected.contains("\"present\": true"));
+        assert_eq!(found, expected, "{bitmap}");
+    }
+}
+
 /// QEMU keeps up what Tandem has added, and the other way round.
 #[test]
 fn both_follow_changes() {

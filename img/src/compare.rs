@@ -140,9 +140,12 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
         return Err(args.name.usage("Expecting two image file names"));
     };
     args.refuse(&["object"])?;
-    let disks = open(args, [first, second]).map_err(|failure| Failure {
-        status: NOT_OPENED,
-        ..failure
+    let disks = open(args, [first, second]).map_err(|failure| {
+        Progress::end_unbegun(args);
+        Failure {
+            status: NOT_OPENED,
+            ..failure
+        }
     })?;
     let comparison = Comparison {
         args,

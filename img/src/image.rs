@@ -12,7 +12,7 @@ use tandem_block::qcow2::{Backing, BackingFormat, Follow, Info, OpenOptions, Qco
 use tandem_block::{CacheMode, Disk, FileOptions, FileStorage, Locking, Raw, Storage};
 
 use crate::failure::Failure;
-use crate::getopt::{Parsed, flag, value};
+use crate::getopt::{Name, Parsed, flag, value};
 use crate::image_opts::{Described, ImageOpts, With};
 
 /// The formats that there are.
@@ -43,6 +43,13 @@ impl Format {
     }
 }
 
+/// What is said of bitmaps that a program has not kept up to date.
+const STALE_BITMAPS: &str = "a program lacking bitmap support modified this file, so all bitmaps are \
+                             now considered inconsistent";
+const STALE_BITMAPS_V2: &str = "This qcow2 v2 image contains bitmaps, but they may have been modified \
+                                by a program without persistent bitmap support; so now they must all \
+                                be considered inconsistent";
+
 /// Formats that are recognised in order to be refused: what they begin with.
 const FOREIGN: [(&[u8], &str); 8] = [
     (b"QFI\xfb\0\0\0\x01", "qcow"),
@@ -54,6 +61,22 @@ const FOREIGN: [(&[u8], &str); 8] = [
     (b"WithoutFreeSpace", "parallels"),
     (b"LUKS\xba\xbe", "luks"),
 ];
+
+/// Tells the user of bitmaps in an image that are worthless.
+pub fn warn_of_stale_bitmaps(info: &Info, program: &Name) {
+    if !info.stale_bitmaps {
+        return;
+    }
+    let text = match info.version {
+        2 => STALE_BITMAPS_V2,
+        _ => STALE_BITMAPS,
+    };
+    let warning = program.text(&format!("warning: {text}"));
+    // Without an end of the line, as in QEMU.
+    eprint!(
+        "{warning}\nSome clusters may be leaked, run 'qemu-img check -r' on the image file to fix."
+    );
+}
 
 /// The local file that a name on the command line means.
 ///
@@ -135,6 +158,11 @@ impl<'a> Image<'a> {
             Self::look(name, format)
         };
         let image = image.map_err(opened)?;
+        if image.format == Format::Qcow2
+            && let Ok(info) = Info::read_with(&image.path, Locking::Off)
+        {
+            warn_of_stale_bitmaps(&info, &args.name);
+        }
         if args.has("force-share") && image.with.contradicts_force_share() {
             return Err(args
                 .name
@@ -170,6 +198,7 @@ impl<'a> Image<'a> {
             read_only,
             follow,
             files,
+            mark_zeroes: true,
             ..OpenOptions::default()
         };
         let applied = self.with.apply(&mut options);

@@ -12,6 +12,7 @@ use tandem_block::qcow2::{Backing, BackingFormat, OpenOptions};
 use tandem_block::{CacheMode, Locking};
 
 use crate::image::Format;
+use crate::json::double_quoted;
 use crate::options;
 use crate::size;
 
@@ -169,7 +170,7 @@ impl ImageOpts {
         if text.trim().is_empty() {
             return Err("Could not parse the JSON options: Expecting a JSON value".to_owned());
         }
-        let value: Value = serde_json::from_str(text).map_err(|e| {
+        let value: Value = serde_json::from_str(&double_quoted(text)).map_err(|e| {
             let reason = match (
                 e.is_eof(),
                 text.split(['{', '}', '[', ']', ',', ':']).next(),

@@ -1,7 +1,9 @@
 //! `tandem-img map`
 
 use clap::Command;
-use tandem_block::{Disk, ExtentKind, FileOptions, Locking, extent_in_chain};
+use tandem_block::{
+    Disk, ExtentKind, FileOptions, Locking, extent_in_chain, sparse_extent_in_chain,
+};
 
 use crate::failure::Failure;
 use crate::getopt::{self, Parsed, value};
@@ -62,6 +64,8 @@ pub struct Part {
     pub depth: usize,
     /// What is stored.
     pub kind: ExtentKind,
+    /// Whether it is data in a hole of the file, which reads as zero.
+    pub is_hole: bool,
     /// Where, in the file that holds the data.
     pub offset: Option<u64>,
 }
@@ -69,7 +73,7 @@ pub struct Part {
 impl Part {
     /// Whether `next`, which follows this one, is stored behind it in the same way.
     fn continues_with(&self, next: &Self) -> bool {
-        (self.kind, self.depth) == (next.kind, next.depth)
+        (self.kind, self.is_hole, self.depth) == (next.kind, next.is_hole, next.depth)
             && self.offset.map(|offset| offset + self.length) == next.offset
     }
 
@@ -92,7 +96,7 @@ impl Part {
         let present = self.kind != ExtentKind::Unallocated;
         let compressed = self.kind == ExtentKind::Compressed;
         let data = compressed || self.kind == ExtentKind::Data;
-        let zero = !data;
+        let zero = !data || self.is_hole;
         let offset = match self.offset {
             Some(offset) => format!(", \"offset\": {offset}"),
             None => String::new(),
@@ -179,6 +183,24 @@ impl<'a> Parts<'a> {
             end,
         }
     }
+
+    /// What begins at `start`.
+    fn part(&self, start: u64) -> tandem_block::Result<Part> {
+        let (depth, extent) = sparse_extent_in_chain(self.disk, start, self.end - start)?;
+        // What the image says of a hole, which is not always that it is zero.
+        let kind = match extent.kind {
+            ExtentKind::Zero => extent_in_chain(self.disk, start, extent.len)?.1.kind,
+            kind => kind,
+        };
+        Ok(Part {
+            start,
+            length: extent.len,
+            depth,
+            kind,
+            is_hole: kind != extent.kind,
+            offset: extent.offset,
+        })
+    }
 }
 
 impl Iterator for Parts<'_> {
@@ -188,18 +210,8 @@ impl Iterator for Parts<'_> {
         if self.at >= self.end {
             return None;
         }
-        let found = extent_in_chain(self.disk, self.at, self.end - self.at);
-        Some(found.map(|(depth, extent)| {
-            let start = self.at;
-            self.at += extent.len;
-            Part {
-                start,
-                length: extent.len,
-                depth,
-                kind: extent.kind,
-                offset: extent.offset,
-            }
-        }))
+        let start = self.at;
+        Some(self.part(start).inspect(|part| self.at += part.length))
     }
 }
 
@@ -241,7 +253,7 @@ impl Listing {
             return;
         };
         match self.output {
-            Output::Human if part.kind == ExtentKind::Data => {
+            Output::Human if part.kind == ExtentKind::Data && !part.is_hole => {
                 output::print(&part.human(&self.files[part.depth]))
             }
             Output::Human => {}

@@ -1,8 +1,11 @@
 //! How far long work has come.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use indicatif::{ProgressBar, ProgressStyle};
+use signal_hook::consts::SIGUSR1;
+use signal_hook::flag;
 
 use crate::getopt::Parsed;
 use crate::output;
@@ -14,13 +17,18 @@ const STEP: f32 = 1.0;
 const STEPS: u64 = 10_000;
 
 /// Shows how far work has come: with `-p` in lines on standard output as `qemu-img` prints them, else
-/// by a bar on standard error if that is a terminal, and not at all with `-q`.
+/// by a bar on standard error if that is a terminal, and not at all with `-q`. Without `-p`, `SIGUSR1`
+/// asks for a line on standard error, which comes with the next step.
 pub struct Progress {
     bar: ProgressBar,
-    /// Per cent of the last line for programs; `None` if there are no such lines.
-    line: Mutex<Option<f32>>,
+    /// Per cent of the last line for programs, whether it was printed or not.
+    line: Mutex<f32>,
+    /// Whether all lines are printed.
+    prints: bool,
     /// See [`STEP`].
     step: f32,
+    /// Whether there was a signal that asks for a line.
+    asked: Arc<AtomicBool>,
 }
 
 impl Progress {
@@ -40,19 +48,31 @@ impl Progress {
             let style = style.unwrap_or_else(|_| ProgressStyle::default_bar());
             ProgressBar::new(STEPS).with_style(style)
         };
+        let asked = Arc::new(AtomicBool::new(false));
+        // Without it the work goes on, and the signal ends it.
+        drop(flag::register(SIGUSR1, Arc::clone(&asked)));
         let progress = Self {
             bar,
-            line: Mutex::new((forced && !quiet).then_some(0.0)),
+            line: Mutex::new(0.0),
+            prints: forced && !quiet,
             step,
+            asked,
         };
         progress.print(0.0);
         progress
     }
 
+    /// Ends the lines of work that has not begun, as QEMU does.
+    pub fn end_unbegun(args: &Parsed) {
+        if args.has("progress") && !args.has("quiet") {
+            output::print_now("\n");
+        }
+    }
+
     /// `done` of `total` has been done.
     pub fn set(&self, done: u64, total: u64) {
         let percent = percent(done, total);
-        if self.line() != Some(percent) {
+        if self.line() != percent {
             self.set_percent(percent);
         }
     }
@@ -62,11 +82,8 @@ impl Progress {
         let percent = percent.min(100.0);
         let position = f64::from(percent) / 100.0 * STEPS as f64;
         self.bar.set_position(position as u64);
-        let Some(last) = self.line() else {
-            return;
-        };
-        if percent > last + self.step || percent == 100.0 {
-            *self.line.lock().unwrap_or_else(PoisonError::into_inner) = Some(percent);
+        if percent > self.line() + self.step || percent == 100.0 {
+            *self.line.lock().unwrap_or_else(PoisonError::into_inner) = percent;
             self.print(percent);
         }
     }
@@ -76,13 +93,15 @@ impl Progress {
         self.bar.suspend(print);
     }
 
-    fn line(&self) -> Option<f32> {
+    fn line(&self) -> f32 {
         *self.line.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn print(&self, percent: f32) {
-        if self.line().is_some() {
+        if self.prints {
             output::print_now(&format!("    ({percent:.2}/100%)\r"));
+        } else if self.asked.swap(false, Ordering::Relaxed) {
+            self.suspend(|| eprintln!("    ({percent:.2}/100%)"));
         }
     }
 }
@@ -98,7 +117,7 @@ pub fn percent(done: u64, total: u64) -> f32 {
 impl Drop for Progress {
     fn drop(&mut self) {
         self.bar.finish_and_clear();
-        if self.line().is_some() {
+        if self.prints {
             output::print_now("\n");
         }
     }

@@ -7,6 +7,7 @@
 //! it are opened without it.
 
 use std::ffi::OsStr;
+use std::ops::Range;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -19,7 +20,7 @@ use super::{OpenOptions, Qcow2, check};
 use crate::buffers::{Buffers, fill_zero};
 use crate::file::ImageFile;
 use crate::lock::Access;
-use crate::{Disk, Error, Limits, Raw, Result};
+use crate::{Disk, Error, ExtentKind, Limits, Raw, Result, extent_in_chain};
 
 /// Most images below one another.
 const MAX_DEPTH: usize = 256;
@@ -368,6 +369,23 @@ impl Qcow2 {
     /// Whether anything of a backing file may show at `offset` where this image has nothing.
     pub(super) fn backing_shows(&self, offset: u64) -> bool {
         self.backing.as_ref().is_some_and(|b| offset < b.size())
+    }
+
+    /// Whether what shows in `range` where this image has nothing is known to be zero.
+    pub(super) fn shows_zeros(&self, range: Range<u64>) -> Result<bool> {
+        let Some(backing) = &self.backing else {
+            return Ok(true);
+        };
+        let mut at = range.start;
+        let end = range.end.min(backing.size());
+        while at < end {
+            let (_, extent) = extent_in_chain(&**backing, at, end - at)?;
+            match extent.kind {
+                ExtentKind::Zero | ExtentKind::Unallocated => at += extent.len,
+                ExtentKind::Data | ExtentKind::Compressed => return Ok(false),
+            }
+        }
+        Ok(true)
     }
 
     /// Fills `bufs`, `len` bytes, with what shows at `offset` where this image has nothing.

@@ -35,7 +35,6 @@ pub struct CompressedCluster {
 
 #[derive(Clone, Debug)]
 enum Content {
-    Zero,
     Packed(Vec<u8>),
     /// What does not become smaller.
     Plain(Vec<u8>),
@@ -65,16 +64,12 @@ impl Qcow2 {
             let reason = format!("{len} bytes do not fit into a cluster of {cluster_size}");
             return Err(Error::Option(reason));
         }
-        let content = if data.iter().all(|byte| *byte == 0) {
-            Content::Zero
-        } else {
-            data.resize(cluster_size, 0);
-            match pack(self.compression_type, &data) {
-                Some(packed) => Content::Packed(packed),
-                None => {
-                    data.truncate(len);
-                    Content::Plain(data)
-                }
+        data.resize(cluster_size, 0);
+        let content = match pack(self.compression_type, &data) {
+            Some(packed) => Content::Packed(packed),
+            None => {
+                data.truncate(len);
+                Content::Plain(data)
             }
         };
         Ok(CompressedCluster {
@@ -85,8 +80,8 @@ impl Qcow2 {
         })
     }
 
-    /// Writes `cluster` at guest offset `offset`, compressed if that saves space, and as no data at
-    /// all if it is zero. What was there before loses its space.
+    /// Writes `cluster` at guest offset `offset`, compressed if that saves space. What was there
+    /// before loses its space.
     ///
     /// # Errors
     /// [`Error::Option`] if the cluster is neither a whole one of this disk nor ends where the disk
@@ -104,7 +99,6 @@ impl Qcow2 {
         self.check_whole(offset, len)?;
         self.track(offset, len)?;
         match content {
-            Content::Zero => self.write_zeroes(offset, len, true),
             Content::Packed(packed) => self.with_space(|| self.write_packed(&packed, offset, len)),
             Content::Plain(mut data) => {
                 self.write_at(&[VolatileSlice::from(&mut data[..])], offset)

@@ -42,6 +42,8 @@ pub struct Info {
     pub data_file_layout: Option<DataFileLayout>,
     /// The persistent bitmaps.
     pub bitmaps: Vec<BitmapInfo>,
+    /// Whether there are others, which a program without support for them has made worthless.
+    pub stale_bitmaps: bool,
     /// The internal snapshots.
     pub snapshots: Vec<SnapshotInfo>,
     /// Whether refcounts may be wrong since the image was not closed.
@@ -89,6 +91,7 @@ impl Info {
             data_file_raw: header.data_file_is_raw(),
             data_file_layout: header.data_file_layout(),
             bitmaps: bitmaps::list(&*image.storage, path, &header)?,
+            stale_bitmaps: header.extensions.stale_bitmaps,
             snapshots: table.snapshots.into_iter().map(Into::into).collect(),
             dirty: incompatible(incompatible::DIRTY),
             corrupt: incompatible(incompatible::CORRUPT),

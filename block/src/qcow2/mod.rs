@@ -181,6 +181,8 @@ pub struct Qcow2 {
     retired: Retired,
     /// Whether the image file looks as if its clusters had been allocated beforehand.
     preallocated: OnceLock<bool>,
+    /// Whether what reads as zero anyway is marked when zeros are written.
+    mark_zeroes: bool,
     /// Held by whoever changes the size.
     resizing: Mutex<()>,
     /// Held by whoever writes metadata back.

@@ -47,6 +47,9 @@ pub struct OpenOptions {
     pub l2_cache_size: usize,
     /// The internal snapshot whose state is the disk, in an image that is opened read-only.
     pub snapshot: Option<SnapshotName>,
+    /// Whether zeros that are written are marked in the mapping even where the image has nothing and
+    /// no image below shows, as QEMU does. Without this, such a request changes nothing.
+    pub mark_zeroes: bool,
     /// How the files are used. Storage of the caller's is not locked, and whether it goes past the
     /// page cache is the caller's affair.
     pub files: FileOptions,
@@ -62,6 +65,7 @@ impl Default for OpenOptions {
             backing_format: None,
             l2_cache_size: 4 << 20,
             snapshot: None,
+            mark_zeroes: false,
             files: FileOptions::default(),
         }
     }
@@ -236,6 +240,7 @@ impl Qcow2 {
             requests: Requests::default(),
             retired: Retired::default(),
             preallocated: OnceLock::new(),
+            mark_zeroes: options.mark_zeroes,
             resizing: Mutex::default(),
             flushing: Mutex::default(),
         })

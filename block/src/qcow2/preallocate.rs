@@ -27,6 +27,23 @@ impl Qcow2 {
         done
     }
 
+    /// Maps the cluster in which a disk of `size` bytes ends to space that reads as zero, if it has no
+    /// mapping and nothing shows there from below.
+    pub(super) fn preallocate_end(&self, size: u64, kind: Preallocation) -> Result<()> {
+        let g = self.geometry;
+        let cluster = g.cluster(size);
+        if g.in_cluster(size) == 0 || self.backing_shows(cluster << g.cluster_bits) {
+            return Ok(());
+        }
+        // Requests go on, and this cluster is one of theirs.
+        let _held = self.ranges.lock(cluster..cluster + 1);
+        if self.entries(cluster..cluster + 1)? != [Entry::UNALLOCATED] {
+            return Ok(());
+        }
+        self.map_clusters(cluster..cluster + 1, kind)?;
+        self.write_back()
+    }
+
     fn map_clusters(&self, clusters: Range<u64>, kind: Preallocation) -> Result<()> {
         let g = self.geometry;
         if let Placement::External(external) = &self.placement {

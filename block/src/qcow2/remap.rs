@@ -14,6 +14,9 @@ use crate::Error;
 use crate::Result;
 use crate::sync::atomic::{AtomicU64, Ordering};
 
+/// Zeros behind a table that are written with it rather than left to the file system.
+const MAX_PADDING: u64 = 64 << 10;
+
 impl Qcow2 {
     /// Finds room for up to `clusters` guest clusters from `first` on, behind the one before them
     /// where possible.
@@ -128,14 +131,32 @@ impl Qcow2 {
         let place = self
             .refcounts()?
             .allocate_metadata(&self.image, field, clusters)?;
-        let mut bytes = table.to_vec();
-        bytes.resize((clusters << g.cluster_bits) as usize, 0);
-        if let Err(e) = self.image.write_bytes_at(&bytes, place.offset) {
+        if let Err(e) = self.write_table(table, &place) {
             self.refcounts()?
                 .free_metadata(&self.image, field, place.offset, clusters)?;
             return Err(e);
         }
         Ok(place.offset)
+    }
+
+    /// Writes `table` to the clusters of `place`, and zeros to the rest of them, which the file then has.
+    fn write_table(&self, table: &[u8], place: &Allocation) -> Result<()> {
+        let len = table.len() as u64;
+        let size = place.clusters << self.geometry.cluster_bits;
+        if size - len <= MAX_PADDING {
+            let mut bytes = table.to_vec();
+            bytes.resize(size as usize, 0);
+            return self.image.write_bytes_at(&bytes, place.offset);
+        }
+        self.image.write_bytes_at(table, place.offset)?;
+        if !place.zeroed {
+            return self
+                .image
+                .write_zeroes(place.offset + len, size - len, false);
+        }
+        let last_entry = place.offset + size - ENTRY_SIZE;
+        self.image
+            .write_bytes_at(&[0; ENTRY_SIZE as usize], last_entry)
     }
 
     /// Makes a cluster an empty L2 table, and the file reach to its end: the L1 entry must not lead

@@ -106,7 +106,10 @@ impl Qcow2 {
                 self.write_back()?;
             }
             _ if preallocation == Preallocation::Off => {}
-            _ => self.preallocate(gained, preallocation)?,
+            _ => {
+                self.preallocate_end(old, preallocation)?;
+                self.preallocate(gained, preallocation)?;
+            }
         }
         if self.backing_shows(old) {
             // What the disk gains reads as zero, not as what the backing file has there.

@@ -19,8 +19,10 @@ use vm_memory::VolatileSlice;
 pub(super) enum Zeroed {
     /// Zero, with their space reserved.
     Reserved,
-    /// Zero or unallocated, their space given back.
+    /// Zero or, unless zeros are to be marked, unallocated, their space given back.
     Unmapped,
+    /// Zero or unallocated, their space given back.
+    Discarded,
     /// As that, and they lie behind the end of the disk: the backing file does not show.
     Behind,
     /// Zero by their mapping, even where they read as zero without one: another backing file may
@@ -54,7 +56,9 @@ impl Qcow2 {
     pub(super) fn zero_as(&self, offset: u64, len: u64, zeroed: Zeroed) -> Result<()> {
         let by_mapping = match zeroed {
             Zeroed::Reserved | Zeroed::Explicit => self.version >= 3,
-            Zeroed::Unmapped | Zeroed::Behind | Zeroed::Emptied => self.can_unmap(),
+            Zeroed::Unmapped | Zeroed::Discarded | Zeroed::Behind | Zeroed::Emptied => {
+                self.can_unmap()
+            }
         };
         let mut running = self.requests.begin();
         let mut done = 0;
@@ -111,7 +115,7 @@ impl Qcow2 {
             at += match self.whole_clusters(at, end - at) {
                 // The disk has grown, and this is not its end any more.
                 0 => end - at,
-                whole => self.zero_whole(at, whole, Zeroed::Unmapped)?,
+                whole => self.zero_whole(at, whole, Zeroed::Discarded)?,
             };
         }
         Ok(())
@@ -192,18 +196,23 @@ impl Qcow2 {
     /// What `entry` of a cluster of this kind becomes.
     fn zeroed_entry(&self, entry: Entry, cluster: u64, kind: Kind, zeroed: Zeroed) -> Entry {
         let g = self.geometry;
-        let shows = match zeroed {
-            Zeroed::Behind => false,
-            Zeroed::Explicit => true,
-            _ => self.backing_shows(cluster << g.cluster_bits),
-        };
+        let is_marked = self.marks(zeroed) || self.backing_shows(cluster << g.cluster_bits);
         match kind {
             _ if zeroed == Zeroed::Emptied => Entry::UNALLOCATED,
             Kind::Zero(_) if zeroed == Zeroed::Reserved => entry,
             Kind::Data(place) if zeroed == Zeroed::Reserved && place.in_place => entry.zeroed(g),
-            _ if entry == Entry::UNALLOCATED && !shows => entry,
+            _ if entry == Entry::UNALLOCATED && (!is_marked || zeroed == Zeroed::Behind) => entry,
             _ if self.version < 3 => Entry::UNALLOCATED,
             _ => Entry::zero_plain(g),
+        }
+    }
+
+    /// Whether what becomes zero so is marked even where nothing shows from below.
+    fn marks(&self, zeroed: Zeroed) -> bool {
+        match zeroed {
+            Zeroed::Reserved | Zeroed::Unmapped => self.mark_zeroes && self.version >= 3,
+            Zeroed::Explicit => true,
+            Zeroed::Discarded | Zeroed::Behind | Zeroed::Emptied => false,
         }
     }
 
@@ -213,41 +222,80 @@ impl Qcow2 {
         let run = self.run_in_slice(offset, len)?;
         let reads_zero = match run.kind {
             Kind::Zero(_) => true,
-            Kind::Unallocated(_) => zeroed != Zeroed::Explicit && !self.backing_shows(offset),
+            Kind::Unallocated(_) => !self.marks(zeroed) && !self.backing_shows(offset),
             Kind::Data(_) | Kind::Compressed { .. } => false,
         };
         if reads_zero {
             return Ok(run.len);
         }
-        let whole = self.whole_subclusters(offset, run.len);
-        if !whole.is_empty() && !matches!(run.kind, Kind::Compressed { .. }) {
-            return match whole.start - offset {
-                0 => self.zero_subclusters(whole, run.kind),
-                head => self.zero_bytes(offset, head, run.kind),
-            };
+        let end = offset + run.len;
+        let whole = match run.kind {
+            Kind::Compressed { .. } => offset..offset,
+            Kind::Unallocated(_) => self.zero_around(offset..end)?,
+            Kind::Data(_) | Kind::Zero(_) => self.whole_subclusters(offset, run.len),
+        };
+        if whole.is_empty() {
+            self.zero_bytes(offset, run.len, run.kind)
+        } else if whole.start > offset {
+            self.zero_bytes(offset, whole.start - offset, run.kind)
+        } else if self.zero_grains(&whole, run.kind)? {
+            Ok(whole.end.min(end) - offset)
+        } else {
+            Ok(0)
         }
-        self.zero_bytes(offset, run.len, run.kind)
     }
 
-    /// Makes whole subclusters of one cluster, mapped as `kind`, read as zero by their mapping.
-    /// Returns how many bytes they have; 0 if another request was faster.
-    fn zero_subclusters(&self, range: Range<u64>, kind: Kind) -> Result<u64> {
+    /// The whole subclusters, or the whole cluster, that read as zero once the bytes of `range` do,
+    /// which lie in one cluster and are unallocated: as far as the images below know.
+    fn zero_around(&self, range: Range<u64>) -> Result<Range<u64>> {
         let g = self.geometry;
-        let len = range.end - range.start;
+        if self.version < 3 {
+            return Ok(range.start..range.start);
+        }
+        let mut whole = self.grains_around(&range);
+        if !self.shows_zeros(whole.start..range.start)? {
+            whole.start += g.grain_size();
+        }
+        if !self.shows_zeros(range.end..whole.end.min(self.size()))? {
+            whole.end -= g.grain_size();
+        }
+        Ok(whole)
+    }
+
+    /// The whole subclusters, or clusters, that the bytes of `range` lie in.
+    fn grains_around(&self, range: &Range<u64>) -> Range<u64> {
+        let g = self.geometry;
+        let start = range.start - g.in_grain(range.start);
+        start..range.end.next_multiple_of(g.grain_size())
+    }
+
+    /// Makes whole subclusters of one cluster, or the whole cluster, of which what lies at the end of
+    /// the range is mapped as `kind`, read as zero by their mapping. Whether it has: another request
+    /// may have been faster.
+    fn zero_grains(&self, range: &Range<u64>, kind: Kind) -> Result<bool> {
+        let g = self.geometry;
         let cluster = g.cluster(range.start);
         let _held = self.ranges.lock(cluster..cluster + 1);
-        let now = self.run_in_slice(range.start, len)?;
-        if now.len < len || now.kind != kind {
-            return Ok(0);
+        let now = self.run_in_slice(range.start, range.end - range.start)?;
+        let is_alike = matches!(
+            (now.kind, kind),
+            (Kind::Unallocated(_), Kind::Unallocated(_)) | (Kind::Data(_), Kind::Data(_))
+        );
+        if now.len < range.end - range.start || !is_alike {
+            return Ok(false);
+        }
+        if !g.extended_l2 {
+            self.zero_clusters(cluster..cluster + 1, Zeroed::Explicit)?;
+            return Ok(true);
         }
         if let Placement::External(external) = &self.placement {
             external.forget_hole();
         }
         self.change(cluster..cluster + 1, |_, old| {
-            let subclusters = old.subclusters.zeroed(g.subclusters(cluster, &range));
+            let subclusters = old.subclusters.zeroed(g.subclusters(cluster, range));
             Entry { subclusters, ..old }
         })?;
-        Ok(len)
+        Ok(true)
     }
 
     /// Zeroes some of the `len` bytes at `offset`, which are mapped as `kind`, by writing zeros, and

@@ -121,7 +121,7 @@ impl Copy<'_> {
         }
         match self.target {
             Opened::Qcow2(disk) if self.compress => {
-                let clusters = compress(disk, buffer, piece.offset);
+                let clusters = self.compress(disk, buffer, piece.offset);
                 let clusters = clusters.map_err(|e| self.write_error(piece, &e))?;
                 self.in_turn(piece, turn, || self.write_compressed(disk, clusters))
             }
@@ -227,6 +227,27 @@ impl Copy<'_> {
         self.target.disk().write_zeroes(offset, len, true)
     }
 
+    /// The clusters of `bytes`, which lie at `offset`, compressed for `disk`.
+    fn compress(
+        &self,
+        disk: &Qcow2,
+        bytes: &[u8],
+        offset: u64,
+    ) -> tandem_block::Result<Vec<Cluster>> {
+        let cluster_size = disk.cluster_size() as usize;
+        let offsets = (offset..).step_by(cluster_size);
+        let clusters = bytes.chunks(cluster_size).zip(offsets);
+        let compress = |(bytes, offset): (&[u8], u64)| {
+            let data = match self.sparse.is_some() && is_zero(bytes) {
+                true => None,
+                false => Some(disk.compress(bytes.to_vec())?),
+            };
+            let len = bytes.len() as u64;
+            Ok(Cluster { offset, len, data })
+        };
+        clusters.map(compress).collect()
+    }
+
     fn write_compressed(&self, disk: &Qcow2, clusters: Vec<Cluster>) -> tandem_block::Result<()> {
         for cluster in clusters {
             match cluster.data {
@@ -251,24 +272,8 @@ impl Copy<'_> {
 struct Cluster {
     offset: u64,
     len: u64,
-    /// `None` if it is zero.
+    /// `None` if it is zero, and that is not to be stored.
     data: Option<CompressedCluster>,
-}
-
-/// The clusters of `bytes`, which lie at `offset`, compressed for `disk`.
-fn compress(disk: &Qcow2, bytes: &[u8], offset: u64) -> tandem_block::Result<Vec<Cluster>> {
-    let cluster_size = disk.cluster_size() as usize;
-    let offsets = (offset..).step_by(cluster_size);
-    let clusters = bytes.chunks(cluster_size).zip(offsets);
-    let compress = |(bytes, offset): (&[u8], u64)| {
-        let data = match is_zero(bytes) {
-            true => None,
-            false => Some(disk.compress(bytes.to_vec())?),
-        };
-        let len = bytes.len() as u64;
-        Ok(Cluster { offset, len, data })
-    };
-    clusters.map(compress).collect()
 }
 
 /// The pieces of a copy, in order.

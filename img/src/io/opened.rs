@@ -229,6 +229,8 @@ impl Opened {
         self.check_range(offset, len)?;
         if self.request.unmap {
             self.disk().discard(offset, len)?;
+            // What is written next finds the clusters free, as in QEMU.
+            self.disk().flush()?;
         }
         Ok(())
     }
@@ -333,6 +335,7 @@ fn overlay(base: Top, request: &Request) -> Result<(Qcow2, Info), String> {
     let options = OpenOptions {
         read_only: request.is_read_only(),
         files: request.files(),
+        mark_zeroes: true,
         ..OpenOptions::default()
     };
     let base: Box<dyn Disk> = match base {

@@ -63,6 +63,7 @@ impl Request {
             unmap: true,
             qcow2: OpenOptions {
                 follow,
+                mark_zeroes: true,
                 ..OpenOptions::default()
             },
             unknown: Vec::new(),

@@ -87,8 +87,11 @@ impl Session {
             None => String::new(),
         };
         let opened = request.set(list).and_then(|()| Opened::open(request));
-        let opened = opened.map_err(|e| self.error(&format!("can't open{named}: {e}")));
-        self.opened = Some(opened?);
+        let opened = opened.map_err(|e| self.error(&format!("can't open{named}: {e}")))?;
+        if let Some(info) = &opened.info {
+            image::warn_of_stale_bitmaps(info, &self.name);
+        }
+        self.opened = Some(opened);
         Ok(())
     }
 

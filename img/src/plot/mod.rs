@@ -288,6 +288,7 @@ mod tests {
             length,
             depth,
             kind,
+            is_hole: false,
             offset: Some(start + 512),
         }
     }
@@ -327,6 +328,7 @@ mod tests {
                 length: 512,
                 depth: 0,
                 kind: ExtentKind::Data,
+                is_hole: false,
                 offset: Some(i.wrapping_mul(0x9e37_79b9) % (1 << 30) * 512),
             });
         }

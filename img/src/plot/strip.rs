@@ -110,6 +110,7 @@ mod tests {
                 length: 2048,
                 depth,
                 kind,
+                is_hole: false,
                 offset: None,
             });
         }

@@ -159,6 +159,34 @@ fn what_qemu_reads() {
     }
 }
 
+/// Tables and bits are shorter than their clusters, which have held other things.
+#[test]
+fn large_clusters_that_are_used_again() {
+    let both = Both::new(|place| {
+        place.make("create -q -f qcow2 -o cluster_size=2M image 16M");
+        place.qemu_io_as("qcow2", "image", &["write 0 16M", "discard 0 16M"]);
+        // What lies behind the header and the tables is free, and holds anything.
+        let path = place.path("image");
+        let mut bytes = fs::read(&path).unwrap();
+        bytes.resize(26 << 20, 0);
+        bytes[10 << 20..].fill(0xee);
+        fs::write(&path, bytes).unwrap();
+        place.make("check -q image");
+    });
+    same(&both, "bitmap --add -g 4k image a");
+    for place in [&both.qemu, &both.tandem] {
+        place.qemu_io("image", &["write 3M 100k", "write 15M 64k"]);
+    }
+    same(&both, "bitmap --add --merge a image b");
+    same(&both, "bitmap --add -g 64k --merge a --merge b image c");
+    sound(&both.tandem, "image");
+    for bitmap in ["a", "b", "c"] {
+        let [expected, found] = [&both.qemu, &both.tandem].map(|p| bits(p, "image", bitmap));
+        assert!(expected.contains("\"present\": true"));
+        assert_eq!(found, expected, "{bitmap}");
+    }
+}
+
 /// QEMU keeps up what Tandem has added, and the other way round.
 #[test]
 fn both_follow_changes() {
@@ -337,16 +365,45 @@ fn limits() {
     same(&both, "bitmap --add -g 1k huge a");
 }
 
-/// Bitmaps that a program without support for them has left behind.
-#[test]
-fn stale_bitmaps_make_room() {
-    let place = Place::tandem();
+/// An image whose bitmaps a program without support for them has left behind.
+fn stale(place: &Place) {
     place.make("create -q -f qcow2 image 1M");
     place.make("bitmap --add image old");
     let path = place.path("image");
     let mut bytes = fs::read(&path).unwrap();
     bytes[95] &= !1;
     fs::write(&path, bytes).unwrap();
+}
+
+/// Whoever opens the image is told, once.
+#[test]
+fn stale_bitmaps_are_told_of() {
+    let both = Both::new(|place| {
+        stale(place);
+        place.make("create -q -f raw raw 1M");
+    });
+    for line in [
+        "map image",
+        "check image",
+        "measure -O raw image",
+        "compare image raw",
+        "compare raw image",
+        "convert -O raw image copy",
+        "snapshot -l image",
+        "map --image-opts driver=qcow2,file.filename=image",
+        "map -f raw image",
+        "map -f foo image",
+        // QEMU drops them when it opens the image for writing.
+        "resize -q image 1M",
+    ] {
+        both.same(line);
+    }
+}
+
+#[test]
+fn stale_bitmaps_make_room() {
+    let place = Place::tandem();
+    stale(&place);
     assert_eq!(
         place.run(&["bitmap", "--add", "image", "new"]).status,
         Some(0)

@@ -366,6 +366,36 @@ fn onto_what_is_there() {
     }
 }
 
+/// Zeros that are written are stored, or marked, as by QEMU.
+#[test]
+fn zeros_that_are_written() {
+    let both = Both::new(|place| {
+        images(place);
+        place.make("create -q -f qcow2 empty 4M");
+        place.make("create -q -f qcow2 -o compat=0.10 old 4M");
+    });
+    for (line, out) in [
+        ("-c -S 0 -O qcow2 odd out", "out"),
+        ("-c -S 0 -O qcow2 small out", "out"),
+        ("-c -S 0 -O qcow2 top out", "out"),
+        ("-n -O qcow2 small empty", "empty"),
+        ("-n -O qcow2 small old", "old"),
+    ] {
+        let args = words(line);
+        let args: Vec<_> = ["convert"].iter().chain(&args).copied().collect();
+        let [expected, found] = [&both.qemu, &both.tandem].map(|place| {
+            assert_eq!(place.run(&args).status, Some(0), "{line}");
+            place.make(&format!("check -q {out}"));
+            let map = place.qemu_img(&["map", "--output=json", out]).stdout;
+            let pieces = map.lines().map(|line| line.split(", \"offset\"").next());
+            pieces
+                .map(|piece| piece.map(str::to_owned))
+                .collect::<Vec<_>>()
+        });
+        assert_eq!(found, expected, "{line}");
+    }
+}
+
 fn snapshots(place: &Place) {
     place.make("create -q -f qcow2 snap 4M");
     place.qemu_io("snap", &["write -P 1 0 1M"]);

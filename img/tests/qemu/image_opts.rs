@@ -16,6 +16,19 @@ fn images(place: &Place) {
 
 const A: &str = "--image-opts driver=qcow2,file.filename=a";
 
+/// QEMU's JSON has strings in single quotes, too.
+#[test]
+fn json_in_single_quotes() {
+    let both = Both::new(images);
+    for json in [
+        "{'driver':'qcow2','file':{'filename':'a'}}",
+        r#"{"driver":'qcow2','file.filename':"\u0061"}"#,
+        r#"{'driver':'qcow2','file':{'driver':'file','filename':'a\'b"'}}"#,
+    ] {
+        both.same(&format!("map json:{json}"));
+    }
+}
+
 /// Every subcommand with good and bad options; nothing is changed.
 #[test]
 fn options_mean_the_same() {

@@ -35,4 +35,5 @@ mod rebase;
 mod resize;
 mod run;
 mod shell;
+mod signals;
 mod snapshot;

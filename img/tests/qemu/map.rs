@@ -55,6 +55,29 @@ fn shows_the_same() {
     both.same("map -f qcow2 internal");
 }
 
+/// Holes of the file below clusters that were allocated beforehand.
+#[test]
+fn holes_below_images() {
+    let both = Both::new(|place| {
+        place.make("create -q -f qcow2 -o preallocation=metadata pre 4M");
+        place.qemu_io(
+            "pre",
+            &["write 1M 100k", "write -z 2M 64k", "discard 3M 64k"],
+        );
+        place.make("create -q -f qcow2 -b pre -F qcow2 top 5M");
+        place.qemu_io("top", &["write 1088k 64k"]);
+        place.make("create -q -f qcow2 plain 4M");
+        place.qemu_io("plain", &["write -P 0 1M 1M"]);
+        place.make("create -q -f qcow2 -o data_file=d.raw,preallocation=metadata ext 4M");
+        place.qemu_io("ext", &["write 1M 100k"]);
+    });
+    for name in ["pre", "top", "plain", "ext"] {
+        both.same(&format!("map {name}"));
+        both.same(&format!("map --output=json {name}"));
+        both.same(&format!("map --output=json -s 1000k -l 200k {name}"));
+    }
+}
+
 #[test]
 fn fails_the_same() {
     let both = Both::new(images);

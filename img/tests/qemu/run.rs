@@ -56,11 +56,23 @@ impl Place {
         self.run_program(QEMU, args)
     }
 
-    fn run_program(&self, program: &str, args: &[&str]) -> Run {
-        let output = Command::new(program)
+    /// The program of this place under the name `qemu-img`, not run yet.
+    pub fn command(&self, args: &[&str]) -> Command {
+        self.command_of(self.program, args)
+    }
+
+    fn command_of(&self, program: &str, args: &[&str]) -> Command {
+        let mut command = Command::new(program);
+        command
             .arg0("qemu-img")
             .args(args)
-            .current_dir(self.dir.path())
+            .current_dir(self.dir.path());
+        command
+    }
+
+    fn run_program(&self, program: &str, args: &[&str]) -> Run {
+        let output = self
+            .command_of(program, args)
             .output()
             .unwrap_or_else(|e| panic!("{program}: {e}"));
         Run {

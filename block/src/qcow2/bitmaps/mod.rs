@@ -273,9 +273,10 @@ fn load(
 ) -> Result<()> {
     let parts = directory::read_table(&*image.storage, &image.path, geometry, bitmap)?;
     let words = (geometry.cluster_size() / 8) as usize;
-    let mut bytes = vec![0; geometry.cluster_size() as usize];
-    let needed = geometry.clusters(bitmap.bits(size).div_ceil(8)) as usize;
-    for (i, part) in parts.into_iter().enumerate().take(needed) {
+    let all = bitmap.bits(size).div_ceil(64) as usize;
+    let mut bytes = vec![0; words.min(all) * 8];
+    for (i, part) in parts.into_iter().enumerate().take(all.div_ceil(words)) {
+        bytes.truncate((all - i * words) * 8);
         match part {
             Part::All(false) => continue,
             Part::All(true) => bytes.fill(0xff),
@@ -404,13 +405,14 @@ impl Qcow2 {
         new: &mut Vec<Place>,
     ) -> Result<(u64, u32)> {
         let g = self.geometry;
-        let parts = g.clusters(bitmap.bits(self.size()).div_ceil(8));
-        let words = g.cluster_size() / 8;
+        let bits_len = bitmap.bits(self.size());
+        let parts = g.clusters(bits_len.div_ceil(8));
+        let (words, all) = (g.cluster_size() / 8, bits_len.div_ceil(64));
         let mut entries = vec![0; parts as usize];
-        let mut bytes = Vec::with_capacity(g.cluster_size() as usize);
+        let mut bytes = Vec::new();
         for (i, entry) in (0..).zip(&mut entries) {
             bytes.clear();
-            for index in i * words..(i + 1) * words {
+            for index in i * words..all.min((i + 1) * words) {
                 let word = bits.get(index as usize);
                 let word = word.map_or(0, |word| word.load(Ordering::Relaxed));
                 bytes.extend(word.to_le_bytes());

@@ -165,6 +165,16 @@ fn a_raw_data_file() {
     both.same_bytes("data");
 }
 
+/// Clusters that were given up are used again, though nothing was flushed.
+#[test]
+fn discarded_space() {
+    let both = Both::new(|place| place.make("create -q -f qcow2 disk 8M"));
+    let cases = "-t writeback disk :: write 0 4M :: discard 1M 2M :: write -P 7 5M 2M";
+    same(&both, cases);
+    assert_eq!(len(&both.tandem, "disk"), len(&both.qemu, "disk"));
+    same_disk(&both, "qcow2", "disk");
+}
+
 #[test]
 fn compressed() {
     let both = Both::new(|place| {

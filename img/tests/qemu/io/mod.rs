@@ -6,6 +6,7 @@ mod content;
 mod mistakes;
 mod opening;
 mod talk;
+mod zeroes;
 
 use std::io::Write;
 use std::os::unix::process::CommandExt;

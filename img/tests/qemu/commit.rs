@@ -100,8 +100,8 @@ fn does_the_same() {
             chains::same_content(&both, image);
         }
         let image = line.rsplit([' ', '=']).next().unwrap();
-        let maps = (mapped(&both.tandem, image), mapped(&both.qemu, image));
-        assert_eq!(maps.0, maps.1, "{line}");
+        let [expected, found] = both.each(|place| mapped(place, image));
+        assert_eq!(found, expected, "{line}");
     }
     both.same_bytes("base.raw");
     both.same_bytes("b.data");
@@ -123,7 +123,8 @@ fn shows_progress() {
             lines.dedup();
             (lines, run.stderr, run.status)
         };
-        assert_eq!(shown(&both.tandem), shown(&both.qemu), "{line}");
+        let [expected, found] = both.each(shown);
+        assert_eq!(found, expected, "{line}");
     }
 }
 

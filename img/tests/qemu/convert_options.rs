@@ -67,8 +67,7 @@ fn same(both: &Both, line: &str) {
     if format == "qcow2" {
         both.tandem.make(&format!("check -q -f qcow2 {target}"));
         // Data files are named relative to the directory of the program.
-        both.tandem.make("convert -f qcow2 -O raw out content");
-        both.qemu.make("convert -f qcow2 -O raw out content");
+        both.each(|place| place.make("convert -f qcow2 -O raw out content"));
         both.same_bytes("content");
     } else {
         assert!(
@@ -78,7 +77,7 @@ fn same(both: &Both, line: &str) {
     }
 }
 
-fn all_same(prepare: impl Fn(&Place), lines: &[&str]) {
+fn all_same(prepare: impl Fn(&Place) + Sync, lines: &[&str]) {
     let both = Both::new(prepare);
     for line in lines {
         same(&both, line);

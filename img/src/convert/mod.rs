@@ -305,13 +305,17 @@ fn finish(
     let (opened, new) = made.into_parts();
     match (bitmaps, sources.into_first()) {
         (Some(bitmaps), Some(source)) => bitmaps::copy(args, bitmaps, source, opened)?,
-        _ => drop(opened),
-    }
-    new.map_or(Ok(()), NewImage::commit).map_err(|e| {
+    let failed = |e: Error| {
         let (name, reason) = (target.display(), e.reason());
         args.name
             .error(&format!("Could not finish '{name}': {reason}"))
-    })
+    };
+        _ => {
+            opened.disk().close().map_err(failed)?;
+            drop(opened);
+        }
+    }
+    new.map_or(Ok(()), NewImage::commit).map_err(failed)
 }
 
 /// The bitmaps that are copied, if any are to be.

@@ -255,7 +255,11 @@ fn convert(
     target: &OsStr,
     progress: &Progress,
 ) -> Result<(), Failure> {
-    let sources = Sources::new(sources);
+    let too_large = || {
+        args.name
+            .error("The sources together are too large for a disk")
+    };
+    let sources = Sources::new(sources).ok_or_else(too_large)?;
     let plan = match args.has("no-create") {
         true => None,
         false => Some(Plan::new(args, request, target, sources.size())?),

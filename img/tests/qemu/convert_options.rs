@@ -264,6 +264,20 @@ fn ways_to_copy() {
     );
 }
 
+/// Eight disks of two exbibytes have as many bytes as do not fit into 64 bits.
+#[test]
+fn sources_that_are_too_large_together() {
+    let place = Place::tandem();
+    place.make("create -q -f qcow2 -o cluster_size=2M huge 2E");
+    for format in ["raw", "qcow2"] {
+        let line = format!("convert -O {format} {} out", ["huge"; 8].join(" "));
+        let run = place.run(&words(&line));
+        let message = "qemu-img: The sources together are too large for a disk\n";
+        assert_eq!((run.status, &*run.stderr), (Some(1), message), "{line}");
+        assert!(!place.path("out").exists());
+    }
+}
+
 #[test]
 fn several_sources() {
     all_same(

@@ -2,9 +2,11 @@
 
 mod names;
 
-use std::fs::{File, OpenOptions, Permissions};
+use std::fs::{File, Metadata, OpenOptions, Permissions};
 use std::io;
-use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{
+    FileExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt, fchown,
+};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::FallocateFlags;
@@ -135,10 +137,7 @@ impl NewFile {
             old: Some(old),
             kind: Kind::regular(temporary),
         };
-        // Who may use the disk stays as it was, as far as this process may decide it.
-        let _ = std::os::unix::fs::fchown(&new.file, Some(metadata.uid()), Some(metadata.gid()));
-        new.file
-            .set_permissions(Permissions::from_mode(metadata.mode() & 0o777))?;
+        keep_access(&new.file, &metadata)?;
         Ok(new)
     }
 
@@ -158,6 +157,11 @@ impl NewFile {
     /// The name that was asked for.
     pub fn name(&self) -> &Path {
         &self.name
+    }
+
+    /// Whether there is something of that name already, which it replaces or writes to.
+    pub fn exists(&self) -> bool {
+        self.old.is_some() || !self.is_regular()
     }
 
     /// Whether it is no block device, and so reads as zero where nothing has been written.
@@ -340,6 +344,17 @@ impl Drop for NewFile {
         }
         self.old.iter().chain([&self.file]).for_each(lock::release);
     }
+}
+
+/// Lets those use the new file who may use the old one, as far as this process may decide it.
+fn keep_access(file: &File, old: &Metadata) -> io::Result<()> {
+    // Only root can give a file away, but whoever is in the group can leave it to that.
+    let group = Some(old.gid());
+    let keeps_group =
+        fchown(file, Some(old.uid()), group).is_ok() || fchown(file, None, group).is_ok();
+    // What the old group may do is no concern of another one.
+    let mask = if keeps_group { 0o777 } else { 0o707 };
+    file.set_permissions(Permissions::from_mode(old.mode() & mask))
 }
 
 fn write_zeros(file: &File, mut offset: u64, len: u64) -> io::Result<()> {

@@ -2,7 +2,6 @@
 
 mod bitmaps;
 mod copy;
-mod rate;
 mod request;
 mod source;
 mod sparse;
@@ -25,9 +24,9 @@ use crate::opened::Opened;
 use crate::options;
 use crate::output;
 use crate::progress::Progress;
+use crate::rate::Rate;
 use crate::workers::{self, Workers};
 use copy::Copy;
-use rate::Rate;
 use request::Request;
 use source::Sources;
 use sparse::Detection;
@@ -306,14 +305,14 @@ fn finish(
     made: Target,
     target: &OsStr,
 ) -> Result<(), Failure> {
-    let (opened, new) = made.into_parts();
-    match (bitmaps, sources.into_first()) {
-        (Some(bitmaps), Some(source)) => bitmaps::copy(args, bitmaps, source, opened)?,
     let failed = |e: Error| {
         let (name, reason) = (target.display(), e.reason());
         args.name
             .error(&format!("Could not finish '{name}': {reason}"))
     };
+    let (opened, new) = made.into_parts();
+    match (bitmaps, sources.into_first()) {
+        (Some(bitmaps), Some(source)) => bitmaps::copy(args, bitmaps, source, opened)?,
         _ => {
             opened.disk().close().map_err(failed)?;
             drop(opened);

@@ -13,7 +13,7 @@ pub struct Definition {
     pub kind: Kind,
     /// The value that it has when it is not given, if that is shown.
     pub default: Option<&'static str>,
-    /// What it means. Empty for one that is not supported yet.
+    /// What it means.
     pub help: &'static str,
 }
 
@@ -90,11 +90,7 @@ impl Options {
             let at = self
                 .position(name)
                 .ok_or_else(|| format!("Invalid parameter '{name}'"))?;
-            let definition = &self.definitions[at];
-            if definition.help.is_empty() {
-                return Err(format!("Option '{name}' is not supported yet"));
-            }
-            self.values[at] = Some(parse_value(definition, text)?);
+            self.values[at] = Some(parse_value(&self.definitions[at], text)?);
         }
         Ok(())
     }
@@ -155,11 +151,10 @@ impl Options {
     }
 }
 
-/// A description of the options that are supported.
+/// A description of options.
 pub fn describe(definitions: &[Definition]) -> String {
     let mut lines: Vec<_> = definitions
         .iter()
-        .filter(|definition| !definition.help.is_empty())
         .map(|definition| {
             let kind = match definition.kind {
                 Kind::Text => "str",
@@ -249,12 +244,6 @@ mod tests {
             default: None,
             help: "h",
         },
-        Definition {
-            name: "later",
-            kind: Kind::Switch,
-            default: None,
-            help: "",
-        },
     ];
 
     fn parse(list: &str) -> Result<String, String> {
@@ -281,10 +270,6 @@ mod tests {
     #[test]
     fn mistakes_are_named() {
         assert_eq!(parse("nofoo").unwrap_err(), "Invalid parameter 'nofoo'");
-        assert_eq!(
-            parse("later=on").unwrap_err(),
-            "Option 'later' is not supported yet"
-        );
         assert_eq!(
             parse("raw=x").unwrap_err(),
             "Parameter 'raw' expects 'on' or 'off'"

@@ -1,7 +1,5 @@
 //! Lists of options: `-o name=value,name=value`.
 
-use std::num::{IntErrorKind, ParseIntError};
-
 use crate::size;
 
 /// An option that a format has.
@@ -197,28 +195,19 @@ pub fn parse_value(definition: &Definition, text: &str) -> Result<Value, String>
             "off" | "no" | "false" | "n" => Ok(Value::Switch(false)),
             _ => Err(format!("Parameter '{name}' expects 'on' or 'off'")),
         },
-        Kind::Number => parse_number(text)
-            .map(Value::Number)
-            .map_err(|e| match e.kind() {
-                IntErrorKind::PosOverflow => {
-                    format!("Value '{text}' is too large for parameter '{name}'")
-                }
-                _ => format!("Parameter '{name}' expects a number"),
-            }),
+        Kind::Number => match size::c_number(text) {
+            None => Err(format!("Parameter '{name}' expects a number")),
+            Some((_, None)) => Err(format!(
+                "Value '{text}' is too large for parameter '{name}'"
+            )),
+            // Negative numbers are large ones, as in C.
+            Some((true, Some(number))) => Ok(Value::Number(number.wrapping_neg())),
+            Some((false, Some(number))) => Ok(Value::Number(number)),
+        },
         Kind::Size => size::parse(text)
             .map(Value::Number)
             .map_err(|wrong| wrong.message(name, text)),
     }
-}
-
-/// Reads a number as C does: hexadecimal after `0x`, octal after `0`, else decimal.
-fn parse_number(text: &str) -> Result<u64, ParseIntError> {
-    let (digits, radix) = match text.strip_prefix("0x") {
-        Some(digits) => (digits, 16),
-        None if text.len() > 1 && text.starts_with('0') => (&text[1..], 8),
-        None => (text, 10),
-    };
-    u64::from_str_radix(digits, radix)
 }
 
 #[cfg(test)]

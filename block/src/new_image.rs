@@ -128,11 +128,12 @@ impl NewImage {
     }
 
     /// Opens the new qcow2 disk for writing, on top of `backing`, which must be given if the image
-    /// names a backing file; not one whose data file is kept as it is. It must be closed before the image is committed. Of `options`, what
+    /// names a backing file. It must be closed before the image is committed. Of `options`, what
     /// decides which files are used has no meaning here.
     ///
     /// # Errors
-    /// As [`Qcow2::open`].
+    /// As [`Qcow2::open`]; [`Error::DataFile`] if the data file is one that is kept as it is, which
+    /// nobody writes to.
     pub fn open_qcow2(
         &mut self,
         options: &OpenOptions,

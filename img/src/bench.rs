@@ -237,7 +237,14 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
     run.all().map_err(|reason| args.name.error(&reason))?;
     let seconds = start.elapsed().as_secs_f64();
     output::print(&format!("Run completed in {seconds:.3} seconds.\n"));
-    Ok(())
+    let closed = disk.close();
+    closed.map_err(|e| {
+        args.name.error(&format!(
+            "Could not close '{}': {}",
+            file.display(),
+            e.reason()
+        ))
+    })
 }
 
 /// A run of requests.

@@ -137,7 +137,7 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
         ..CheckOptions::default()
     };
     if !read_only {
-        image.warn_if_guessed();
+        image.warn_of_guess();
     }
     if image.format == Format::Raw {
         let failure = args.name.error("This image format does not support checks");

@@ -1,7 +1,5 @@
 //! `tandem-img commit`
 
-use std::time::{Duration, Instant};
-
 use clap::Command;
 use tandem_block::qcow2::Commit;
 use tandem_block::{Error, FileOptions};
@@ -15,6 +13,7 @@ use crate::image::{
 };
 use crate::output;
 use crate::progress::Progress;
+use crate::rate::Rate;
 use crate::size;
 
 /// Definition of the subcommand.
@@ -114,11 +113,15 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
         let text = format!("Block job failed: {}", e.reason());
         args.name.error(&text)
     };
-    let limit = Limit::new(rate);
+    let rate = (rate > 0).then(|| Rate::new(rate));
+    let mut last = 0;
     commit
         .copy(&mut |done, total| {
             progress.set(done, total);
-            limit.wait(done);
+            if let Some(rate) = &rate {
+                rate.wait(done - last);
+            }
+            last = done;
         })
         .map_err(failed)?;
     let empties = !args.has("drop") && !args.has("base");
@@ -128,30 +131,4 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
         output::print("Image committed.\n");
     }
     Ok(())
-}
-
-/// So many bytes in a second at most.
-struct Limit {
-    /// 0 for no limit.
-    rate: u64,
-    start: Instant,
-}
-
-impl Limit {
-    fn new(rate: u64) -> Self {
-        Self {
-            rate,
-            start: Instant::now(),
-        }
-    }
-
-    /// Waits until `done` bytes may have been written.
-    fn wait(&self, done: u64) {
-        if self.rate == 0 {
-            return;
-        }
-        let due = Duration::try_from_secs_f64(done as f64 / self.rate as f64);
-        let due = due.unwrap_or(Duration::MAX);
-        std::thread::sleep(due.saturating_sub(self.start.elapsed()));
-    }
 }

@@ -81,14 +81,13 @@ fn complete(shell: Shell) -> Command {
 /// The values of an option that has few.
 fn values_of(id: &str) -> &'static [&'static str] {
     match id {
-        "format" | "backing-format" | "output-format" | "source-format" | "target-format" => {
-            &["qcow2", "raw"]
-        }
+        "format" | "second-format" | "backing-format" | "output-format" | "source-format"
+        | "target-format" => &["qcow2", "raw"],
         "output" => &["human", "json"],
         "repair" => &["leaks", "all"],
         "follow" => &["image-directory", "anywhere", "nothing"],
         "preallocation" => &["off", "metadata", "falloc", "full"],
-        "cache" | "source-cache" | "target-cache" => {
+        "cache" | "source-cache" | "backing-cache" => {
             &["writeback", "none", "writethrough", "directsync", "unsafe"]
         }
         _ => &[],

@@ -171,19 +171,6 @@ impl<'a> Image<'a> {
         Ok(image)
     }
 
-    /// Tells the user, before the image is written, that its format was guessed.
-    pub fn warn_if_guessed(&self) {
-        if self.format == Format::Raw && self.probed {
-            eprint!(
-                "WARNING: Image format was not specified for '{}' and probing guessed raw.\n         \
-                 Automatically detecting the format is dangerous for raw images, write operations on \
-                 block 0 will be restricted.\n         \
-                 Specify the 'raw' format explicitly to remove the restrictions.\n",
-                self.path.display()
-            );
-        }
-    }
-
     /// How the image is opened as qcow2; names in it may lead where `follow` says.
     ///
     /// # Errors

@@ -484,7 +484,7 @@ fn check(values: &BTreeMap<String, String>, known: &[(&str, Values)]) -> Result<
                 size::parse(value).map_err(|wrong| wrong.message(name, value))?;
             }
             Values::Number => {
-                let is_number = value.parse::<u64>().is_ok();
+                let is_number = size::c_number(value).is_some_and(|(_, amount)| amount.is_some());
                 let text = || format!("Parameter '{name}' expects a number");
                 is_number.then_some(()).ok_or_else(text)?;
             }

@@ -29,6 +29,7 @@ pub mod output;
 pub mod plot;
 pub mod program;
 pub mod progress;
+pub mod rate;
 pub mod rebase;
 pub mod resize;
 pub mod size;

@@ -254,7 +254,9 @@ impl Listing {
         };
         match self.output {
             Output::Human if part.kind == ExtentKind::Data && !part.is_hole => {
-                output::print(&part.human(&self.files[part.depth]))
+                // Somebody may have changed the chain since it was opened.
+                let file = self.files.get(part.depth).map_or("", String::as_str);
+                output::print(&part.human(file));
             }
             Output::Human => {}
             Output::Json if self.is_first => output::print(&part.json()),

@@ -1,7 +1,5 @@
 //! Lists of options: `-o name=value,name=value`.
 
-use std::num::{IntErrorKind, ParseIntError};
-
 use crate::size;
 
 /// An option that a format has.
@@ -13,7 +11,7 @@ pub struct Definition {
     pub kind: Kind,
     /// The value that it has when it is not given, if that is shown.
     pub default: Option<&'static str>,
-    /// What it means. Empty for one that is not supported yet.
+    /// What it means.
     pub help: &'static str,
 }
 
@@ -90,11 +88,7 @@ impl Options {
             let at = self
                 .position(name)
                 .ok_or_else(|| format!("Invalid parameter '{name}'"))?;
-            let definition = &self.definitions[at];
-            if definition.help.is_empty() {
-                return Err(format!("Option '{name}' is not supported yet"));
-            }
-            self.values[at] = Some(parse_value(definition, text)?);
+            self.values[at] = Some(parse_value(&self.definitions[at], text)?);
         }
         Ok(())
     }
@@ -155,11 +149,10 @@ impl Options {
     }
 }
 
-/// A description of the options that are supported.
+/// A description of options.
 pub fn describe(definitions: &[Definition]) -> String {
     let mut lines: Vec<_> = definitions
         .iter()
-        .filter(|definition| !definition.help.is_empty())
         .map(|definition| {
             let kind = match definition.kind {
                 Kind::Text => "str",
@@ -202,28 +195,19 @@ pub fn parse_value(definition: &Definition, text: &str) -> Result<Value, String>
             "off" | "no" | "false" | "n" => Ok(Value::Switch(false)),
             _ => Err(format!("Parameter '{name}' expects 'on' or 'off'")),
         },
-        Kind::Number => parse_number(text)
-            .map(Value::Number)
-            .map_err(|e| match e.kind() {
-                IntErrorKind::PosOverflow => {
-                    format!("Value '{text}' is too large for parameter '{name}'")
-                }
-                _ => format!("Parameter '{name}' expects a number"),
-            }),
+        Kind::Number => match size::c_number(text) {
+            None => Err(format!("Parameter '{name}' expects a number")),
+            Some((_, None)) => Err(format!(
+                "Value '{text}' is too large for parameter '{name}'"
+            )),
+            // Negative numbers are large ones, as in C.
+            Some((true, Some(number))) => Ok(Value::Number(number.wrapping_neg())),
+            Some((false, Some(number))) => Ok(Value::Number(number)),
+        },
         Kind::Size => size::parse(text)
             .map(Value::Number)
             .map_err(|wrong| wrong.message(name, text)),
     }
-}
-
-/// Reads a number as C does: hexadecimal after `0x`, octal after `0`, else decimal.
-fn parse_number(text: &str) -> Result<u64, ParseIntError> {
-    let (digits, radix) = match text.strip_prefix("0x") {
-        Some(digits) => (digits, 16),
-        None if text.len() > 1 && text.starts_with('0') => (&text[1..], 8),
-        None => (text, 10),
-    };
-    u64::from_str_radix(digits, radix)
 }
 
 #[cfg(test)]
@@ -248,12 +232,6 @@ mod tests {
             kind: Kind::Switch,
             default: None,
             help: "h",
-        },
-        Definition {
-            name: "later",
-            kind: Kind::Switch,
-            default: None,
-            help: "",
         },
     ];
 
@@ -281,10 +259,6 @@ mod tests {
     #[test]
     fn mistakes_are_named() {
         assert_eq!(parse("nofoo").unwrap_err(), "Invalid parameter 'nofoo'");
-        assert_eq!(
-            parse("later=on").unwrap_err(),
-            "Option 'later' is not supported yet"
-        );
         assert_eq!(
             parse("raw=x").unwrap_err(),
             "Parameter 'raw' expects 'on' or 'off'"

@@ -63,9 +63,10 @@ pub fn parse_between(what: &str, text: &str, min: u64, max: u64) -> Result<u64, 
     }
 }
 
-/// A number from `min` to `max`, written as in C, of what is called `what` in QEMU's message about a
-/// mistake in it.
-pub fn parse_count(what: &str, text: &str, min: u64, max: u64) -> Result<u64, String> {
+/// A number as C's `strtoull` reads it, and nothing behind it: hexadecimal after `0x`, octal after `0`,
+/// else decimal. Whether it is negative, and its amount, unless that exceeds 64 bits; `None` for what
+/// is no number.
+pub fn c_number(text: &str) -> Option<(bool, Option<u64>)> {
     let digits = text.trim_start_matches([' ', '\t', '\n', '\u{b}', '\u{c}', '\r']);
     let (negative, digits) = match digits.strip_prefix(['+', '-']) {
         Some(rest) => (digits.starts_with('-'), rest),
@@ -79,13 +80,18 @@ pub fn parse_count(what: &str, text: &str, min: u64, max: u64) -> Result<u64, St
         None if digits.starts_with('0') => (digits, 8),
         None => (digits, 10),
     };
-    if digits.is_empty() || !digits.chars().all(|digit| digit.is_digit(radix)) {
-        return Err(format!("Invalid {what} specified: '{text}'."));
-    }
-    match u64::from_str_radix(digits, radix) {
-        Ok(0) if min == 0 => Ok(0),
-        Ok(number) if !negative && (min..=max).contains(&number) => Ok(number),
-        _ => Err(format!(
+    let is_number = !digits.is_empty() && digits.chars().all(|digit| digit.is_digit(radix));
+    is_number.then(|| (negative, u64::from_str_radix(digits, radix).ok()))
+}
+
+/// A [`c_number`] from `min` to `max`, of what is called `what` in QEMU's message about a mistake in
+/// it.
+pub fn parse_count(what: &str, text: &str, min: u64, max: u64) -> Result<u64, String> {
+    match c_number(text) {
+        None => Err(format!("Invalid {what} specified: '{text}'.")),
+        Some((_, Some(0))) if min == 0 => Ok(0),
+        Some((false, Some(number))) if (min..=max).contains(&number) => Ok(number),
+        Some(_) => Err(format!(
             "Invalid {what} specified. Must be between {min} and {max}."
         )),
     }

@@ -58,7 +58,7 @@ impl Commit {
     }
 
     /// Makes the base read as the disk on top, and as large if that is larger. `progress` is told how
-    /// many bytes of how many have been written.
+    /// many bytes of data of how many have been written.
     ///
     /// # Errors
     /// What keeps an image from being read, or the base from being written. The disk on top reads as
@@ -66,7 +66,9 @@ impl Commit {
     pub fn copy(&self, progress: &mut dyn FnMut(u64, u64)) -> Result<()> {
         let mut total = 0;
         self.for_each_part(|part| {
-            total += part.len;
+            if !part.is_zero {
+                total += part.len;
+            }
             Ok(())
         })?;
         let size = self.top.size();
@@ -76,11 +78,11 @@ impl Commit {
         let mut buffer = vec![0; PIECE as usize];
         let mut done = 0;
         self.for_each_part(|part| {
-            progress(done, total);
-            done += part.len;
             if part.is_zero {
                 return self.base.write_zeroes(part.offset, part.len, true);
             }
+            progress(done, total);
+            done += part.len;
             let piece = &mut buffer[..part.len as usize];
             self.top
                 .read_at(&[VolatileSlice::from(&mut *piece)], part.offset)?;
@@ -92,23 +94,20 @@ impl Commit {
         Ok(())
     }
 
-    /// Calls `f` on what the images above the base have, in parts of up to [`PIECE`] bytes.
+    /// Calls `f` on what the images above the base have, and what lies behind its end: data in parts
+    /// of up to [`PIECE`] bytes.
     fn for_each_part(&self, mut f: impl FnMut(Part) -> Result<()>) -> Result<()> {
         let size = self.top.size();
         let mut offset = 0;
         while offset < size {
-            let len = PIECE.min(size - offset);
-            let (depth, extent) = extent_in_chain(&self.top, offset, len)?;
-            let len = extent.len;
-            let is_zero = match extent.kind {
-                ExtentKind::Data | ExtentKind::Compressed => false,
-                // Unallocated, if the image below this one ends before.
-                ExtentKind::Zero | ExtentKind::Unallocated => true,
+            let (depth, extent) = extent_in_chain(&self.top, offset, size - offset)?;
+            let (is_zero, len) = match extent.kind {
+                ExtentKind::Data | ExtentKind::Compressed => (false, extent.len.min(PIECE)),
+                // Unallocated, if the image below this one ends before. That goes for the base, too: a
+                // raw data file of it may hold anything there.
+                ExtentKind::Zero | ExtentKind::Unallocated => (true, extent.len),
             };
-            // Where the base ends before, it becomes larger and reads as zero.
-            let is_base = depth > self.between
-                || depth == self.between && extent.kind == ExtentKind::Unallocated;
-            if !is_base {
+            if depth <= self.between {
                 f(Part {
                     offset,
                     len,

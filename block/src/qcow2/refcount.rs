@@ -124,6 +124,14 @@ impl Refcounts {
         self.table.iter().copied().filter(|offset| *offset != 0)
     }
 
+    /// The first cluster from `cluster` on that a refcount block counts.
+    pub(super) fn next_counted(&self, cluster: u64) -> Option<u64> {
+        let per_block = self.counts_per_block();
+        let first = usize::try_from(cluster / per_block).ok()?;
+        let found = self.table.get(first..)?.iter().position(|at| *at != 0)?;
+        Some(cluster.max((first + found) as u64 * per_block))
+    }
+
     /// From now on, a slice that counts any of the clusters of `reserved` as free is not used.
     ///
     /// Slices are verified as they are read, so that opening a large image reads few of them: some

@@ -5,13 +5,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use tandem_block::qcow2::{CompressedCluster, Qcow2};
 use tandem_block::{Error, VolatileSlice};
 
-use super::rate::Rate;
 use super::source::{Sources, Status};
 use super::sparse::{Detection, Part, is_zero};
 use crate::failure::Failure;
 use crate::getopt::Name;
 use crate::opened::Opened;
 use crate::progress::{Progress, percent};
+use crate::rate::Rate;
 use crate::workers::{Turn, Workers};
 
 /// Bytes that are copied at once, and more if a cluster has more.

@@ -2,7 +2,6 @@
 
 mod bitmaps;
 mod copy;
-mod rate;
 mod request;
 mod source;
 mod sparse;
@@ -25,9 +24,9 @@ use crate::opened::Opened;
 use crate::options;
 use crate::output;
 use crate::progress::Progress;
+use crate::rate::Rate;
 use crate::workers::{self, Workers};
 use copy::Copy;
-use rate::Rate;
 use request::Request;
 use source::Sources;
 use sparse::Detection;
@@ -255,7 +254,11 @@ fn convert(
     target: &OsStr,
     progress: &Progress,
 ) -> Result<(), Failure> {
-    let sources = Sources::new(sources);
+    let too_large = || {
+        args.name
+            .error("The sources together are too large for a disk")
+    };
+    let sources = Sources::new(sources).ok_or_else(too_large)?;
     let plan = match args.has("no-create") {
         true => None,
         false => Some(Plan::new(args, request, target, sources.size())?),
@@ -302,16 +305,20 @@ fn finish(
     made: Target,
     target: &OsStr,
 ) -> Result<(), Failure> {
-    let (opened, new) = made.into_parts();
-    match (bitmaps, sources.into_first()) {
-        (Some(bitmaps), Some(source)) => bitmaps::copy(args, bitmaps, source, opened)?,
-        _ => drop(opened),
-    }
-    new.map_or(Ok(()), NewImage::commit).map_err(|e| {
+    let failed = |e: Error| {
         let (name, reason) = (target.display(), e.reason());
         args.name
             .error(&format!("Could not finish '{name}': {reason}"))
-    })
+    };
+    let (opened, new) = made.into_parts();
+    match (bitmaps, sources.into_first()) {
+        (Some(bitmaps), Some(source)) => bitmaps::copy(args, bitmaps, source, opened)?,
+        _ => {
+            opened.disk().close().map_err(failed)?;
+            drop(opened);
+        }
+    }
+    new.map_or(Ok(()), NewImage::commit).map_err(failed)
 }
 
 /// The bitmaps that are copied, if any are to be.

@@ -39,21 +39,18 @@ pub struct FileRange<'a> {
 }
 
 impl Sources {
-    /// `disks`, one behind the other.
-    pub fn new(disks: Vec<Opened>) -> Self {
-        let mut size = 0;
-        let parts = disks.into_iter().map(|opened| {
-            let start = size;
-            size += opened.disk().size();
-            Part {
-                opened,
-                start,
-                end: size,
+    /// `disks`, one behind the other; `None` if that is more than a disk can have.
+    pub fn new(disks: Vec<Opened>) -> Option<Self> {
+        let mut parts: Vec<Part> = Vec::new();
+        for opened in disks {
+            let start = parts.last().map_or(0, |part| part.end);
+            let end = start.checked_add(opened.disk().size())?;
+            if end > i64::MAX as u64 {
+                return None;
             }
-        });
-        Self {
-            parts: parts.collect(),
+            parts.push(Part { opened, start, end });
         }
+        Some(Self { parts })
     }
 
     /// Size of all in bytes.

@@ -1,6 +1,5 @@
 //! Numbers as `qemu-io` reads and prints them.
 
-use std::num::IntErrorKind;
 use std::time::Duration;
 
 use super::failed::Failed;
@@ -33,32 +32,16 @@ pub fn parse_pattern(text: &str) -> Result<u8, Failed> {
         .ok_or_else(|| Failed::output(&format!("{text} is not a valid pattern byte")))
 }
 
-/// Reads a number as C's `strtol` does, and nothing behind it: hexadecimal after `0x`, octal after
-/// `0`, else decimal. An empty text is zero, and a number that is too large the largest.
+/// Reads a number as C's `strtol` does, and nothing behind it. An empty text is zero, and a number that
+/// is too large the largest.
 pub fn parse_integer(text: &str) -> Option<i64> {
     if text.is_empty() {
         return Some(0);
     }
-    let text = text.trim_start_matches(['\t', '\n', '\u{b}', '\u{c}', '\r']);
-    let (sign, digits) = match text.strip_prefix(['+', '-']) {
-        Some(rest) if text.starts_with('-') => (-1, rest),
-        Some(rest) => (1, rest),
-        None => (1, text),
-    };
-    let hexadecimal = digits.strip_prefix("0x").or(digits.strip_prefix("0X"));
-    let (digits, radix) = match hexadecimal {
-        Some(digits) => (digits, 16),
-        None if digits.starts_with('0') => (digits, 8),
-        None => (digits, 10),
-    };
-    if !digits.chars().all(|digit| digit.is_digit(radix)) {
-        return None;
-    }
-    match i64::from_str_radix(digits, radix) {
-        Ok(number) => Some(sign * number),
-        Err(e) if *e.kind() == IntErrorKind::PosOverflow => Some(sign * i64::MAX),
-        Err(_) => None,
-    }
+    let (negative, amount) = size::c_number(text)?;
+    let amount = amount.and_then(|amount| i64::try_from(amount).ok());
+    let amount = amount.unwrap_or(i64::MAX);
+    Some(if negative { -amount } else { amount })
 }
 
 /// A number of bytes for people.

@@ -101,8 +101,8 @@ impl Session {
         let Some(opened) = self.opened.take() else {
             return Ok(());
         };
-        let flushed = opened.disk().flush();
-        flushed.map_err(|e| self.error(&format!("closing the image: {e}")))
+        let closed = opened.disk().close();
+        closed.map_err(|e| self.error(&format!("closing the image: {e}")))
     }
 }
 

@@ -254,13 +254,14 @@ impl Plot {
 
 /// Whether `path` is free, or holds a picture: not a disk, by a slip of the hand.
 fn may_be_replaced(path: &Path) -> io::Result<bool> {
-    let mut start = [0; 5];
-    match fs::File::open(path) {
+    match fs::metadata(path) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(true),
         Err(e) => Err(e),
-        Ok(file) if !file.metadata()?.is_file() => Ok(false),
-        Ok(mut file) => {
-            let len = io::Read::read(&mut file, &mut start)?;
+        // To open a pipe would wait for a writer.
+        Ok(found) if !found.is_file() => Ok(false),
+        Ok(_) => {
+            let mut start = [0; 5];
+            let len = io::Read::read(&mut fs::File::open(path)?, &mut start)?;
             Ok(len == 0 || start == *b"<svg " || start == *b"<?xml")
         }
     }

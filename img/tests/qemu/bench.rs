@@ -25,7 +25,7 @@ fn timeless(mut run: Run) -> Run {
 
 fn same(both: &Both, line: &str) -> Run {
     let args = words(line);
-    let [expected, found] = [&both.qemu, &both.tandem].map(|place| timeless(place.run(&args)));
+    let [expected, found] = both.each(|place| timeless(place.run(&args)));
     assert_eq!(found, expected, "{line}");
     found
 }
@@ -72,10 +72,10 @@ fn the_same_lines() {
         ] {
             let line = format!("bench -w -f qcow2 {line} {image}");
             assert_eq!(same(&both, &line).status, Some(0), "{line}");
-            for place in [&both.qemu, &both.tandem] {
+            both.each(|place| {
                 place.make(&format!("convert -O raw {image} flat"));
                 place.make(&format!("check -q {image}"));
-            }
+            });
             both.same_bytes("flat");
         }
     }

@@ -37,8 +37,7 @@ fn images(place: &Place) {
 /// Runs `line` with both programs, whose answers must be the same but for QEMU's name of the image.
 fn same(both: &Both, line: &str) -> Run {
     let args = words(line);
-    let expected = both.qemu.run(&args);
-    let found = both.tandem.run(&args);
+    let [expected, found] = both.each(|place| place.run(&args));
     let file = args.get(args.len().saturating_sub(2)).unwrap_or(&"");
     let node = expected.stderr.split("#block").nth(1);
     let digits = node.map_or("", |node| &node[..node.find(['\'', ':']).unwrap()]);
@@ -121,10 +120,8 @@ fn what_qemu_reads() {
         ] {
             assert_eq!(same(&both, &format!("bitmap {line}")).status, Some(0));
         }
-        for place in [&both.qemu, &both.tandem] {
-            let writes = ["write 100k 300k", "write -z 5M 64k", "write 7M 5k"];
-            place.qemu_io(image, &writes);
-        }
+        let writes = ["write 100k 300k", "write -z 5M 64k", "write 7M 5k"];
+        both.each(|place| place.qemu_io(image, &writes));
         for line in [
             format!("--add --merge a --merge b --disable {image} d"),
             format!("--merge coarse -b other -F qcow2 {image} b"),
@@ -138,13 +135,13 @@ fn what_qemu_reads() {
             format!("--clear --merge c --disable {image} d"),
         ] {
             assert_eq!(same(&both, &format!("bitmap {line}")).status, Some(0));
-            let [expected, found] = [&both.qemu, &both.tandem].map(|place| listed(place, image));
+            let [expected, found] = both.each(|place| listed(place, image));
             assert_eq!(found, expected, "{line}");
             both.tandem.make(&format!("check -q -f qcow2 {image}"));
         }
         sound(&both.tandem, image);
         for bitmap in ["a", "b", "c", "d"] {
-            let [expected, found] = [&both.qemu, &both.tandem].map(|p| bits(p, image, bitmap));
+            let [expected, found] = both.each(|place| bits(place, image, bitmap));
             assert!(expected.contains("\"present\": true"));
             assert_eq!(found, expected, "{image} {bitmap}");
         }

@@ -107,10 +107,8 @@ pub fn content(place: &Place, image: &str) -> Vec<u8> {
 
 /// Fails unless `image` reads the same in both places and is sound.
 pub fn same_content(both: &Both, image: &str) {
-    assert!(
-        content(&both.tandem, image) == content(&both.qemu, image),
-        "{image} reads differently"
-    );
+    let [expected, found] = both.each(|place| content(place, image));
+    assert!(found == expected, "{image} reads differently");
     if format(&both.tandem, image) == "qcow2" {
         let check = both.tandem.qemu_img(&["check", image]);
         assert_eq!(

@@ -156,32 +156,21 @@ fn repairs_of_random_damage() {
         for round in 0..40 {
             let (damaged, what) = damage(&sound, &mut random);
             let what = format!("{kind}: {what}");
-            fs::write(tandem.path("t"), &damaged).unwrap();
-            if let Some(data) = &data {
-                fs::write(tandem.path("d"), data).unwrap();
-            }
-            let before = content(&tandem);
             let mode = if round % 4 == 0 { "leaks" } else { "all" };
-            let repaired = tandem.run(&["check", "-q", "-r", mode, "-f", "qcow2", "t"]);
-            assert_ne!(repaired.status, None, "{what}");
-            let left = tandem.run(&words("check -q -f qcow2 t"));
-            assert_eq!(left.status, repaired.status, "{what}: {}", left.stderr);
-            compare_left(&tandem, &left.stderr, &what);
-            // QEMU may stop at what it had not met before.
-            if let Some(before) = before
-                && mode == "all"
-            {
-                assert!(
-                    content(&tandem) == Some(before),
-                    "{what}: {:?}",
-                    tandem.qemu_img(&words("convert -f qcow2 -O raw t converted"))
-                );
-            }
-            clean += usize::from(left.status == Some(0));
-            // Whatever QEMU makes of it, we find no more than QEMU.
-            fs::write(qemu.path("t"), &damaged).unwrap();
-            let by_qemu = qemu.run(&words("check -q -r all -f qcow2 t"));
-            // It can leave terabytes.
+            let (by_qemu, is_clean) = std::thread::scope(|scope| {
+                let by_qemu = scope.spawn(|| {
+                    fs::write(qemu.path("t"), &damaged).unwrap();
+                    qemu.run(&words("check -q -r all -f qcow2 t"))
+                });
+                fs::write(tandem.path("t"), &damaged).unwrap();
+                if let Some(data) = &data {
+                    fs::write(tandem.path("d"), data).unwrap();
+                }
+                let is_clean = repair(&tandem, mode, &what);
+                (by_qemu.join().unwrap(), is_clean)
+            });
+            clean += usize::from(is_clean);
+            // Whatever QEMU makes of it, we find no more than QEMU. It can leave terabytes.
             if by_qemu.status == Some(0) && len(&qemu, "t") < 16 << 20 {
                 let found = fs::copy(qemu.path("t"), tandem.path("t"))
                     .map(|_| tandem.run(&words("check -q -f qcow2 t")).stderr)
@@ -198,6 +187,27 @@ fn repairs_of_random_damage() {
         };
         assert!(clean >= least, "{kind}: {clean} of 40 repaired");
     }
+}
+
+/// Repairs the image `t`; tells whether all of it could be.
+fn repair(place: &Place, mode: &str, what: &str) -> bool {
+    let before = content(place);
+    let repaired = place.run(&["check", "-q", "-r", mode, "-f", "qcow2", "t"]);
+    assert_ne!(repaired.status, None, "{what}");
+    let left = place.run(&words("check -q -f qcow2 t"));
+    assert_eq!(left.status, repaired.status, "{what}: {}", left.stderr);
+    compare_left(place, &left.stderr, what);
+    // QEMU may stop at what it had not met before.
+    if let Some(before) = before
+        && mode == "all"
+    {
+        assert!(
+            content(place) == Some(before),
+            "{what}: {:?}",
+            place.qemu_img(&words("convert -f qcow2 -O raw t converted"))
+        );
+    }
+    left.status == Some(0)
 }
 
 /// The disk as QEMU reads it, if it can.

@@ -100,8 +100,8 @@ fn does_the_same() {
             chains::same_content(&both, image);
         }
         let image = line.rsplit([' ', '=']).next().unwrap();
-        let maps = (mapped(&both.tandem, image), mapped(&both.qemu, image));
-        assert_eq!(maps.0, maps.1, "{line}");
+        let [expected, found] = both.each(|place| mapped(place, image));
+        assert_eq!(found, expected, "{line}");
     }
     both.same_bytes("base.raw");
     both.same_bytes("b.data");
@@ -123,7 +123,8 @@ fn shows_progress() {
             lines.dedup();
             (lines, run.stderr, run.status)
         };
-        assert_eq!(shown(&both.tandem), shown(&both.qemu), "{line}");
+        let [expected, found] = both.each(shown);
+        assert_eq!(found, expected, "{line}");
     }
 }
 
@@ -256,4 +257,23 @@ fn killed_it_has_changed_nothing() {
             place.make("check -q -r leaks top");
         }
     }
+}
+
+/// What a raw data file holds behind the end of the base is nothing of the disk that takes its place.
+#[test]
+fn a_longer_data_file_does_not_show() {
+    let place = Place::tandem();
+    fs::write(place.path("old.raw"), vec![9; 2 << 20]).unwrap();
+    let made = place.run(&words(
+        "create -q -f qcow2 -o data_file=old.raw,data_file_raw=on,data_file_reuse=keep base 1M",
+    ));
+    assert_eq!(made.status, Some(0), "{}", made.stderr);
+    place.make("create -q -f qcow2 -b base -F qcow2 top 2M");
+    place.qemu_io("top", &["write -P 7 1536k 64k"]);
+    let before = chains::content(&place, "top");
+    let done = place.run(&words("commit top"));
+    assert_eq!(done.status, Some(0), "{}", done.stderr);
+    assert!(chains::content(&place, "top") == before);
+    assert!(chains::content(&place, "base") == before);
+    place.make("check -q base");
 }

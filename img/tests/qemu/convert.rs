@@ -163,7 +163,7 @@ fn what_cannot_be_compressed() {
         ),
     ] {
         let args = format!("convert -c {line}");
-        let [qemu, tandem] = [&both.qemu, &both.tandem].map(|place| place.run(&words(&args)));
+        let [qemu, tandem] = both.each(|place| place.run(&words(&args)));
         assert_eq!((qemu.status, tandem.status), (Some(1), Some(1)), "{line}");
         assert!(tandem.stderr.contains(reason), "{}", tandem.stderr);
         assert!(!both.tandem.path("out").exists() && !both.tandem.path("d").exists());

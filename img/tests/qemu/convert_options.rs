@@ -67,8 +67,7 @@ fn same(both: &Both, line: &str) {
     if format == "qcow2" {
         both.tandem.make(&format!("check -q -f qcow2 {target}"));
         // Data files are named relative to the directory of the program.
-        both.tandem.make("convert -f qcow2 -O raw out content");
-        both.qemu.make("convert -f qcow2 -O raw out content");
+        both.each(|place| place.make("convert -f qcow2 -O raw out content"));
         both.same_bytes("content");
     } else {
         assert!(
@@ -78,7 +77,7 @@ fn same(both: &Both, line: &str) {
     }
 }
 
-fn all_same(prepare: impl Fn(&Place), lines: &[&str]) {
+fn all_same(prepare: impl Fn(&Place) + Sync, lines: &[&str]) {
     let both = Both::new(prepare);
     for line in lines {
         same(&both, line);
@@ -263,6 +262,20 @@ fn ways_to_copy() {
             "-c -m 1 -W -O qcow2 src out",
         ],
     );
+}
+
+/// Eight disks of two exbibytes have as many bytes as do not fit into 64 bits.
+#[test]
+fn sources_that_are_too_large_together() {
+    let place = Place::tandem();
+    place.make("create -q -f qcow2 -o cluster_size=2M huge 2E");
+    for format in ["raw", "qcow2"] {
+        let line = format!("convert -O {format} {} out", ["huge"; 8].join(" "));
+        let run = place.run(&words(&line));
+        let message = "qemu-img: The sources together are too large for a disk\n";
+        assert_eq!((run.status, &*run.stderr), (Some(1), message), "{line}");
+        assert!(!place.path("out").exists());
+    }
 }
 
 #[test]

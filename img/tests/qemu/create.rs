@@ -124,9 +124,11 @@ fn assert_same_disk(both: &Both, line: &str) {
             .collect::<Vec<_>>()
             .join("\n")
     };
-    assert_eq!(info(tandem), info(qemu), "{line}");
+    let [expected, found] = both.each(info);
+    assert_eq!(found, expected, "{line}");
     let map = |place: &Place| extents(&place.qemu_img(&["map", "--output=json", "t"]).stdout);
-    assert_eq!(map(tandem), map(qemu), "{line}");
+    let [expected, found] = both.each(map);
+    assert_eq!(found, expected, "{line}");
     if is_qcow2 {
         let check = tandem.qemu_img(&["check", "t"]);
         assert_eq!(

@@ -30,10 +30,10 @@ fn same_disk(both: &Both, line: &str, format: &str, output: &str) {
         both.same_bytes(output);
         return;
     }
-    for place in [&both.qemu, &both.tandem] {
+    both.each(|place| {
         place.make(&format!("check -q -f qcow2 {output}"));
         place.make(&format!("convert -f qcow2 -O raw {output} flat"));
-    }
+    });
     both.same_bytes("flat");
 }
 

@@ -144,7 +144,7 @@ fn cache_modes() {
     ] {
         let run = |line: String| {
             let words: Vec<_> = line.split(' ').collect();
-            let [expected, found] = [&both.qemu, &both.tandem].map(|place| place.run(&words));
+            let [expected, found] = both.each(|place| place.run(&words));
             assert_eq!(found, expected, "{line}");
         };
         run(format!("check -T {mode} image"));

@@ -1,6 +1,6 @@
 //! `measure`: the same numbers.
 
-use crate::run::{Both, Place};
+use crate::run::{Both, Place, words};
 
 fn images(place: &Place) {
     std::fs::write(place.path("odd"), [7; 70_000]).unwrap();
@@ -185,11 +185,21 @@ fn fails_the_same() {
     ] {
         let line = format!("measure {line}");
         both.same(&line);
-        assert_eq!(
-            both.tandem.run(&crate::run::words(&line)).status,
-            Some(1),
-            "{line}"
-        );
+        assert_eq!(both.tandem.run(&words(&line)).status, Some(1), "{line}");
     }
     assert!(both.tandem.content() == before);
+}
+
+/// A file whose length is out of all proportion to what is in it.
+#[test]
+fn a_long_file_with_little_in_it() {
+    let place = Place::tandem();
+    place.make("create -q -f qcow2 -o cluster_size=512 image 1M");
+    place.qemu_io("image", &["write 0 100k"]);
+    let expected = place.qemu_img(&words("measure -O qcow2 image"));
+    let file = std::fs::File::options()
+        .write(true)
+        .open(place.path("image"));
+    file.unwrap().set_len(1 << 43).unwrap();
+    assert_eq!(place.run(&words("measure -O qcow2 image")), expected);
 }

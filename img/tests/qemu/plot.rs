@@ -1,6 +1,7 @@
 //! `map --plot`
 
 use std::fs;
+use std::process::Command;
 
 use crate::run::{Place, words};
 
@@ -142,4 +143,17 @@ fn what_is_refused() {
         );
     }
     assert!(place.content() == before);
+}
+
+/// A pipe that nobody writes to.
+#[test]
+fn nothing_waits_for_a_pipe() {
+    let place = Place::tandem();
+    images(&place);
+    let made = Command::new("mkfifo").arg(place.path("pipe")).status();
+    assert!(made.unwrap().success());
+    let refused = place.run(&words("map --plot pipe top"));
+    assert_eq!(refused.status, Some(1));
+    let message = "'pipe' exists and is no SVG file";
+    assert!(refused.stderr.contains(message), "{}", refused.stderr);
 }

@@ -36,7 +36,8 @@ fn same_image(both: &Both, image: &str) {
         let names = info.stdout.lines().filter(is_name);
         names.map(str::to_owned).collect::<Vec<_>>()
     };
-    assert_eq!(named(&both.tandem), named(&both.qemu), "{image}");
+    let [expected, found] = both.each(named);
+    assert_eq!(found, expected, "{image}");
 }
 
 #[test]

@@ -36,7 +36,7 @@ fn does_the_same() {
             let (options, size) = line.rsplit_once(' ').unwrap_or(("", line));
             both.same(&format!("resize -f {format} {options} {name} {size}"));
             if format == "qcow2" {
-                let [expected, found] = [&both.qemu, &both.tandem].map(|place| {
+                let [expected, found] = both.each(|place| {
                     let checked = place.qemu_img(&["check", "-q", name]);
                     assert_eq!(checked.status, Some(0), "{line}: {}", checked.stderr);
                     place.qemu_img(&words(&format!("convert -O raw {name} converted")));
@@ -47,8 +47,7 @@ fn does_the_same() {
         }
     }
     for data_file in ["e.raw", "r.raw", "raw"] {
-        let [expected, found] =
-            [&both.qemu, &both.tandem].map(|place| fs::read(place.path(data_file)).unwrap());
+        let [expected, found] = both.each(|place| fs::read(place.path(data_file)).unwrap());
         assert!(found == expected, "{data_file}");
     }
 }
@@ -144,7 +143,7 @@ fn preallocates_the_same() {
             for size in ["+1500k", "5M"] {
                 let line = format!("resize --preallocation={mode} t {size}");
                 both.same(&line);
-                let [expected, found] = [&both.qemu, &both.tandem].map(|place| {
+                let [expected, found] = both.each(|place| {
                     let checked = place.qemu_img(&["check", "t"]);
                     assert_eq!(checked.status, Some(0), "{kind} {line}: {}", checked.stderr);
                     let own = place.run(&["check", "-q", "t"]);

@@ -42,6 +42,11 @@ impl Place {
         }
     }
 
+    /// Whether it is the place of QEMU's program.
+    pub fn is_qemus(&self) -> bool {
+        self.program == QEMU
+    }
+
     pub fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
@@ -158,14 +163,23 @@ pub struct Both {
 
 impl Both {
     /// Two places made by `prepare`.
-    pub fn new(prepare: impl Fn(&Place)) -> Self {
+    pub fn new(prepare: impl Fn(&Place) + Sync) -> Self {
         let both = Self {
             qemu: Place::qemu(),
             tandem: Place::tandem(),
         };
-        prepare(&both.qemu);
-        prepare(&both.tandem);
+        both.each(prepare);
         both
+    }
+
+    /// What `f` makes of the place of QEMU and of that of Tandem, at the same time: most of the time
+    /// goes by waiting for the disk.
+    pub fn each<T: Send>(&self, f: impl Fn(&Place) -> T + Sync) -> [T; 2] {
+        std::thread::scope(|scope| {
+            let qemu = scope.spawn(|| f(&self.qemu));
+            let tandem = f(&self.tandem);
+            [qemu.join().unwrap(), tandem]
+        })
     }
 
     /// Two empty places.
@@ -176,7 +190,7 @@ impl Both {
     /// Runs `line` with both programs; fails unless output, messages and status are equal.
     pub fn same(&self, line: &str) {
         let args = words(line);
-        let (expected, found) = (self.qemu.run(&args), self.tandem.run(&args));
+        let [expected, found] = self.each(|place| place.run(&args));
         assert_eq!(found, expected, "{line}");
     }
 }

@@ -67,6 +67,8 @@ fn bash_completes() {
     offers("tandem-img info --output ", &["human", "json"]);
     offers("tandem-img resize --preallocation f", &["falloc", "full"]);
     offers("tandem-img create -f ", &["raw", "qcow2"]);
+    offers("tandem-img compare -F ", &["raw", "qcow2"]);
+    offers("tandem-img rebase -T ", &["writeback", "none"]);
     // Nothing of its own: bash completes file names.
     assert_eq!(offered(&script, "tandem-img map di"), [""]);
     assert!(script.contains("-o default tandem-img"));

@@ -9,7 +9,7 @@ use tandem_block::qcow2::{CheckOptions, FindingKind, OpenOptions, Qcow2, check};
 use tandem_block::{Disk, Error, FileStorage, Result, Storage};
 use vm_memory::VolatileSlice;
 
-use crate::qemu::{Image, Kind, read_all, write};
+use crate::qemu::{Image, Kind, at_once, read_all, write};
 
 /// Calls that a file may still carry out before one fails.
 #[derive(Debug, Default)]
@@ -124,7 +124,7 @@ const KINDS: [Kind; 2] = [Kind::Internal, Kind::External];
 /// failed is told, what was told to be written is there, and nothing else has changed.
 #[test]
 fn every_write_may_fail() {
-    for kind in KINDS {
+    at_once(KINDS, |kind| {
         // Each of the first ones, and ever fewer of the later ones, until there are no more.
         let mut failing = 0;
         loop {
@@ -171,7 +171,7 @@ fn every_write_may_fail() {
             }
             failing += 1 + failing / 20;
         }
-    }
+    });
 }
 
 /// After a sync has failed nobody can say what is on disk, so no later flush succeeds, and nothing

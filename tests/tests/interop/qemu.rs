@@ -249,6 +249,16 @@ pub fn run(program: &str, args: &[&str]) {
     assert!(output.status.success(), "{program} {args:?}: {output:?}");
 }
 
+/// Calls `f` on all `items` at the same time: most of the time goes by waiting for the disk.
+pub fn at_once<T: Send>(items: impl IntoIterator<Item = T>, f: impl Fn(T) + Sync) {
+    let f = &f;
+    std::thread::scope(|scope| {
+        for item in items {
+            scope.spawn(move || f(item));
+        }
+    });
+}
+
 /// Writes `len` bytes of value `byte`, split over several buffers.
 pub fn write(disk: &dyn Disk, offset: u64, len: usize, byte: u8) {
     let mut memory = vec![byte; len];

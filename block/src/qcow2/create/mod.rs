@@ -77,13 +77,15 @@ pub(crate) fn begin(
         (None, _) => {}
         (Some(name), DataFileReuse::Keep) => kept = Some(keep(name, options.size)?),
         (Some(name), reuse) => {
-            if reuse == DataFileReuse::Refuse && name.symlink_metadata().is_ok() {
+            let file = NewFile::begin(name)?;
+            // One that appears after this look is not replaced either.
+            if reuse == DataFileReuse::Refuse && file.exists() {
                 let name = name.display();
                 return Err(Error::Option(format!(
                     "The data file '{name}' exists already"
                 )));
             }
-            data = Some(NewFile::begin(name)?);
+            data = Some(file);
         }
     }
     image.hint(options.hints, warn);

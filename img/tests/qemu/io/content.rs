@@ -66,7 +66,7 @@ fn source(place: &Place) {
 
 /// Runs all cases on the disk that `prepare` makes; `format` is told to the programs. Without `syncs`
 /// nothing is synced, unless the case has another cache mode.
-fn on(format: &str, syncs: bool, prepare: impl Fn(&Place)) -> Both {
+fn on(format: &str, syncs: bool, prepare: impl Fn(&Place) + Sync) -> Both {
     let both = Both::new(|place| {
         source(place);
         prepare(place);

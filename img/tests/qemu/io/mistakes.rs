@@ -1,7 +1,9 @@
 //! Commands that cannot be carried out: equal words, and nothing changes.
 
-use super::{args, run, runs, same};
-use crate::run::{Both, Place};
+use std::process::Command;
+
+use super::{TANDEM, args, run, runs, same};
+use crate::run::{Both, Place, len};
 
 fn disks(place: &Place) {
     place.make("create -q -f qcow2 disk 1M");
@@ -163,4 +165,32 @@ fn a_guess_stays_true() {
         ",
     );
     both.same_bytes("raw");
+}
+
+/// A bitmap is stored when its image is closed, and finds no room there.
+#[test]
+fn an_error_on_closing_is_told() {
+    const IMG: &str = env!("CARGO_BIN_EXE_tandem-img");
+    for (program, arguments) in [
+        (TANDEM, "-c 'write 0 64k' disk"),
+        (IMG, "bench -w -c 1 -f qcow2 disk"),
+        (IMG, "convert -n -O qcow2 source disk"),
+    ] {
+        let place = Place::tandem();
+        place.make("create -q -f qcow2 disk 1M");
+        place.qemu_io("disk", &["write 0 1M"]);
+        place.make("bitmap --add disk b");
+        std::fs::write(place.path("source"), vec![7; 1 << 20]).unwrap();
+        // A file that would become longer is an error then, and not a signal.
+        let most = len(&place, "disk").div_ceil(1024);
+        let line = format!("trap '' XFSZ; ulimit -f {most}; exec '{program}' {arguments}");
+        let run = Command::new("bash")
+            .args(["-c", &line])
+            .current_dir(place.path(""))
+            .output()
+            .unwrap();
+        let stderr = String::from_utf8_lossy(&run.stderr);
+        assert_eq!(run.status.code(), Some(1), "{arguments}: {stderr}");
+        assert!(stderr.contains("File too large"), "{arguments}: {stderr}");
+    }
 }

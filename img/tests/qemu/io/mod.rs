@@ -59,8 +59,10 @@ fn args(case: &str) -> Vec<&str> {
 }
 
 fn runs(both: &Both, args: &[&str], input: &str) -> [Run; 2] {
-    [(&both.qemu, QEMU), (&both.tandem, TANDEM)]
-        .map(|(place, program)| run(place, program, args, input))
+    both.each(|place| {
+        let program = if place.is_qemus() { QEMU } else { TANDEM };
+        run(place, program, args, input)
+    })
 }
 
 /// Runs each case with both programs, which must agree in everything.
@@ -73,9 +75,7 @@ fn same(both: &Both, cases: &str) {
 
 /// Fails unless the disks are equal, and the image of `tandem-io` has no errors.
 fn same_disk(both: &Both, format: &str, name: &str) {
-    for place in [&both.qemu, &both.tandem] {
-        place.make(&format!("convert -f {format} -O raw {name} {name}.disk"));
-    }
+    both.each(|place| place.make(&format!("convert -f {format} -O raw {name} {name}.disk")));
     both.same_bytes(&format!("{name}.disk"));
     if format == "qcow2" {
         both.tandem.make(&format!("check -q {name}"));

@@ -1,4 +1,4 @@
-//! A limit to how fast the target is written.
+//! A limit to how fast an image is written.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};

@@ -1,16 +1,18 @@
 //! Making a file anew without losing the old one to a failure.
 
-use std::fs::{File, OpenOptions, Permissions};
-use std::io;
-use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
-use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
+mod names;
 
-use rustix::fs::{AtFlags, CWD, FallocateFlags, RenameFlags};
+use std::fs::{File, Metadata, OpenOptions, Permissions};
+use std::io;
+use std::os::unix::fs::{
+    FileExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt, fchown,
+};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 
-use crate::file::is_at;
+use self::names::{Placed, create_unnamed, directory_of, exchange, link_beside, replace};
 use crate::hints::FileHints;
 use crate::lock::{self, Access, Locking};
 use crate::preallocation::Preallocation;
@@ -55,18 +57,6 @@ enum Kind {
         size: u64,
         clear_start: bool,
     },
-}
-
-/// Whether a file has its own name, and so what takes it away again.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Placed {
-    No,
-    /// There was none of that name.
-    Added,
-    /// The old one has the temporary name.
-    Exchanged,
-    /// The old one is gone, on a file system that cannot exchange two names.
-    Replaced,
 }
 
 impl Kind {
@@ -147,10 +137,7 @@ impl NewFile {
             old: Some(old),
             kind: Kind::regular(temporary),
         };
-        // Who may use the disk stays as it was, as far as this process may decide it.
-        let _ = std::os::unix::fs::fchown(&new.file, Some(metadata.uid()), Some(metadata.gid()));
-        new.file
-            .set_permissions(Permissions::from_mode(metadata.mode() & 0o777))?;
+        keep_access(&new.file, &metadata)?;
         Ok(new)
     }
 
@@ -170,6 +157,11 @@ impl NewFile {
     /// The name that was asked for.
     pub fn name(&self) -> &Path {
         &self.name
+    }
+
+    /// Whether there is something of that name already, which it replaces or writes to.
+    pub fn exists(&self) -> bool {
+        self.old.is_some() || !self.is_regular()
     }
 
     /// Whether it is no block device, and so reads as zero where nothing has been written.
@@ -354,93 +346,15 @@ impl Drop for NewFile {
     }
 }
 
-/// Creates a file without a name in the directory of `target`, or with a temporary one where the
-/// file system does not have such files.
-fn create_unnamed(target: &Path, mode: u32) -> io::Result<(File, Option<PathBuf>)> {
-    if target.file_name().is_none() {
-        return Err(io::Error::from_raw_os_error(libc::ENOENT));
-    }
-    let mut options = OpenOptions::new();
-    options.read(true).write(true).mode(mode);
-    let unnamed = options
-        .clone()
-        .custom_flags(libc::O_TMPFILE)
-        .open(directory_of(target));
-    match unnamed {
-        Ok(file) => Ok((file, None)),
-        // What old kernels and file systems answer differs; the second attempt will tell.
-        Err(_) => {
-            let create = |path: &Path| options.clone().create_new(true).open(path);
-            create_beside(target, create).map(|(file, path)| (file, Some(path)))
-        }
-    }
-}
-
-/// Gives the name `target` to the file `new`. If another file has it, that must be `old`.
-fn replace(new: &Path, target: &Path, old: Option<&File>) -> io::Result<Placed> {
-    if let Some(old) = old {
-        match exchange(new, target) {
-            Ok(()) if is_at(old, new) => return Ok(Placed::Exchanged),
-            Ok(()) => {
-                exchange(new, target)?;
-                let text = "another file has taken its place";
-                return Err(io::Error::new(io::ErrorKind::ResourceBusy, text));
-            }
-            Err(Errno::NOENT) => {}
-            Err(Errno::INVAL | Errno::NOSYS) => {
-                return std::fs::rename(new, target).map(|()| Placed::Replaced);
-            }
-            Err(e) => return Err(e.into()),
-        }
-    }
-    match rustix::fs::renameat_with(CWD, new, CWD, target, RenameFlags::NOREPLACE) {
-        Err(Errno::INVAL | Errno::NOSYS) => std::fs::rename(new, target)?,
-        renamed => renamed?,
-    }
-    Ok(Placed::Added)
-}
-
-fn exchange(a: &Path, b: &Path) -> rustix::io::Result<()> {
-    rustix::fs::renameat_with(CWD, a, CWD, b, RenameFlags::EXCHANGE)
-}
-
-/// Gives a temporary name in the directory of `target` to a file without one.
-fn link_beside(file: &File, target: &Path) -> io::Result<PathBuf> {
-    let unnamed = format!("/proc/self/fd/{}", file.as_raw_fd());
-    let link = |path: &Path| {
-        Ok(rustix::fs::linkat(
-            CWD,
-            &unnamed,
-            CWD,
-            path,
-            AtFlags::SYMLINK_FOLLOW,
-        )?)
-    };
-    create_beside(target, link).map(|((), path)| path)
-}
-
-/// Calls `create` with names in the directory of `target` until one is not in use.
-fn create_beside<T>(
-    target: &Path,
-    create: impl Fn(&Path) -> io::Result<T>,
-) -> io::Result<(T, PathBuf)> {
-    static COUNTER: AtomicU32 = AtomicU32::new(0);
-    loop {
-        let number = COUNTER.fetch_add(1, Ordering::Relaxed);
-        let path = target.with_file_name(format!(".tandem-{}-{number}", std::process::id()));
-        match create(&path) {
-            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
-            Err(e) => return Err(e),
-            Ok(created) => return Ok((created, path)),
-        }
-    }
-}
-
-fn directory_of(path: &Path) -> &Path {
-    match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    }
+/// Lets those use the new file who may use the old one, as far as this process may decide it.
+fn keep_access(file: &File, old: &Metadata) -> io::Result<()> {
+    // Only root can give a file away, but whoever is in the group can leave it to that.
+    let group = Some(old.gid());
+    let keeps_group =
+        fchown(file, Some(old.uid()), group).is_ok() || fchown(file, None, group).is_ok();
+    // What the old group may do is no concern of another one.
+    let mask = if keeps_group { 0o777 } else { 0o707 };
+    file.set_permissions(Permissions::from_mode(old.mode() & mask))
 }
 
 fn write_zeros(file: &File, mut offset: u64, len: u64) -> io::Result<()> {
@@ -456,6 +370,7 @@ fn write_zeros(file: &File, mut offset: u64, len: u64) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use super::names::create_beside;
     use super::*;
     use std::fs;
     use std::os::unix::fs::symlink;

@@ -205,7 +205,8 @@ impl Disk for Raw {
             return Err(Error::Option(NOT_FOR_SHRINKING.to_owned()));
         }
         self.file.check_preallocation(preallocation)?;
-        if size != old && self.file.capacity()?.is_some() {
+        // A device has the length that it has; the disk follows, once that has changed.
+        if size != old && self.file.capacity()?.is_some_and(|length| size != length) {
             return Err(Error::Option("Cannot resize device files".to_owned()));
         }
         // From here on, no request begins behind the end.

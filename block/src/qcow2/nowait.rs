@@ -46,8 +46,7 @@ impl Qcow2 {
         offset: u64,
         len: u64,
     ) -> Result<bool> {
-        // Without a write cache, every write syncs the image.
-        if self.image.is_write_through() || !self.try_track(offset, len) {
+        if !self.try_track(offset, len) {
             return Ok(false);
         }
         if let Some(file) = self.seen_passthrough(offset, len) {

@@ -192,6 +192,11 @@ fn fails_the_same() {
         create -f qcow2 -o data_file_raw=on t 1M
         create -f qcow2 -o data_file=d,compat=0.10 t 1M
         create -f qcow2 -o compat=0.9 t 1M
+        create -f qcow2 -o compression_type=foo,refcount_bits=3 t 1M
+        create -f qcow2 -o extended_l2=on,cluster_size=4k,refcount_bits=3 t 1M
+        create -f qcow2 -o compat=0.10,extended_l2=on,cluster_size=3000 t 1M
+        create -f qcow2 -o compat=0.10,lazy_refcounts=on,refcount_bits=3 t 1M
+        create -f qcow2 -o compat=0.10,compression_type=zstd,data_file=d t 1M
         create -f qcow2 -o size=2M t 3M
         create -f qcow2 t 100T -o cluster_size=512
         create -f qcow2 t 8E

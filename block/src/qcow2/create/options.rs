@@ -16,6 +16,7 @@ const MIN_EXTENDED_CLUSTER: u64 = 16 << 10;
 
 /// What becomes of a data file that exists already.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum DataFileReuse {
     /// It is made anew, and its content is lost.
     #[default]
@@ -162,7 +163,6 @@ impl CreateOptions {
                  (use version=v3 or greater)",
             );
         }
-        if self.data_file_raw && self.data_file.is_none() {
         if let Some(name) = &self.backing_file
             && name.as_os_str().len() > MAX_BACKING_FILE
         {
@@ -174,12 +174,13 @@ impl CreateOptions {
     /// Refuses what does not go together with the data file, or without one.
     fn check_data_file(&self) -> Result<()> {
         let wrong = |reason: &str| Err(Error::Option(reason.to_owned()));
+        if self.data_file_raw && self.data_file.is_none() {
             return wrong("data-file-raw requires data-file");
         }
-        if self.data_file_layout == DataFileLayout::Packed {
         if self.data_file_raw && self.backing_file.is_some() {
             return wrong("Backing file and data-file-raw cannot be used at the same time");
         }
+        if self.data_file_layout == DataFileLayout::Packed {
             if self.data_file.is_none() {
                 return wrong("data-file-layout=packed requires data-file");
             }

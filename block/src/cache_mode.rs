@@ -2,6 +2,7 @@
 
 /// Which caches a write passes through before it is durable, in QEMU's terms.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum CacheMode {
     /// The host's page cache and the device's cache: a write is durable once flushed.
     #[default]

@@ -24,6 +24,7 @@ use crate::{Error, Result};
 
 /// Whether the files of a disk are locked against other programs, QEMU's among them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Locking {
     /// A disk that is written keeps all others off, and one that is read keeps writers off.
     #[default]

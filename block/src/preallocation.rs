@@ -2,6 +2,7 @@
 
 /// How much of a new disk gets its space at once.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Preallocation {
     /// Space is taken when the guest writes.
     #[default]

@@ -16,9 +16,7 @@ use crate::sync::{Mutex, lock};
 use crate::{Disk, Error, Extent, ExtentKind, Limits, NewImage, Result, Storage};
 
 const NO_METADATA: &str = "Unsupported preallocation mode: metadata";
-
-/// The message about a disk that is to be preallocated and to become smaller.
-pub(crate) const NOT_FOR_SHRINKING: &str = "Preallocation can't be used for shrinking an image";
+const NOT_FOR_SHRINKING: &str = "Cannot use preallocation for shrinking files";
 
 /// A disk whose bytes are the bytes of a file or host block device.
 #[derive(Debug)]

@@ -320,12 +320,10 @@ fn qcow2_options(
         Some("0.10" | "v2") => 2,
         Some(other) => return Err(not_accepted("version", other)),
     };
-    let cluster_size = options.number("cluster_size").unwrap_or_default();
-    refuse_features(options, version, cluster_size)?;
     Ok(CreateOptions {
         size,
         version,
-        cluster_size,
+        cluster_size: options.number("cluster_size").unwrap_or_default(),
         backing_file: options.text("backing_file").map(Into::into),
         backing_format: match options.text("backing_fmt") {
             Some(name) => Some(
@@ -353,8 +351,9 @@ fn qcow2_options(
         preallocation,
         lazy_refcounts: options.is_on("lazy_refcounts"),
         compression_type: match options.text("compression_type") {
+            None | Some("zlib") => CompressionType::Deflate,
             Some("zstd") => CompressionType::Zstd,
-            _ => CompressionType::Deflate,
+            Some(other) => return Err(not_accepted("compression-type", other)),
         },
         refcount_bits: options
             .number("refcount_bits")
@@ -362,42 +361,6 @@ fn qcow2_options(
             .unwrap_or(u32::MAX),
         extended_l2: options.is_on("extended_l2"),
     })
-}
-
-/// Refuses wrong values of the options whose right values are not supported yet, and then those.
-fn refuse_features(options: &Options, version: u32, cluster_size: u64) -> Result<(), String> {
-    const VERSION: &str =
-        "supported with compatibility level 1.1 and above (use version=v3 or greater)";
-    let extended_l2 = options.is_on("extended_l2");
-    if extended_l2 && version < 3 {
-        return Err(format!("Extended L2 entries are only {VERSION}"));
-    }
-    if extended_l2 && cluster_size < 16384 {
-        return Err(
-            "Extended L2 entries are only supported with cluster sizes of at least 16384 bytes"
-                .to_owned(),
-        );
-    }
-    let refcount_bits = options.number("refcount_bits").unwrap_or_default();
-    if refcount_bits > 64 || !refcount_bits.is_power_of_two() {
-        return Err("Refcount width must be a power of two and may not exceed 64 bits".to_owned());
-    }
-    if refcount_bits != 16 && version < 3 {
-        return Err(
-            "Different refcount widths than 16 bits require compatibility level 1.1 or above \
-             (use version=v3 or greater)"
-                .to_owned(),
-        );
-    }
-    match options.text("compression_type") {
-        Some("zlib") => {}
-        Some("zstd") if version < 3 => {
-            return Err(format!("Non-zlib compression type is only {VERSION}"));
-        }
-        Some("zstd") => {}
-        other => return Err(not_accepted("compression-type", other.unwrap_or_default())),
-    }
-    Ok(())
 }
 
 fn not_accepted(name: &str, value: &str) -> String {

@@ -16,6 +16,7 @@ use crate::sync::lock;
 
 /// How clusters are compressed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum CompressionType {
     /// Raw deflate, called zlib by QEMU.
     #[default]

@@ -134,6 +134,7 @@ pub use snapshot::{SnapshotInfo, SnapshotName};
 
 /// How guest data lies in an external data file.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum DataFileLayout {
     /// Each guest cluster at its guest offset, as the published format demands.
     #[default]

@@ -19,6 +19,7 @@ use crate::{Error, FileStorage, Result};
 
 /// Where names that are stored in an image may lead.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Follow {
     /// Nowhere: an image that names another file is refused, unless the caller says which it is.
     Nothing,

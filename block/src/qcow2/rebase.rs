@@ -34,6 +34,7 @@ pub struct BackingName {
 
 /// What a disk is to lie on.
 #[derive(Clone, Copy)]
+#[non_exhaustive]
 pub enum NewBacking<'a> {
     /// Nothing.
     Nothing,

@@ -27,7 +27,6 @@ use super::reserved::Field;
 use super::subclusters::Subclusters;
 use super::zeroes::Zeroed;
 use super::{DataFileLayout, table};
-use crate::raw::NOT_FOR_SHRINKING;
 use crate::sync::{lock, lock_whole};
 use crate::{Disk, Error, Preallocation, Result};
 
@@ -38,7 +37,8 @@ impl Qcow2 {
         let old = self.size();
         self.check_size(new)?;
         if new < old && preallocation != Preallocation::Off {
-            return Err(Error::Option(NOT_FOR_SHRINKING.to_owned()));
+            let reason = "Preallocation can't be used for shrinking an image";
+            return Err(Error::Option(reason.to_owned()));
         }
         self.data().check_preallocation(preallocation)?;
         if new != old {

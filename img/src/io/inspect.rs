@@ -8,8 +8,8 @@ use super::opened::Opened;
 use super::session::Session;
 use crate::info::human_specific;
 use crate::output;
-use tandem_block::ExtentKind;
 use tandem_block::qcow2::Info;
+use tandem_block::{ExtentKind, Preallocation};
 
 /// `length`
 pub fn length(session: &mut Session, _: &Arguments<'_>) -> Result<(), Failed> {
@@ -135,36 +135,19 @@ pub fn aio_flush(_: &mut Session, _: &Arguments<'_>) -> Result<(), Failed> {
 
 /// `truncate`
 pub fn truncate(session: &mut Session, given: &Arguments<'_>) -> Result<(), Failed> {
-    let mut preallocation = "off";
+    let mut preallocation = Preallocation::Off;
     let (flags, operands) = given.parse("m:");
     for flag in flags {
-        (_, preallocation) = flag?;
-        if !["off", "metadata", "falloc", "full"].contains(&preallocation) {
-            let text = format!("Invalid preallocation mode '{preallocation}'");
-            return Err(session.error(&text));
-        }
+        let (_, name) = flag?;
+        let invalid = || session.error(&format!("Invalid preallocation mode '{name}'"));
+        preallocation = Preallocation::from_name(name).ok_or_else(invalid)?;
     }
     // QEMU's message names the first word, behind which the flags have been put.
     let is_flag = |word: &&&str| word.starts_with('-') && word.len() > 1;
     let named = given.words.iter().find(is_flag).or(operands.first());
     let named = named.copied().unwrap_or_default();
     let size = parse_size_called(operands.first().copied().unwrap_or_default(), named)?;
-    let opened = session.opened()?;
-    if preallocation != "off" {
-        let reason = refused_preallocation(opened, size, preallocation);
-        return Err(session.error(&reason));
-    }
-    let resized = opened.disk().resize(size);
+    let disk = session.opened()?.disk();
+    let resized = disk.resize_preallocated(size, preallocation);
     resized.map_err(|e| session.error(&e.reason()))
-}
-
-/// Why the disk cannot get `size` bytes with its space reserved in the way `mode`.
-fn refused_preallocation(opened: &Opened, size: u64, mode: &str) -> String {
-    let shrinks = size < opened.disk().size();
-    match (opened.info.is_some(), mode) {
-        (false, "metadata") => "Unsupported preallocation mode: metadata".to_owned(),
-        (false, _) if shrinks => "Cannot use preallocation for shrinking files".to_owned(),
-        (true, _) if shrinks => "Preallocation can't be used for shrinking an image".to_owned(),
-        (_, mode) => format!("Preallocation mode '{mode}' is not supported yet"),
-    }
 }

@@ -1,6 +1,8 @@
 //! `create`
 
-use std::fs;
+use std::fs::{self, Permissions};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::process::Command;
 
 use crate::run::{Both, Place, len, words};
 
@@ -192,6 +194,11 @@ fn fails_the_same() {
         create -f qcow2 -o data_file_raw=on t 1M
         create -f qcow2 -o data_file=d,compat=0.10 t 1M
         create -f qcow2 -o compat=0.9 t 1M
+        create -f qcow2 -o compression_type=foo,refcount_bits=3 t 1M
+        create -f qcow2 -o extended_l2=on,cluster_size=4k,refcount_bits=3 t 1M
+        create -f qcow2 -o compat=0.10,extended_l2=on,cluster_size=3000 t 1M
+        create -f qcow2 -o compat=0.10,lazy_refcounts=on,refcount_bits=3 t 1M
+        create -f qcow2 -o compat=0.10,compression_type=zstd,data_file=d t 1M
         create -f qcow2 -o size=2M t 3M
         create -f qcow2 t 100T -o cluster_size=512
         create -f qcow2 t 8E
@@ -413,4 +420,40 @@ fn a_data_file_name_that_is_not_utf8() {
     assert_eq!(output.status.code(), Some(1));
     assert!(String::from_utf8_lossy(&output.stderr).contains("not UTF-8"));
     assert_eq!(std::fs::read_dir(&dir).unwrap().count(), 0);
+}
+
+/// Whoever replaces a file of somebody else leaves it to the group that it belongs to, if that may be;
+/// no other group gets what that one may do.
+#[test]
+fn a_file_of_somebody_else_stays_with_its_group() {
+    let place = Place::tandem();
+    let program = place.path("program");
+    fs::copy(env!("CARGO_BIN_EXE_tandem-img"), &program).unwrap();
+    fs::set_permissions(place.path(""), Permissions::from_mode(0o777)).unwrap();
+    for (groups, expected) in [
+        ("--groups=100", (100, 0o666)),
+        ("--clear-groups", (65534, 0o606)),
+    ] {
+        let disk = place.path("disk");
+        let _ = fs::remove_file(&disk);
+        fs::write(&disk, "").unwrap();
+        fs::set_permissions(&disk, Permissions::from_mode(0o666)).unwrap();
+        if std::os::unix::fs::chown(&disk, Some(1234), Some(100)).is_err() {
+            println!("only root can give a file away");
+            return;
+        }
+        let made = Command::new("setpriv")
+            .args(["--reuid=65534", "--regid=65534", groups])
+            .arg(&program)
+            .args(["create", "-q", "-f", "raw", "disk", "1M"])
+            .current_dir(place.path(""))
+            .status();
+        assert!(made.unwrap().success(), "{groups}");
+        let metadata = fs::metadata(&disk).unwrap();
+        assert_eq!(
+            (metadata.gid(), metadata.mode() & 0o777),
+            expected,
+            "{groups}"
+        );
+    }
 }

@@ -83,6 +83,7 @@ pub struct Finding {
 
 /// How bad a [`Finding`] is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum FindingKind {
     /// It can harm data.
     Corruption,
@@ -96,6 +97,7 @@ pub enum FindingKind {
 
 /// What is to be repaired.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Repair {
     /// Nothing: the image is only read.
     #[default]

@@ -16,6 +16,7 @@ const MIN_EXTENDED_CLUSTER: u64 = 16 << 10;
 
 /// What becomes of a data file that exists already.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum DataFileReuse {
     /// It is made anew, and its content is lost.
     #[default]
@@ -100,19 +101,46 @@ impl Default for CreateOptions {
 }
 
 impl CreateOptions {
-    /// Refuses what cannot be, or does not go together.
+    /// Refuses what cannot be, or does not go together, in QEMU's order.
     pub(super) fn check(&self) -> Result<()> {
         let wrong = |reason: &str| Err(Error::Option(reason.to_owned()));
-        if !self.cluster_size.is_power_of_two()
-            || !CLUSTER_BITS.contains(&self.cluster_size.trailing_zeros())
-        {
-            return wrong("Cluster size must be a power of two between 512 and 2048k");
-        }
         let is_v2 = match self.version {
             2 => true,
             3 => false,
             _ => return wrong("The version must be 2 or 3"),
         };
+        if self.extended_l2 && is_v2 {
+            return wrong(
+                "Extended L2 entries are only supported with compatibility level 1.1 and above \
+                 (use version=v3 or greater)",
+            );
+        }
+        if !self.cluster_size.is_power_of_two()
+            || !CLUSTER_BITS.contains(&self.cluster_size.trailing_zeros())
+        {
+            return wrong("Cluster size must be a power of two between 512 and 2048k");
+        }
+        if self.extended_l2 && self.cluster_size < MIN_EXTENDED_CLUSTER {
+            return wrong(
+                "Extended L2 entries are only supported with cluster sizes of at least 16384 bytes",
+            );
+        }
+        let is_preallocated = self.preallocation != Preallocation::Off;
+        if self.backing_file.is_some() && is_preallocated && !self.extended_l2 {
+            return wrong(
+                "Backing file and preallocation can only be used at the same time if extended_l2 \
+                 is on",
+            );
+        }
+        if self.backing_file.is_none() && self.backing_format.is_some() {
+            return wrong("Backing format cannot be used without backing file");
+        }
+        if self.lazy_refcounts && is_v2 {
+            return wrong(
+                "Lazy refcounts only supported with compatibility level 1.1 and above \
+                 (use version=v3 or greater)",
+            );
+        }
         if self.refcount_bits > 64 || !self.refcount_bits.is_power_of_two() {
             return wrong("Refcount width must be a power of two and may not exceed 64 bits");
         }
@@ -122,31 +150,35 @@ impl CreateOptions {
                  (use version=v3 or greater)",
             );
         }
+        self.check_data_file()?;
+        if self.data_file.is_some() && is_v2 {
+            return wrong(
+                "External data files are only supported with compatibility level 1.1 and above \
+                 (use version=v3 or greater)",
+            );
+        }
         if self.compression_type != CompressionType::Deflate && is_v2 {
             return wrong(
                 "Non-zlib compression type is only supported with compatibility level 1.1 and above \
                  (use version=v3 or greater)",
             );
         }
-        if self.extended_l2 && is_v2 {
-            return wrong(
-                "Extended L2 entries are only supported with compatibility level 1.1 and above \
-                 (use version=v3 or greater)",
-            );
+        if let Some(name) = &self.backing_file
+            && name.as_os_str().len() > MAX_BACKING_FILE
+        {
+            return wrong("Could not assign backing file: File name too long");
         }
-        if self.extended_l2 && self.cluster_size < MIN_EXTENDED_CLUSTER {
-            return wrong(
-                "Extended L2 entries are only supported with cluster sizes of at least 16384 bytes",
-            );
-        }
-        if self.lazy_refcounts && is_v2 {
-            return wrong(
-                "Lazy refcounts only supported with compatibility level 1.1 and above \
-                 (use version=v3 or greater)",
-            );
-        }
+        Ok(())
+    }
+
+    /// Refuses what does not go together with the data file, or without one.
+    fn check_data_file(&self) -> Result<()> {
+        let wrong = |reason: &str| Err(Error::Option(reason.to_owned()));
         if self.data_file_raw && self.data_file.is_none() {
             return wrong("data-file-raw requires data-file");
+        }
+        if self.data_file_raw && self.backing_file.is_some() {
+            return wrong("Backing file and data-file-raw cannot be used at the same time");
         }
         if self.data_file_layout == DataFileLayout::Packed {
             if self.data_file.is_none() {
@@ -174,28 +206,6 @@ impl CreateOptions {
                     "data-file-reuse=keep and preallocation of data cannot be used at the same time",
                 );
             }
-        }
-        if let Some(name) = &self.backing_file {
-            if self.data_file_raw {
-                return wrong("Backing file and data-file-raw cannot be used at the same time");
-            }
-            if self.preallocation != Preallocation::Off && !self.extended_l2 {
-                return wrong(
-                    "Backing file and preallocation can only be used at the same time if extended_l2 \
-                     is on",
-                );
-            }
-            if name.as_os_str().len() > MAX_BACKING_FILE {
-                return wrong("Could not assign backing file: File name too long");
-            }
-        } else if self.backing_format.is_some() {
-            return wrong("Backing format cannot be used without backing file");
-        }
-        if self.data_file.is_some() && is_v2 {
-            return wrong(
-                "External data files are only supported with compatibility level 1.1 and above \
-                 (use version=v3 or greater)",
-            );
         }
         Ok(())
     }

@@ -59,6 +59,7 @@ pub struct SnapshotInfo {
 
 /// Which snapshot is meant: the first one that fits.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum SnapshotName {
     /// The one with this ID or, if there is none, this name.
     IdOrName(Vec<u8>),

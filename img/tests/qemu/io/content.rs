@@ -281,3 +281,23 @@ fn odd_lengths() {
     both.same_bytes("raw");
     same_disk(&both, "qcow2", "disk");
 }
+
+#[test]
+fn truncate_gives_space() {
+    for (format, options) in [("raw", ""), ("qcow2", ""), ("qcow2", "-o data_file=data")] {
+        let both = Both::new(|place| {
+            place.make(&format!("create -q -f {format} {options} disk 1M"));
+        });
+        same(
+            &both,
+            &format!(
+                "-f {format} disk :: write -P 5 0 64k :: truncate -m falloc 2M :: length :: \
+                 truncate -m full 3M :: read -P 0 1M 2M :: map"
+            ),
+        );
+        if format == "qcow2" {
+            same(&both, "disk :: truncate -m metadata 4M :: map");
+        }
+        same_disk(&both, format, "disk");
+    }
+}

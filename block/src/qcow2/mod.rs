@@ -11,6 +11,7 @@
 //! | `io` | reads and writes on top of that |
 //! | `compressed`, `compress` | compressed clusters: reading them, and writing them |
 //! | `zeroes` | writing zeroes, and discarding |
+//! | `vm_state` | what lies behind the disk in the same mapping |
 //! | `resize`, `preallocate` | growing and shrinking the disk |
 //! | `backing` | what shows where the image has nothing |
 //! | `rebase`, `commit` | putting an image on another backing file; moving its data to one below |
@@ -90,6 +91,7 @@ mod retired;
 mod snapshot;
 mod subclusters;
 mod table;
+mod vm_state;
 mod words;
 mod zeroes;
 

@@ -8,8 +8,7 @@ use super::opened::Opened;
 use super::session::Session;
 use crate::info::human_specific;
 use crate::output;
-use tandem_block::ExtentKind;
-use tandem_block::qcow2::Info;
+use tandem_block::{ExtentKind, Preallocation};
 
 /// `length`
 pub fn length(session: &mut Session, _: &Arguments<'_>) -> Result<(), Failed> {
@@ -22,10 +21,7 @@ pub fn length(session: &mut Session, _: &Arguments<'_>) -> Result<(), Failed> {
 pub fn info(session: &mut Session, _: &Arguments<'_>) -> Result<(), Failed> {
     let opened = session.opened()?;
     let (cluster_size, vm_state) = match &opened.info {
-        Some(info) => (
-            info.cluster_size,
-            vm_state_offset(info, opened.disk().size()),
-        ),
+        Some(info) => (info.cluster_size, opened.vm_state_start()),
         None => (0, 0),
     };
     let mut text = format!(
@@ -39,13 +35,6 @@ pub fn info(session: &mut Session, _: &Arguments<'_>) -> Result<(), Failed> {
     }
     output::print(&text);
     Ok(())
-}
-
-/// Where the state of a virtual machine would begin: behind the last L2 table of the disk.
-fn vm_state_offset(info: &Info, size: u64) -> u64 {
-    let entry_size = if info.extended_l2 { 16 } else { 8 };
-    let table = info.cluster_size * (info.cluster_size / entry_size);
-    size.div_ceil(table).saturating_mul(table)
 }
 
 /// How many of the `len` bytes at `offset` are in the image itself, or are not, and which; none
@@ -135,14 +124,12 @@ pub fn aio_flush(_: &mut Session, _: &Arguments<'_>) -> Result<(), Failed> {
 
 /// `truncate`
 pub fn truncate(session: &mut Session, given: &Arguments<'_>) -> Result<(), Failed> {
-    let mut preallocation = "off";
+    let mut preallocation = Preallocation::Off;
     let (flags, operands) = given.parse("m:");
     for flag in flags {
-        (_, preallocation) = flag?;
-        if !["off", "metadata", "falloc", "full"].contains(&preallocation) {
-            let text = format!("Invalid preallocation mode '{preallocation}'");
-            return Err(session.error(&text));
-        }
+        let (_, mode) = flag?;
+        let text = || session.error(&format!("Invalid preallocation mode '{mode}'"));
+        preallocation = Preallocation::from_name(mode).ok_or_else(text)?;
     }
     // QEMU's message names the first word, behind which the flags have been put.
     let is_flag = |word: &&&str| word.starts_with('-') && word.len() > 1;
@@ -150,21 +137,12 @@ pub fn truncate(session: &mut Session, given: &Arguments<'_>) -> Result<(), Fail
     let named = named.copied().unwrap_or_default();
     let size = parse_size_called(operands.first().copied().unwrap_or_default(), named)?;
     let opened = session.opened()?;
-    if preallocation != "off" {
-        let reason = refused_preallocation(opened, size, preallocation);
-        return Err(session.error(&reason));
+    let fills = matches!(preallocation, Preallocation::Falloc | Preallocation::Full);
+    if fills && opened.info.is_none() && size < opened.disk().size() {
+        return Err(session.error("Cannot use preallocation for shrinking files"));
     }
-    let resized = opened.disk().resize(size);
+    let resized = opened
+        .touched_disk()
+        .resize_preallocated(size, preallocation);
     resized.map_err(|e| session.error(&e.reason()))
-}
-
-/// Why the disk cannot get `size` bytes with its space reserved in the way `mode`.
-fn refused_preallocation(opened: &Opened, size: u64, mode: &str) -> String {
-    let shrinks = size < opened.disk().size();
-    match (opened.info.is_some(), mode) {
-        (false, "metadata") => "Unsupported preallocation mode: metadata".to_owned(),
-        (false, _) if shrinks => "Cannot use preallocation for shrinking files".to_owned(),
-        (true, _) if shrinks => "Preallocation can't be used for shrinking an image".to_owned(),
-        (_, mode) => format!("Preallocation mode '{mode}' is not supported yet"),
-    }
 }

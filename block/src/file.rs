@@ -25,6 +25,17 @@ pub struct FileOptions {
     pub cache: CacheMode,
 }
 
+impl FileOptions {
+    /// Opens the file or block device at `path` so, locked as an image or its data file is: for whoever
+    /// puts something between it and the disk.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if it cannot be opened, [`Error::Locked`] if another program uses it.
+    pub fn open(self, path: &Path, read_only: bool) -> Result<Box<dyn Storage>> {
+        Ok(ImageFile::open(path, Access::new(read_only), self)?.storage)
+    }
+}
+
 /// Zeros are written in pieces of this many bytes.
 const ZEROS: usize = 1 << 20;
 

@@ -145,6 +145,7 @@ enum Target<'a> {
 /// Opens the image `image` for what is asked of it.
 fn open<'a>(args: &Parsed, image: &Image<'a>, read_only: bool) -> Result<Target<'a>, Failure> {
     let opened = |e: tandem_block::Error| args.name.error(&could_not_open(image.name, &e.reason()));
+    image.refuse_layers().map_err(|e| args.name.error(&e))?;
     let options = image.options(read_only, follow(args)?, FileOptions::default());
     let options = options.map_err(opened)?;
     if image.format == Format::Raw {

@@ -139,7 +139,7 @@ fn create(args: &Parsed, file: &OsStr, size: Option<u64>, list: &str) -> Result<
         return Err("Image creation needs a size parameter".to_owned());
     }
     if !args.has("quiet") {
-        output::print(&format!(
+        output::print_now(&format!(
             "Formatting '{}', fmt={}{}\n",
             file.display(),
             format.name(),

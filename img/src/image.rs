@@ -8,12 +8,14 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 use clap::Arg;
-use tandem_block::qcow2::{Backing, BackingFormat, Follow, Info, OpenOptions, Qcow2, backing_path};
-use tandem_block::{CacheMode, Disk, FileOptions, FileStorage, Locking, Raw, Storage};
+use tandem_block::qcow2::{Backing, BackingFormat, Follow, Info, OpenOptions, backing_path};
+use tandem_block::{CacheMode, Disk, FileOptions, FileStorage, Locking, Storage};
 
 use crate::failure::Failure;
 use crate::getopt::{Name, Parsed, flag, value};
 use crate::image_opts::{Described, ImageOpts, With};
+use crate::opened::Opened;
+use crate::pseudo;
 
 /// The formats that there are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -126,7 +128,20 @@ impl<'a> Image<'a> {
         let [name] = &args.operands[..] else {
             return Err(args.name.usage("Expecting one image file name"));
         };
-        Self::from_operand(args, name, "format")
+        let image = Self::from_operand(args, name, "format")?;
+        image.refuse_layers().map_err(|e| args.name.error(&e))?;
+        Ok(image)
+    }
+
+    /// Fails if it is more than a file with its format, of which the file alone would be looked at.
+    pub fn refuse_layers(&self) -> Result<(), String> {
+        match self.with.is_layered() {
+            true => Err(could_not_open(
+                self.name,
+                "Disks on top of others, parts of disks and blkdebug are not supported here",
+            )),
+            false => Ok(()),
+        }
     }
 
     /// Looks at the operand `name`, whose format the option `format` may say; with `--image-opts`
@@ -208,10 +223,7 @@ impl<'a> Image<'a> {
         files: FileOptions,
     ) -> tandem_block::Result<Box<dyn Disk>> {
         let options = self.options(read_only, follow, files)?;
-        Ok(match self.format {
-            Format::Raw => Box::new(Raw::open_with(&self.path, read_only, options.files)?),
-            Format::Qcow2 => Box::new(Qcow2::open(&self.path, &options)?),
-        })
+        Ok(Opened::open(self, &options)?.into_disk())
     }
 
     /// Names of the files that hold the guest's data: of the image, and of those below it.
@@ -243,6 +255,11 @@ impl<'a> Image<'a> {
                     last = backing_path(&path, &name).unwrap_or_default();
                     named_qcow2
                 }
+                (Backing::NamedAs(_), None) => return Ok(names),
+                (Backing::NamedAs(format), Some(name)) => {
+                    last = backing_path(&path, &name).unwrap_or_default();
+                    format == BackingFormat::Qcow2
+                }
             };
             next = is_qcow2.then(|| last.clone());
         }
@@ -270,10 +287,9 @@ impl<'a> Image<'a> {
     /// # Errors
     /// The reason why it cannot be opened.
     pub fn look(name: &'a OsStr, format: Option<&OsStr>) -> Result<Self, String> {
-        let json = name.to_str().and_then(|name| name.strip_prefix("json:"));
-        if let Some(json) = json {
-            let described = ImageOpts::from_json(json)?.describe(format)?;
-            return Self::look_described(name, described);
+        let mut options = ImageOpts::default();
+        if pseudo::add_name(&mut options, name, format)? {
+            return Self::look_described(name, options.describe(format)?);
         }
         let given = format.map(OsStr::to_string_lossy);
         let given = match given.as_deref() {
@@ -286,7 +302,12 @@ impl<'a> Image<'a> {
         if path.as_os_str().is_empty() {
             return Err("The 'file' block driver requires a file name".to_owned());
         }
-        Self::look_at(name, path.into(), given)
+        // What is left of `file:a:b` is a file, and its name must not look like another protocol's.
+        let path = match path != Path::new(name) && local_path(path.as_os_str()).is_err() {
+            true => Cow::Owned(Path::new("./").join(path)),
+            false => path.into(),
+        };
+        Self::look_at(name, path, given)
     }
 
     /// Looks at an image that is described by options, `name`.

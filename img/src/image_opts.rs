@@ -7,12 +7,13 @@ use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::path::PathBuf;
 
-use serde_json::Value;
 use tandem_block::qcow2::{Backing, BackingFormat, OpenOptions};
 use tandem_block::{CacheMode, Locking};
 
+use crate::faults::Rules;
 use crate::image::Format;
-use crate::json::double_quoted;
+use crate::layers::Window;
+use crate::node_options::{FILE, GENERIC, QCOW2, RAW, check, is_on};
 use crate::options;
 use crate::size;
 
@@ -38,86 +39,25 @@ pub struct With {
     pub data_file: Option<PathBuf>,
     /// What is below it, in place of what it names.
     pub backing: Backing,
+    /// The disk whose content is the image, in place of a file's.
+    pub below: Option<Box<Described>>,
+    /// The part of what is below that a raw disk shows.
+    pub window: Window,
+    /// What is written is compressed.
+    pub compress: bool,
+    /// A range is zeroed in units of so many bytes; zeros are written to what is left of it.
+    pub zero_unit: Option<u64>,
+    /// When the file fails.
+    pub rules: Option<Rules>,
+    /// When the data file fails.
+    pub data_rules: Option<Rules>,
     read_only: bool,
     force_share: Option<bool>,
     no_locks: bool,
     direct: Option<bool>,
     no_flush: bool,
     l2_cache_size: Option<usize>,
-}
-
-/// Values that an option may have, and what to say of others.
-enum Values {
-    Any,
-    Switch,
-    Size,
-    Number,
-    OneOf(&'static [&'static str], fn(&str) -> String),
-}
-
-/// Options of every image and file.
-const GENERIC: &[(&str, Values)] = &[
-    ("auto-read-only", Values::Switch),
-    ("cache.direct", Values::Switch),
-    ("cache.no-flush", Values::Switch),
-    (
-        "detect-zeroes",
-        Values::OneOf(&["off", "on", "unmap"], invalid),
-    ),
-    (
-        "discard",
-        Values::OneOf(&["ignore", "off", "unmap", "on"], |_| {
-            "Invalid discard option".to_owned()
-        }),
-    ),
-    ("force-share", Values::Switch),
-    ("node-name", Values::Any),
-    ("read-only", Values::Switch),
-];
-
-/// Options of files.
-const FILE: &[(&str, Values)] = &[
-    (
-        "aio",
-        Values::OneOf(&["threads", "native", "io_uring"], invalid),
-    ),
-    ("locking", Values::OneOf(&["auto", "on", "off"], invalid)),
-];
-
-/// Options of qcow2 images.
-const QCOW2: &[(&str, Values)] = &[
-    ("cache-clean-interval", Values::Number),
-    ("cache-size", Values::Size),
-    ("discard-no-unref", Values::Switch),
-    ("l2-cache-entry-size", Values::Size),
-    ("l2-cache-size", Values::Size),
-    ("lazy-refcounts", Values::Switch),
-    ("overlap-check", OVERLAP_CHECK),
-    ("overlap-check.active-l1", Values::Switch),
-    ("overlap-check.active-l2", Values::Switch),
-    ("overlap-check.bitmap-directory", Values::Switch),
-    ("overlap-check.inactive-l1", Values::Switch),
-    ("overlap-check.inactive-l2", Values::Switch),
-    ("overlap-check.main-header", Values::Switch),
-    ("overlap-check.refcount-block", Values::Switch),
-    ("overlap-check.refcount-table", Values::Switch),
-    ("overlap-check.snapshot-table", Values::Switch),
-    ("overlap-check.template", OVERLAP_CHECK),
-    ("pass-discard-other", Values::Switch),
-    ("pass-discard-request", Values::Switch),
-    ("pass-discard-snapshot", Values::Switch),
-    ("refcount-cache-size", Values::Size),
-];
-
-const OVERLAP_CHECK: Values = Values::OneOf(&["none", "constant", "cached", "all"], |value| {
-    format!(
-        "Unsupported value '{value}' for qcow2 option 'overlap-check'. Allowed are any of the \
-         following: none, constant, cached, all"
-    )
-});
-
-fn invalid(value: &str) -> String {
-    format!("invalid parameter value: {value}")
+    l2_cache_entry_size: Option<u64>,
 }
 
 /// Options and their values, by name.
@@ -162,33 +102,14 @@ impl ImageOpts {
         }
     }
 
-    /// Options in JSON.
-    ///
-    /// # Errors
-    /// The message of QEMU.
-    pub fn from_json(text: &str) -> Result<Self, String> {
-        if text.trim().is_empty() {
-            return Err("Could not parse the JSON options: Expecting a JSON value".to_owned());
-        }
-        let value: Value = serde_json::from_str(&double_quoted(text)).map_err(|e| {
-            let reason = match (
-                e.is_eof(),
-                text.split(['{', '}', '[', ']', ',', ':']).next(),
-            ) {
-                (true, _) => "premature EOI".to_owned(),
-                (_, Some(word)) if word.starts_with(|c: char| c.is_ascii_alphabetic()) => {
-                    format!("invalid keyword '{word}'")
-                }
-                _ => e.to_string(),
-            };
-            format!("Could not parse the JSON options: JSON parse error, {reason}")
-        })?;
-        if !value.is_object() {
-            return Err("Invalid JSON object given".to_owned());
-        }
-        let mut values = BTreeMap::new();
-        flatten("", &value, &mut values);
-        Ok(Self(values))
+    /// The options that are called so, with these values.
+    pub fn from_pairs(pairs: impl IntoIterator<Item = (String, String)>) -> Self {
+        Self(pairs.into_iter().collect())
+    }
+
+    /// Sets the option `name`, unless it is set.
+    pub fn add(&mut self, name: String, value: String) {
+        self.0.entry(name).or_insert(value);
     }
 
     /// What the options say; `format` is what another one says of the format.
@@ -200,14 +121,23 @@ impl ImageOpts {
             (Some(format), _) => Some(format.to_string_lossy().into_owned()),
             (None, driver) => driver.map(str::to_owned),
         };
-        if let Some(driver @ ("file" | "host_device")) = driver.as_deref() {
-            return Ok(Described {
-                format: Some(Format::Raw),
-                is_protocol: true,
-                path: self.file(driver)?,
-                with: self.with()?,
-                options: Self::default(),
-            });
+        match driver.as_deref() {
+            Some(driver @ ("file" | "host_device")) => {
+                let file = Child::from(self.file(driver)?);
+                return Ok(Described::file(file, self.with()?));
+            }
+            Some("blkdebug") => {
+                let child = self.debugged()?;
+                return Ok(match child.disk {
+                    Some(mut disk) => {
+                        disk.with.zero_unit = child.zero_unit;
+                        *disk
+                    }
+                    None => Described::file(child, self.with()?),
+                });
+            }
+            Some("compress") => return self.compressed(),
+            _ => {}
         }
         let format = match &driver {
             Some(name) => {
@@ -215,26 +145,49 @@ impl ImageOpts {
             }
             None => None,
         };
-        let (path, of_file) = self.child("file")?.ok_or(match driver {
+        let child = self.child("file")?.ok_or(match driver {
             None => "Must specify either driver or file",
             Some(_) => NO_FILE,
         })?;
+        if format.is_none() && child.disk.is_some() {
+            return Err("The format of a disk on top of another must be specified".to_owned());
+        }
+        let data = self.child("data-file")?.unwrap_or_default();
+        if data.disk.is_some() {
+            return Err("A data file must be a file".to_owned());
+        }
         let with = With {
-            data_file: self.child("data-file")?.map(|(path, _)| path),
+            data_file: Some(data.path).filter(|path| !path.as_os_str().is_empty()),
+            data_rules: data.rules,
             backing: self.backing()?,
-            no_locks: of_file.no_locks,
+            no_locks: child.no_locks,
+            rules: child.rules,
+            below: child.disk,
+            window: match format {
+                Some(Format::Raw) => self.window()?,
+                _ => Window::default(),
+            },
             ..self.with()?
         };
         Ok(Described {
             format,
             is_protocol: false,
-            path,
+            path: child.path,
             with,
             options: self,
         })
     }
 
-    fn get(&self, name: &str) -> Option<&str> {
+    /// The disk below a filter that compresses what is written.
+    fn compressed(&self) -> Result<Described, String> {
+        let disk = self.child("file")?.and_then(|child| child.disk);
+        let mut disk = *disk.ok_or(NO_FILE)?;
+        disk.with.compress = true;
+        Ok(disk)
+    }
+
+    /// The value of the option `name`.
+    pub fn get(&self, name: &str) -> Option<&str> {
         self.0.get(name).map(String::as_str)
     }
 
@@ -247,8 +200,8 @@ impl ImageOpts {
         Self(self.0.iter().filter_map(strip).collect())
     }
 
-    /// The file that the options below `name` describe, and how it is opened.
-    fn child(&self, name: &str) -> Result<Option<(PathBuf, With)>, String> {
+    /// What the options below `name` describe.
+    fn child(&self, name: &str) -> Result<Option<Child>, String> {
         if let Some(node) = self.get(name) {
             return Err(no_node(node));
         }
@@ -256,22 +209,78 @@ impl ImageOpts {
         match child.get("driver") {
             _ if child.0.is_empty() => Ok(None),
             // A raw image is its file.
-            Some("raw") => {
+            Some("raw") if child.window()? == Window::default() => {
                 child.finish(Format::Raw)?;
                 child
                     .child("file")?
                     .ok_or_else(|| NO_FILE.to_owned())
                     .map(Some)
             }
+            Some("raw" | "qcow2") => {
+                let disk = child.describe(None)?;
+                disk.options.finish(disk.format.unwrap_or(Format::Raw))?;
+                Ok(Some(Child {
+                    path: disk.path.clone(),
+                    disk: Some(Box::new(disk)),
+                    ..Child::default()
+                }))
+            }
+            Some("blkdebug") => child.debugged().map(Some),
             None if child.get("filename").is_none() => {
                 Err("Must specify either driver or file".to_owned())
             }
-            None => Ok(Some((child.file("file")?, child.with()?))),
-            Some(driver @ ("file" | "host_device")) => {
-                Ok(Some((child.file(driver)?, child.with()?)))
-            }
+            Some(driver @ ("file" | "host_device")) => child.named(driver).map(Some),
+            None => child.named("file").map(Some),
             Some(other) => Err(format!("Unknown driver '{other}'")),
         }
+    }
+
+    /// The file that these are the options of, and how it is opened.
+    fn named(&self, driver: &str) -> Result<Child, String> {
+        Ok(Child {
+            no_locks: self.with()?.no_locks,
+            ..self.file(driver)?.into()
+        })
+    }
+
+    /// What is below `blkdebug`, whose options these are.
+    fn debugged(&self) -> Result<Child, String> {
+        let of_image = |name: &String| name.starts_with("image.");
+        let own = self.0.iter().filter(|(name, _)| !of_image(name));
+        check(&self.0, GENERIC)?;
+        let is_generic = |name: &str| GENERIC.iter().any(|(known, _)| *known == name);
+        let rules = Rules::new(
+            own.map(|(name, value)| (name.as_str(), value.as_str()))
+                .filter(|(name, _)| *name != "driver" && !is_generic(name)),
+        )?;
+        let image = self.child("image")?;
+        let image = image.ok_or("A block device must be specified for \"image\"")?;
+        let size_of = |name: &str| size::parse(self.get(name)?).ok().filter(|size| *size > 0);
+        match (rules, &image) {
+            (None, _) => Ok(Child {
+                zero_unit: size_of("opt-write-zero"),
+                ..image
+            }),
+            (
+                rules,
+                Child {
+                    rules: None,
+                    disk: None,
+                    ..
+                },
+            ) => Ok(Child { rules, ..image }),
+            _ => Err("Rules of blkdebug are for files only".to_owned()),
+        }
+    }
+
+    /// The part of what is below that a raw disk shows.
+    fn window(&self) -> Result<Window, String> {
+        check(&self.0, RAW)?;
+        let size = |name: &str| self.0.get(name).and_then(|value| size::parse(value).ok());
+        Ok(Window {
+            offset: size("offset").unwrap_or(0),
+            size: size("size"),
+        })
     }
 
     /// The file that these are the options of.
@@ -320,9 +329,16 @@ impl ImageOpts {
             _ => Format::Qcow2,
         });
         finished.map_err(failed)?;
-        match file {
-            Some((path, _)) => Ok(Backing::File { path, format }),
-            None => Err("'backing' options are not supported without 'backing.file'".to_owned()),
+        match (file, format) {
+            (Some(file), _) if file.disk.is_some() || file.rules.is_some() => {
+                Err(failed("A backing file must be a file".to_owned()))
+            }
+            (Some(file), format) => Ok(Backing::File {
+                path: file.path,
+                format,
+            }),
+            (None, Some(format)) => Ok(Backing::NamedAs(format)),
+            (None, None) => Ok(Backing::Named),
         }
     }
 
@@ -354,6 +370,9 @@ impl ImageOpts {
             direct: is_on("cache.direct"),
             no_flush: is_on("cache.no-flush") == Some(true),
             l2_cache_size: self.l2_cache_size()?,
+            l2_cache_entry_size: self
+                .get("l2-cache-entry-size")
+                .and_then(|text| size::parse(text).ok()),
             ..With::default()
         })
     }
@@ -386,7 +405,7 @@ impl ImageOpts {
     /// Refuses what no image of the format has.
     pub fn finish(&self, format: Format) -> Result<(), String> {
         let (own, nodes): (&[_], &[_]) = match format {
-            Format::Raw => (&[], &["file"]),
+            Format::Raw => (RAW, &["file"]),
             Format::Qcow2 => (QCOW2, &["file", "data-file", "backing"]),
         };
         let is_known = |name: &str| {
@@ -397,11 +416,7 @@ impl ImageOpts {
         let Some(name) = self.0.keys().rfind(|name| !is_known(name)) else {
             return Ok(());
         };
-        let exists = match format {
-            Format::Raw => name == "offset" || name == "size",
-            Format::Qcow2 => name.starts_with("encrypt."),
-        };
-        Err(if exists {
+        Err(if format == Format::Qcow2 && name.starts_with("encrypt.") {
             format!("Option '{name}' is not supported")
         } else {
             unsupported(format, name)
@@ -422,10 +437,71 @@ fn unsupported(format: Format, name: &str) -> String {
     format!("Block format '{format}' does not support the option '{name}'")
 }
 
+impl Described {
+    /// The bare file `child`.
+    fn file(child: Child, with: With) -> Self {
+        Self {
+            format: Some(Format::Raw),
+            is_protocol: true,
+            path: child.path,
+            with: With {
+                rules: child.rules,
+                no_locks: with.no_locks || child.no_locks,
+                ..with
+            },
+            options: ImageOpts::default(),
+        }
+    }
+}
+
+/// What an image lies in: a file, or what a disk shows.
+#[derive(Default)]
+struct Child {
+    path: PathBuf,
+    no_locks: bool,
+    rules: Option<Rules>,
+    disk: Option<Box<Described>>,
+    zero_unit: Option<u64>,
+}
+
+impl From<PathBuf> for Child {
+    fn from(path: PathBuf) -> Self {
+        Self {
+            path,
+            ..Self::default()
+        }
+    }
+}
+
 impl With {
+    /// Whether there is more to it than a file with its format.
+    pub fn is_layered(&self) -> bool {
+        self.below.is_some()
+            || self.compress
+            || self.window != Window::default()
+            || self.rules.is_some()
+            || self.data_rules.is_some()
+    }
+
     /// Whether it contradicts the option `-U`.
     pub fn contradicts_force_share(&self) -> bool {
         self.force_share == Some(false)
+    }
+
+    /// Refuses what an image with clusters of so many bytes cannot be opened with.
+    ///
+    /// # Errors
+    /// The message of QEMU.
+    pub fn check_cluster_size(&self, cluster_size: u64) -> Result<(), String> {
+        match self.l2_cache_entry_size {
+            Some(size) if !size.is_power_of_two() || !(512..=cluster_size).contains(&size) => {
+                Err(format!(
+                    "L2 cache entry size must be a power of two between 512 and the cluster size \
+                     ({cluster_size})"
+                ))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Puts it into `options`, which come from other arguments.
@@ -470,67 +546,9 @@ fn no_node(name: &str) -> String {
     format!("Cannot find device='{name}' nor node-name='{name}'")
 }
 
-/// Refuses wrong values of the options that are `known`.
-fn check(values: &BTreeMap<String, String>, known: &[(&str, Values)]) -> Result<(), String> {
-    for (name, allowed) in known {
-        let Some(value) = values.get(*name) else {
-            continue;
-        };
-        match allowed {
-            Values::Any => {}
-            Values::Switch if is_on(value).is_some() => {}
-            Values::Switch => return Err(format!("Parameter '{name}' expects 'on' or 'off'")),
-            Values::Size => {
-                size::parse(value).map_err(|wrong| wrong.message(name, value))?;
-            }
-            Values::Number => {
-                let is_number = size::c_number(value).is_some_and(|(_, amount)| amount.is_some());
-                let text = || format!("Parameter '{name}' expects a number");
-                is_number.then_some(()).ok_or_else(text)?;
-            }
-            Values::OneOf(names, _) if names.contains(&&**value) => {}
-            Values::OneOf(_, message) => return Err(message(value)),
-        }
-    }
-    Ok(())
-}
-
-fn is_on(value: &str) -> Option<bool> {
-    match value {
-        "on" | "yes" | "true" | "y" => Some(true),
-        "off" | "no" | "false" | "n" => Some(false),
-        _ => None,
-    }
-}
-
 fn is_identifier(id: &str) -> bool {
     id.starts_with(|c: char| c.is_ascii_alphabetic())
         && id
             .chars()
             .all(|c| c.is_ascii_alphanumeric() || "-._".contains(c))
-}
-
-/// Adds what `value` holds, under names with dots.
-fn flatten(name: &str, value: &Value, values: &mut BTreeMap<String, String>) {
-    let below = |key: &str| match name {
-        "" => key.to_owned(),
-        name => format!("{name}.{key}"),
-    };
-    let text = match value {
-        Value::Object(map) => {
-            return map
-                .iter()
-                .for_each(|(key, value)| flatten(&below(key), value, values));
-        }
-        Value::Array(items) => {
-            let items = items.iter().enumerate();
-            return items.for_each(|(i, value)| flatten(&below(&i.to_string()), value, values));
-        }
-        Value::Bool(true) => "on".to_owned(),
-        Value::Bool(false) => "off".to_owned(),
-        Value::Null => String::new(),
-        Value::Number(number) => number.to_string(),
-        Value::String(text) => text.clone(),
-    };
-    values.insert(name.to_owned(), text);
 }

@@ -80,7 +80,7 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
         let image = find_backing(&above, name.as_bytes(), follow)
             .map_err(|e| e.reason())
             .and_then(|_| {
-                let format = format.ok_or(NO_FORMAT)?;
+                let format = format.ok_or(NO_FORMAT)??;
                 Image::look_at(&path, Path::new(&path).into(), Some(format))
             })
             .map_err(|reason| failed(&path, &reason))?;
@@ -106,7 +106,8 @@ struct Below {
     /// The path of the image.
     above: PathBuf,
     name: Vec<u8>,
-    format: Option<Format>,
+    /// If that is one that there is.
+    format: Option<Result<Format, String>>,
 }
 
 /// What is printed: something for each image.
@@ -157,7 +158,7 @@ impl Reports {
         else {
             return Ok(None);
         };
-        let format = backing_format.map(|name| {
+        let format = backing_format.map(|name| -> Result<_, String> {
             let known = BackingFormat::from_name(&name).map(|format| match format {
                 BackingFormat::Raw => Format::Raw,
                 BackingFormat::Qcow2 => Format::Qcow2,
@@ -168,7 +169,7 @@ impl Reports {
         Ok(Some(Below {
             above: image.path.to_path_buf(),
             name,
-            format: format.transpose().map_err(|reason| opened(&reason))?,
+            format,
         }))
     }
 

@@ -16,35 +16,6 @@ pub fn to_string(value: &impl Serialize) -> serde_json::Result<String> {
     String::from_utf8(bytes).map_err(serde::ser::Error::custom)
 }
 
-/// The JSON `text`, with its strings in double quotes: QEMU reads those in single ones, too.
-pub fn double_quoted(text: &str) -> String {
-    let mut result = String::with_capacity(text.len());
-    let mut open = None;
-    let mut chars = text.chars();
-    while let Some(c) = chars.next() {
-        match (open, c) {
-            (None, '\'' | '"') => {
-                open = Some(c);
-                result.push('"');
-            }
-            (Some(quote), c) if c == quote => {
-                open = None;
-                result.push('"');
-            }
-            (Some(_), '"') => result.push_str("\\\""),
-            (Some(_), '\\') => match chars.next() {
-                Some('\'') => result.push('\''),
-                next => {
-                    result.push(c);
-                    result.extend(next);
-                }
-            },
-            _ => result.push(c),
-        }
-    }
-    result
-}
-
 struct Layout {
     level: usize,
 }
@@ -129,13 +100,6 @@ impl Formatter for Layout {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn strings_in_either_quotes() {
-        let text = r#"{'a"\'': "b'\"\'\\", 'c\\': "\u0041"}"#;
-        let expected = r#"{"a\"'": "b'\"'\\", "c\\": "\u0041"}"#;
-        assert_eq!(double_quoted(text), expected);
-    }
 
     #[test]
     fn layout() {

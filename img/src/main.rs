@@ -3,5 +3,5 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    tandem_img::program::main()
+    tandem_img::output::collected(tandem_img::program::main)
 }

@@ -120,7 +120,10 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
     let start = number("start-offset", "start offset")?.unwrap_or(0);
     let length = number("max-length", "max length")?;
     args.refuse(&["object"])?;
-    let image = Image::from_args(args)?;
+    let [name] = &args.operands[..] else {
+        return Err(args.name.usage("Expecting one image file name"));
+    };
+    let image = Image::from_operand(args, name, "format")?;
     let fail = |e: tandem_block::Error| args.name.error(&could_not_open(image.name, &e.reason()));
     let follow = follow(args)?;
     let files = FileOptions {

@@ -5,7 +5,7 @@ use std::ffi::OsStr;
 use clap::Command;
 use serde::Serialize;
 use tandem_block::qcow2::{self, Info, SnapshotName};
-use tandem_block::{Disk, Error, ExtentKind, FileOptions, Locking, sparse_extent_in_chain};
+use tandem_block::{Disk, Error, ExtentKind, FileOptions, sparse_extent_in_chain};
 
 use crate::create;
 use crate::failure::Failure;
@@ -212,23 +212,17 @@ impl Source {
         let options = image.options(true, follow(args)?, files);
         let mut options = options.map_err(|e| opened(&e.reason()))?;
         options.snapshot = snapshot;
-        let disk = Opened::open(&image, &options).map_err(|error| match error {
-            Error::NoSnapshot { .. } => no_snapshot("Can't find snapshot"),
-            other => opened(&other.reason()),
-        })?;
-        let info = match image.format {
-            Format::Raw if options.snapshot.is_some() => {
-                return Err(no_snapshot(
-                    "Block format 'raw' used by device '' does not support temporarily loading \
-                     internal snapshots",
-                ));
-            }
-            Format::Raw => None,
-            Format::Qcow2 => {
-                let info = Info::read_with(&image.path, Locking::Off);
-                Some(info.map_err(|e| opened(&e.reason()))?)
-            }
-        };
+        let (disk, info) =
+            Opened::open_with_info(&image, &options).map_err(|error| match error {
+                Error::NoSnapshot { .. } => no_snapshot("Can't find snapshot"),
+                other => opened(&other.reason()),
+            })?;
+        if info.is_none() && options.snapshot.is_some() {
+            return Err(no_snapshot(
+                "Block format 'raw' used by device '' does not support temporarily loading internal \
+                 snapshots",
+            ));
+        }
         let size = match &info {
             Some(info) => info.size,
             None => disk.disk().size(),

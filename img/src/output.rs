@@ -1,6 +1,8 @@
 //! Standard output.
 
-use std::io::Write;
+use std::io::{IsTerminal, Write};
+use std::process::ExitCode;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use serde::Serialize;
 
@@ -34,14 +36,50 @@ impl Output {
     }
 }
 
-/// Prints `text`. A reader that has gone away wants no more of it, which is no error.
-pub fn print(text: &str) {
-    let _ = std::io::stdout().write_all(text.as_bytes());
+/// Bytes of text that are kept.
+const KEPT: usize = 4096;
+
+/// Text that is kept back, if any is to be.
+static PENDING: Mutex<Option<Vec<u8>>> = Mutex::new(None);
+
+fn pending() -> MutexGuard<'static, Option<Vec<u8>>> {
+    // A panic leaves a part of the text at worst.
+    PENDING.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// As [`print`], for text that does not end with a line.
+/// Runs `program`, and prints what it prints once that is enough, or the end has come, unless standard
+/// output is a terminal: so does the C library, and who reads standard error in the same pipe finds
+/// both in the order of `qemu-img`.
+pub fn collected(program: impl FnOnce() -> ExitCode) -> ExitCode {
+    if !std::io::stdout().is_terminal() {
+        *pending() = Some(Vec::new());
+    }
+    let status = program();
+    print_now("");
+    status
+}
+
+/// Prints `text`. A reader that has gone away wants no more of it, which is no error.
+pub fn print(text: &str) {
+    let mut pending = pending();
+    let Some(kept) = &mut *pending else {
+        let _ = std::io::stdout().write_all(text.as_bytes());
+        return;
+    };
+    kept.extend_from_slice(text.as_bytes());
+    if kept.len() >= KEPT {
+        let _ = std::io::stdout().write_all(kept);
+        kept.clear();
+    }
+}
+
+/// As [`print`], for text that must not wait.
 pub fn print_now(text: &str) {
     print(text);
+    if let Some(kept) = &mut *pending() {
+        let _ = std::io::stdout().write_all(kept);
+        kept.clear();
+    }
     let _ = std::io::stdout().flush();
 }
 

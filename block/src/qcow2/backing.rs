@@ -59,6 +59,9 @@ pub enum Backing {
     /// The backing file that the image names, if it names one.
     #[default]
     Named,
+    /// The backing file that the image names, if it names one, in this format, whatever the image says
+    /// of it.
+    NamedAs(BackingFormat),
     /// Nothing, whatever the image names: where it has nothing, it reads as zero.
     Nothing,
     /// Another file, wherever it is.
@@ -139,8 +142,10 @@ fn open_chain(top: &Found, options: &OpenOptions, base: Option<usize>) -> Result
         backing: Backing::Named,
         ..options.clone()
     };
+    let mut forced = None;
     match given {
         Backing::Named => {}
+        Backing::NamedAs(format) => forced = Some(*format),
         Backing::Nothing => return Ok(Chain::default()),
         Backing::File { .. } if base.is_some() => {
             let reason = "only a backing file that the image names can be written";
@@ -181,7 +186,7 @@ fn open_chain(top: &Found, options: &OpenOptions, base: Option<usize>) -> Result
             Error::Locked { shared: false, .. } if is_base => error,
             error => failed(&images, error.reason()),
         };
-        match find(above, name, &options, &mut ids).map_err(wrapped)? {
+        match find(above, name, forced.take(), &options, &mut ids).map_err(wrapped)? {
             next if is_base => {
                 let base = next.open_base(&options).map_err(wrapped)?;
                 chain.below = Some(Box::new(Absent { size: base.size() }));
@@ -282,15 +287,20 @@ impl Next {
     }
 }
 
-/// Opens the backing file `name` of `above`, which has not been opened before: `ids` has those.
+/// Opens the backing file `name` of `above`, which has not been opened before: `ids` has those. Its
+/// format is what `above` says unless it is given.
 fn find(
     above: &Found,
     name: &[u8],
+    format: Option<BackingFormat>,
     options: &OpenOptions,
     ids: &mut Vec<(u64, u64)>,
 ) -> Result<Next> {
     ids.push(id(&above.image.path).map_err(Error::Option)?);
-    let format = format_of(&above.header, options).map_err(Error::Option)?;
+    let format = match format {
+        Some(format) => format,
+        None => format_of(&above.header, options).map_err(Error::Option)?,
+    };
     let path = path_of(&above.image.path, name).map_err(Error::Option)?;
     if id(&path).is_ok_and(|id| ids.contains(&id)) {
         let reason = format!("'{}' is below itself", path.display());

@@ -4,6 +4,7 @@
 //! change, as from a backing file; `compress` writes whole ones. Several may lie in one host cluster,
 //! whose refcount counts them.
 
+use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -11,8 +12,8 @@ use flate2::{Decompress, FlushDecompress};
 use vm_memory::VolatileSlice;
 
 use super::Qcow2;
-use crate::Result;
 use crate::sync::lock;
+use crate::{Error, Result};
 
 /// How clusters are compressed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -88,9 +89,15 @@ impl Qcow2 {
         if is_whole {
             return Ok(cluster.into());
         }
-        let reason = "Compressed cluster cannot be decompressed".to_owned();
         // As for QEMU, no reason to mark the image as corrupt: nothing else is in danger.
-        Err(self.image.invalid("l2_table entry", stored.offset, reason))
+        let error = io::Error::from_raw_os_error(libc::EIO);
+        let path = &self.image.path;
+        Err(Error::io_at(
+            path,
+            "decompress data of",
+            stored.offset,
+            error,
+        ))
     }
 
     /// Gives back one reference to each cluster of the image file that `range` lies in, where a

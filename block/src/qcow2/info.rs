@@ -8,9 +8,9 @@ use super::snapshot::{SnapshotInfo, read_table};
 use super::{DataFileLayout, bitmaps};
 #[cfg(doc)]
 use crate::Error;
-use crate::Result;
 use crate::file::{FileOptions, ImageFile};
 use crate::lock::{Access, Locking};
+use crate::{Result, Storage};
 
 /// What an image is like, as told by its header.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -76,9 +76,17 @@ impl Info {
             ..FileOptions::default()
         };
         let image = ImageFile::open(path, Access::Look, options)?;
-        let header = Header::read(&*image.storage, path)?;
+        Self::read_storage(path, &*image.storage)
+    }
+
+    /// As [`read`](Info::read), of the image in `storage`, which is called `path`.
+    ///
+    /// # Errors
+    /// As [`read`](Info::read).
+    pub fn read_storage(path: &Path, storage: &dyn Storage) -> Result<Self> {
+        let header = Header::read(storage, path)?;
         header.check_encryption(path)?;
-        let table = read_table(&*image.storage, path, &header)?;
+        let table = read_table(storage, path, &header)?;
         let incompatible = |bit| header.incompatible_features & bit != 0;
         Ok(Self {
             size: header.disk_size(),
@@ -90,7 +98,7 @@ impl Info {
             has_data_file: header.has_data_file(),
             data_file_raw: header.data_file_is_raw(),
             data_file_layout: header.data_file_layout(),
-            bitmaps: bitmaps::list(&*image.storage, path, &header)?,
+            bitmaps: bitmaps::list(storage, path, &header)?,
             stale_bitmaps: header.extensions.stale_bitmaps,
             snapshots: table.snapshots.into_iter().map(Into::into).collect(),
             dirty: incompatible(incompatible::DIRTY),

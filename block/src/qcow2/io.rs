@@ -20,6 +20,14 @@ use crate::{Disk, Error, Extent, Limits, Preallocation, Result};
 /// How often a request on a full disk looks for clusters that have come back.
 const SPACE_POLL: Duration = Duration::from_millis(1);
 
+/// What a request to the mapping is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Area {
+    Disk,
+    /// Behind the disk. The right to change its size is held.
+    VmState,
+}
+
 impl Disk for Qcow2 {
     fn size(&self) -> u64 {
         self.size.load(Ordering::Acquire)
@@ -53,20 +61,7 @@ impl Disk for Qcow2 {
         if let Some(file) = self.passthrough(offset, len)? {
             return file.read_at(bufs, offset);
         }
-        let _running = self.requests.begin();
-        let mut buffers = Buffers::new(bufs);
-        let mut done = 0;
-        while done < len {
-            let run = self.run(offset + done, len - done)?;
-            if run.len == len {
-                return self.read_run(run.kind, bufs, offset);
-            }
-            buffers.take(run.len, |piece, at| {
-                self.read_run(run.kind.advanced(at), piece, offset + done + at)
-            })?;
-            done += run.len;
-        }
-        Ok(())
+        self.read_mapped(bufs, offset)
     }
 
     fn write_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> Result<()> {
@@ -83,7 +78,7 @@ impl Disk for Qcow2 {
                 Ok(())
             };
         }
-        self.with_space(|| self.write_mapped(bufs, offset, len))
+        self.with_space(|| self.write_mapped(bufs, offset, len, Area::Disk))
     }
 
     fn try_read_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> Result<bool> {
@@ -212,8 +207,33 @@ impl Qcow2 {
         }
     }
 
-    /// Writes `bufs`, of `len` bytes, through the mapping.
-    fn write_mapped(&self, bufs: &[VolatileSlice<'_>], offset: u64, len: u64) -> Result<()> {
+    /// Fills `bufs` through the mapping.
+    pub(super) fn read_mapped(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> Result<()> {
+        let len = total_len(bufs);
+        let _running = self.requests.begin();
+        let mut buffers = Buffers::new(bufs);
+        let mut done = 0;
+        while done < len {
+            let run = self.run(offset + done, len - done)?;
+            if run.len == len {
+                return self.read_run(run.kind, bufs, offset);
+            }
+            buffers.take(run.len, |piece, at| {
+                self.read_run(run.kind.advanced(at), piece, offset + done + at)
+            })?;
+            done += run.len;
+        }
+        Ok(())
+    }
+
+    /// Writes `bufs`, of `len` bytes in `area`, through the mapping.
+    pub(super) fn write_mapped(
+        &self,
+        bufs: &[VolatileSlice<'_>],
+        offset: u64,
+        len: u64,
+        area: Area,
+    ) -> Result<()> {
         let _running = self.requests.begin();
         let mut buffers = Buffers::new(bufs);
         let mut done = 0;
@@ -236,7 +256,7 @@ impl Qcow2 {
                     buffers.take(run.len, |piece, at| data.write_at(piece, offset + at))?;
                     run.len
                 }
-                _ => self.write_new(offset + done, run.len, &mut buffers)?,
+                _ => self.write_new(offset + done, run.len, area, &mut buffers)?,
             };
         }
         Ok(())
@@ -257,10 +277,18 @@ impl Qcow2 {
 
     /// Writes up to `len` bytes to clusters at `offset` that have no data, and returns how many;
     /// none if another request has given them data meanwhile.
-    fn write_new(&self, offset: u64, len: u64, buffers: &mut Buffers<'_, '_>) -> Result<u64> {
+    fn write_new(
+        &self,
+        offset: u64,
+        len: u64,
+        area: Area,
+        buffers: &mut Buffers<'_, '_>,
+    ) -> Result<u64> {
         let (len, _held) = self.hold(offset, len);
-        // A shrink waits for those who hold what it cuts off, and finds what they have mapped there.
-        check_range(offset, len, self.size())?;
+        if area == Area::Disk {
+            // A shrink waits for those who hold what it cuts off, and finds what they have mapped there.
+            check_range(offset, len, self.size())?;
+        }
         self.write_held(offset, len, buffers)
     }
 

@@ -13,6 +13,7 @@
 //! | `nowait` | those that wait for nothing |
 //! | `compressed`, `compress` | compressed clusters: reading them, and writing them |
 //! | `zeroes` | writing zeroes, and discarding |
+//! | `vm_state` | what lies behind the disk in the same mapping |
 //! | `resize`, `preallocate` | growing and shrinking the disk |
 //! | `backing` | what shows where the image has nothing |
 //! | `rebase`, `commit` | putting an image on another backing file; moving its data to one below |
@@ -94,6 +95,7 @@ mod snapshot;
 mod subclusters;
 mod switch;
 mod table;
+mod vm_state;
 mod words;
 mod zeroes;
 

@@ -27,6 +27,8 @@ use crate::file::{FileOptions, ImageFile};
 use crate::lock::Access;
 use crate::{Disk, Error, Result, Storage};
 
+const NO_DATA_FILE: &str = "'data-file' can only be set for images with an external data file";
+
 /// How to open an image.
 #[derive(Clone, Debug)]
 pub struct OpenOptions {
@@ -95,8 +97,7 @@ impl Qcow2 {
         let data = match (found.header.has_data_file(), &options.data_file) {
             (false, None) => None,
             (false, Some(_)) => {
-                let reason = "'data-file' can only be set for images with an external data file";
-                return Err(data_file_error(path, reason));
+                return Err(data_file_error(path, NO_DATA_FILE));
             }
             (true, _) => Some(open_data_file(path, &found.header, options)?),
         };
@@ -142,6 +143,30 @@ impl Qcow2 {
         Self::with_files(image, data, backing, options)
     }
 
+    /// As [`open`](Qcow2::open), with the image at `path` in storage of the caller's, and its data file
+    /// too if `data_file` is given. Other names in the image are followed as if it were opened by name.
+    ///
+    /// # Errors
+    /// As [`open`](Qcow2::open).
+    pub fn open_storage(
+        path: &Path,
+        image: Box<dyn Storage>,
+        data_file: Option<(&Path, Box<dyn Storage>)>,
+        options: &OpenOptions,
+    ) -> Result<Self> {
+        let cache = options.files.cache;
+        let top = Found::new(ImageFile::new(image, path, cache), options.read_only)?;
+        let backing = backing::open(&top, options)?;
+        match data_file {
+            None => Self::from_found(top, options, backing),
+            Some(_) if !top.header.has_data_file() => Err(data_file_error(path, NO_DATA_FILE)),
+            Some((name, storage)) => {
+                let data = Some(ImageFile::new(storage, name, cache));
+                Self::from_files(top, options, Files { data, backing })
+            }
+        }
+    }
+
     /// Opens `image` with the files that it names, of which it must name each that is given.
     pub(crate) fn with_files(
         image: ImageFile,
@@ -153,10 +178,7 @@ impl Qcow2 {
         let name = &found.image.path;
         match (found.header.has_data_file(), &data) {
             (false, None) | (true, Some(_)) => {}
-            (false, Some(_)) => {
-                let reason = "'data-file' can only be set for images with an external data file";
-                return Err(data_file_error(name, reason));
-            }
+            (false, Some(_)) => return Err(data_file_error(name, NO_DATA_FILE)),
             (true, None) => {
                 let reason = "'data-file' is required for this image";
                 return Err(data_file_error(name, reason));

@@ -241,7 +241,7 @@ impl Qcow2 {
     ///
     /// The header changes to a new table in one write, after that and its refcounts are on disk, and
     /// the old one is given back only after that.
-    fn grow_l1_table(&self, needed: u64) -> Result<()> {
+    pub(super) fn grow_l1_table(&self, needed: u64) -> Result<()> {
         let _flushing = lock_whole(&self.flushing).ok_or(Error::BrokenOff)?;
         let (old_offset, old_size) = self.l1.place();
         if needed <= old_size {

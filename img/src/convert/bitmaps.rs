@@ -13,7 +13,7 @@ use crate::opened::Opened;
 pub fn to_copy(args: &Parsed, source: &Opened) -> Result<Vec<BitmapInfo>, Failure> {
     let error = |reason: &str| args.name.error(reason);
     let found = match source {
-        Opened::Raw(_) => None,
+        Opened::Raw(_) | Opened::Other(_) => None,
         Opened::Qcow2(disk) => disk.bitmaps().map_err(|e| error(&e.reason()))?,
     };
     let mut bitmaps = found.ok_or_else(|| error("Source lacks bitmap support"))?;

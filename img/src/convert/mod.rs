@@ -367,7 +367,7 @@ fn existing(args: &Parsed, name: &OsStr, size: u64) -> Result<Target, Failure> {
     if args.has("bitmaps") && !target.can_have_bitmaps() {
         return Err(bitmaps::unsupported(args, target.format().name()));
     }
-    let reason = if args.has("compress") && matches!(target.opened, Opened::Raw(_)) {
+    let reason = if args.has("compress") && target.format() == Format::Raw {
         "Compression not supported for this file format"
     } else if target.opened.disk().size() < size {
         "output file is smaller than input file"

@@ -199,7 +199,7 @@ impl Target {
     /// Its format.
     pub fn format(&self) -> Format {
         match self.opened {
-            Opened::Raw(_) => Format::Raw,
+            Opened::Raw(_) | Opened::Other(_) => Format::Raw,
             Opened::Qcow2(_) => Format::Qcow2,
         }
     }

@@ -8,7 +8,6 @@ use super::opened::Opened;
 use super::session::Session;
 use crate::info::human_specific;
 use crate::output;
-use tandem_block::qcow2::Info;
 use tandem_block::{ExtentKind, Preallocation};
 
 /// `length`
@@ -22,10 +21,7 @@ pub fn length(session: &mut Session, _: &Arguments<'_>) -> Result<(), Failed> {
 pub fn info(session: &mut Session, _: &Arguments<'_>) -> Result<(), Failed> {
     let opened = session.opened()?;
     let (cluster_size, vm_state) = match &opened.info {
-        Some(info) => (
-            info.cluster_size,
-            vm_state_offset(info, opened.disk().size()),
-        ),
+        Some(info) => (info.cluster_size, opened.vm_state_start()),
         None => (0, 0),
     };
     let mut text = format!(
@@ -39,13 +35,6 @@ pub fn info(session: &mut Session, _: &Arguments<'_>) -> Result<(), Failed> {
     }
     output::print(&text);
     Ok(())
-}
-
-/// Where the state of a virtual machine would begin: behind the last L2 table of the disk.
-fn vm_state_offset(info: &Info, size: u64) -> u64 {
-    let entry_size = if info.extended_l2 { 16 } else { 8 };
-    let table = info.cluster_size * (info.cluster_size / entry_size);
-    size.div_ceil(table).saturating_mul(table)
 }
 
 /// How many of the `len` bytes at `offset` are in the image itself, or are not, and which; none
@@ -138,16 +127,22 @@ pub fn truncate(session: &mut Session, given: &Arguments<'_>) -> Result<(), Fail
     let mut preallocation = Preallocation::Off;
     let (flags, operands) = given.parse("m:");
     for flag in flags {
-        let (_, name) = flag?;
-        let invalid = || session.error(&format!("Invalid preallocation mode '{name}'"));
-        preallocation = Preallocation::from_name(name).ok_or_else(invalid)?;
+        let (_, mode) = flag?;
+        let text = || session.error(&format!("Invalid preallocation mode '{mode}'"));
+        preallocation = Preallocation::from_name(mode).ok_or_else(text)?;
     }
     // QEMU's message names the first word, behind which the flags have been put.
     let is_flag = |word: &&&str| word.starts_with('-') && word.len() > 1;
     let named = given.words.iter().find(is_flag).or(operands.first());
     let named = named.copied().unwrap_or_default();
     let size = parse_size_called(operands.first().copied().unwrap_or_default(), named)?;
-    let disk = session.opened()?.disk();
-    let resized = disk.resize_preallocated(size, preallocation);
+    let opened = session.opened()?;
+    let fills = matches!(preallocation, Preallocation::Falloc | Preallocation::Full);
+    if fills && opened.info.is_none() && size < opened.disk().size() {
+        return Err(session.error("Cannot use preallocation for shrinking files"));
+    }
+    let resized = opened
+        .touched_disk()
+        .resize_preallocated(size, preallocation);
     resized.map_err(|e| session.error(&e.reason()))
 }

@@ -33,6 +33,7 @@ use crate::failure::Failure;
 use crate::getopt::{self, Name, Outcome, Parsed, flag, value};
 use crate::image;
 use crate::output;
+pub use fault::system_text;
 use request::{Request, pairs};
 use session::Session;
 
@@ -170,7 +171,7 @@ fn work(args: &Parsed) -> Result<bool, Failure> {
     for (id, value) in args.all() {
         let value = value.to_string_lossy();
         if id == "format" {
-            format = Some(value.into_owned());
+            format = Some(value.into_owned().into());
         } else if id == "trace" {
             let warning = format!("warning: trace event '{value}' does not exist");
             eprintln!("{}", args.name.text(&warning));

@@ -1,6 +1,6 @@
 //! The image that is open, and requests to it.
 
-use std::ffi::OsStr;
+use std::cell::Cell;
 use std::fs::{self, DirBuilder};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
@@ -8,11 +8,12 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::io::Errno;
 use tandem_block::qcow2::{BackingFormat, CreateOptions, Info, OpenOptions, Qcow2, create};
-use tandem_block::{Disk, ExtentKind, FileStorage, Locking, Raw, VolatileSlice, extent_in_chain};
+use tandem_block::{Disk, ExtentKind, FileStorage, Locking, VolatileSlice, extent_in_chain};
 
 use super::fault::Fault;
-use super::request::{Request, file_of, is_direct};
-use crate::image::{Format, Image, PROBED, format_of, guessed_raw, local_path};
+use super::request::{Request, is_direct};
+use crate::image::{Format, Image, PROBED, format_of, guessed_raw};
+use crate::opened;
 
 /// Bytes that are copied at once from a backing file.
 const PIECE: u64 = 2 << 20;
@@ -21,18 +22,19 @@ const GUARDED: usize = 512;
 
 /// An open image.
 pub struct Opened {
-    top: Top,
+    top: opened::Opened,
+    /// What is written is compressed.
+    compress: bool,
+    /// A range is zeroed in units of so many bytes.
+    zero_unit: Option<u64>,
+    /// It may have been changed.
+    touched: Cell<bool>,
     /// How it was opened.
     pub request: Request,
     /// What the header of a qcow2 image says.
     pub info: Option<Info>,
     /// It was taken for raw, without anybody having said so.
     is_guess: bool,
-}
-
-enum Top {
-    Raw(Raw),
-    Qcow2(Box<Qcow2>),
 }
 
 /// How a range is zeroed.
@@ -50,32 +52,34 @@ impl Opened {
     /// # Errors
     /// The reason why it cannot be opened.
     pub fn open(request: Request) -> Result<Self, String> {
-        let name = file_of(&request)?;
+        let described = request.describe()?;
+        let path = described.path.clone();
+        let name = request.name.as_deref().unwrap_or(path.as_os_str());
         let writes = !request.is_read_only() && !request.snapshot;
-        if writes && local_path(name)?.is_dir() {
+        if writes && path.is_dir() {
             return Err(format!(
                 "Could not open '{}': Is a directory",
-                name.display()
+                path.display()
             ));
         }
-        let format = request.format.as_deref().map(OsStr::new);
-        let image = Image::look(name, format)?;
-        check_options(&request, image.format)?;
-        let is_guess = request.format.is_none() && image.format == Format::Raw;
+        let image = Image::look_described(name, described)?;
+        check_options(&request)?;
+        let is_guess = image.probed && image.format == Format::Raw;
         if is_guess && writes {
             eprint!("{}", guessed_raw(name));
         }
-        let mut top = open_top(&request, &image, !writes)?;
-        let mut info = match top {
-            Top::Qcow2(_) => Some(read_info(&image.path)?),
-            Top::Raw(_) => None,
-        };
+        let options = image.options(!writes, request.follow, request.files());
+        let opened = options.and_then(|options| opened::Opened::open_with_info(&image, &options));
+        let (mut top, mut info) = opened.map_err(|e| e.reason())?;
         if request.snapshot {
             let (overlay, told) = overlay(top, &request)?;
-            (top, info) = (Top::Qcow2(Box::new(overlay)), Some(told));
+            (top, info) = (opened::Opened::Qcow2(Box::new(overlay)), Some(told));
         }
         Ok(Self {
             is_guess: is_guess && !request.snapshot,
+            compress: image.with.compress,
+            zero_unit: image.with.zero_unit,
+            touched: Cell::new(false),
             top,
             info,
             request,
@@ -87,11 +91,28 @@ impl Opened {
         self.top.disk()
     }
 
+    /// The disk, to be changed.
+    pub fn touched_disk(&self) -> &dyn Disk {
+        self.touched.set(true);
+        self.top.disk()
+    }
+
+    /// Ends its use, with what has been changed made durable, if anything may have been.
+    ///
+    /// # Errors
+    /// Those of [`Disk::close`].
+    pub fn close(self) -> tandem_block::Result<()> {
+        match self.touched.get() {
+            true => self.disk().close(),
+            false => Ok(()),
+        }
+    }
+
     /// What the format is called.
     pub fn format(&self) -> &'static str {
         match self.top {
-            Top::Raw(_) => Format::Raw.name(),
-            Top::Qcow2(_) => Format::Qcow2.name(),
+            opened::Opened::Qcow2(_) => Format::Qcow2.name(),
+            _ => Format::Raw.name(),
         }
     }
 
@@ -116,7 +137,39 @@ impl Opened {
         if self.is_guess && offset < GUARDED as u64 && !data.is_empty() {
             self.check_start(data, offset as usize)?;
         }
-        Ok(self.disk().write_at(&slices(data, pieces), offset)?)
+        if self.compress {
+            return self.write_padded(data, offset);
+        }
+        Ok(self
+            .touched_disk()
+            .write_at(&slices(data, pieces), offset)?)
+    }
+
+    /// Where the state of a virtual machine begins.
+    pub fn vm_state_start(&self) -> u64 {
+        self.with_vm_state().map_or(0, Qcow2::vm_state_start)
+    }
+
+    /// Fills `data` with the state of the virtual machine from `position` on.
+    pub fn read_vm_state(&self, data: &mut [u8], position: u64) -> Result<(), Fault> {
+        let slice = VolatileSlice::from(data);
+        Ok(self.with_vm_state()?.read_vm_state(&[slice], position)?)
+    }
+
+    /// Writes `data` to the state of the virtual machine at `position`.
+    pub fn write_vm_state(&self, data: &mut [u8], position: u64) -> Result<(), Fault> {
+        let qcow2 = self.with_vm_state()?;
+        self.touched.set(true);
+        let slice = VolatileSlice::from(data);
+        Ok(qcow2.write_vm_state(&[slice], position)?)
+    }
+
+    /// The image, if it can have the state of a virtual machine.
+    fn with_vm_state(&self) -> Result<&Qcow2, Fault> {
+        match &self.top {
+            opened::Opened::Qcow2(qcow2) => Ok(qcow2),
+            _ => Err(Errno::OPNOTSUPP.into()),
+        }
     }
 
     /// Fails if the disk, taken for raw, would look like something else with `data` at `offset`: who
@@ -147,7 +200,27 @@ impl Opened {
         }
         let clusters = data.chunks(usize::try_from(cluster_size).unwrap_or(usize::MAX));
         for (cluster, at) in clusters.zip((offset..).step_by(cluster_size as usize)) {
+            self.touched.set(true);
             qcow2.write_compressed(qcow2.compress(cluster.to_vec())?, at)?;
+        }
+        Ok(())
+    }
+
+    /// As [`write_compressed`](Self::write_compressed), with what the clusters hold besides `data`.
+    fn write_padded(&self, data: &[u8], offset: u64) -> Result<(), Fault> {
+        let unit = self.compressible()?.cluster_size();
+        let mut start = offset - offset % unit;
+        let end = offset + data.len() as u64;
+        while start < end {
+            let len = unit.min(self.disk().size() - start) as usize;
+            let mut cluster = vec![0; len];
+            let slice = VolatileSlice::from(&mut cluster[..]);
+            self.disk().read_at(&[slice], start)?;
+            let (from, to) = (offset.max(start), end.min(start + len as u64));
+            let new = &data[(from - offset) as usize..(to - offset) as usize];
+            cluster[(from - start) as usize..(to - start) as usize].copy_from_slice(new);
+            self.write_compressed(&cluster, start)?;
+            start += unit;
         }
         Ok(())
     }
@@ -155,7 +228,7 @@ impl Opened {
     /// The image, if it can have compressed clusters.
     fn compressible(&self) -> Result<&Qcow2, Fault> {
         match (&self.top, &self.info) {
-            (Top::Qcow2(qcow2), Some(info)) if !info.has_data_file => Ok(qcow2),
+            (opened::Opened::Qcow2(qcow2), Some(info)) if !info.has_data_file => Ok(qcow2),
             _ => Err(Errno::OPNOTSUPP.into()),
         }
     }
@@ -167,7 +240,28 @@ impl Opened {
             self.check_zeroable(offset, len)?;
         }
         let unmap = how.unmap && self.request.unmap;
-        Ok(self.disk().write_zeroes(offset, len, unmap)?)
+        let (mut offset, mut len) = (offset, len);
+        if let Some(unit) = self.zero_unit {
+            let head = (offset.next_multiple_of(unit) - offset).min(len);
+            self.write_zero_bytes(offset, head)?;
+            (offset, len) = (offset + head, len - head);
+            let tail = len % unit;
+            self.write_zero_bytes(offset + len - tail, tail)?;
+            len -= tail;
+        }
+        Ok(self.touched_disk().write_zeroes(offset, len, unmap)?)
+    }
+
+    /// Writes zeros as data.
+    fn write_zero_bytes(&self, offset: u64, len: u64) -> Result<(), Fault> {
+        let mut zeros = vec![0; len.min(PIECE) as usize];
+        let end = offset + len;
+        for at in (offset..end).step_by(PIECE as usize) {
+            let piece = &mut zeros[..(end - at).min(PIECE) as usize];
+            let slice = VolatileSlice::from(piece);
+            self.touched_disk().write_at(&[slice], at)?;
+        }
+        Ok(())
     }
 
     /// Fails if zeros would have to be written: whole clusters are zeroed by their mapping, and
@@ -228,16 +322,17 @@ impl Opened {
     pub fn discard(&self, offset: u64, len: u64) -> Result<(), Fault> {
         self.check_range(offset, len)?;
         if self.request.unmap {
-            self.disk().discard(offset, len)?;
+            let disk = self.touched_disk();
+            disk.discard(offset, len)?;
             // What is written next finds the clusters free, as in QEMU.
-            self.disk().flush()?;
+            disk.flush()?;
         }
         Ok(())
     }
 
     /// Keeps what of a range, rounded to clusters, is still to be had from below.
     fn populate(&self, offset: u64, len: u64) -> Result<(), Fault> {
-        let Top::Qcow2(qcow2) = &self.top else {
+        let opened::Opened::Qcow2(qcow2) = &self.top else {
             return Ok(());
         };
         self.check_range(offset, len)?;
@@ -247,6 +342,7 @@ impl Opened {
         while at < end {
             let extent = qcow2.extent(at, (end - at).min(PIECE))?;
             if extent.kind == ExtentKind::Unallocated {
+                self.touched.set(true);
                 let mut data = vec![0; extent.len as usize];
                 qcow2.read_at(&[VolatileSlice::from(&mut data[..])], at)?;
                 if data.iter().all(|byte| *byte == 0) {
@@ -261,27 +357,9 @@ impl Opened {
     }
 }
 
-impl Top {
-    fn disk(&self) -> &dyn Disk {
-        match self {
-            Self::Raw(raw) => raw,
-            Self::Qcow2(qcow2) => &**qcow2,
-        }
-    }
-}
-
 /// Refuses what does not go together.
-fn check_options(request: &Request, format: Format) -> Result<(), String> {
+fn check_options(request: &Request) -> Result<(), String> {
     let refused = |reason: &str| Err(reason.to_owned());
-    if let Some(option) = request.unknown.first() {
-        return Err(match option.strip_prefix("file.") {
-            Some(option) => format!("Block protocol 'file' doesn't support the option '{option}'"),
-            None => format!(
-                "Block format '{}' does not support the option '{option}'",
-                format.name()
-            ),
-        });
-    }
     if request.node_read_only == Some(true) && !request.read_only {
         return refused("Block node is read-only");
     }
@@ -296,36 +374,20 @@ fn check_options(request: &Request, format: Format) -> Result<(), String> {
     Ok(())
 }
 
-fn open_top(request: &Request, image: &Image<'_>, read_only: bool) -> Result<Top, String> {
-    let files = request.files();
-    let opened = match image.format {
-        Format::Raw => Raw::open_with(&image.path, read_only, files).map(Top::Raw),
-        Format::Qcow2 => {
-            let options = OpenOptions {
-                read_only,
-                files,
-                ..request.qcow2.clone()
-            };
-            Qcow2::open(&image.path, &options).map(|qcow2| Top::Qcow2(Box::new(qcow2)))
-        }
-    };
-    opened.map_err(|e| e.reason())
-}
-
 fn read_info(path: &Path) -> Result<Info, String> {
     Info::read_with(path, Locking::Off).map_err(|e| e.reason())
 }
 
 /// An image on top of `base` that takes the writes, in a file that goes when it is closed.
-fn overlay(base: Top, request: &Request) -> Result<(Qcow2, Info), String> {
+fn overlay(base: opened::Opened, request: &Request) -> Result<(Qcow2, Info), String> {
     let directory = Temporary::new().map_err(|e| format!("Could not get temporary file: {e}"))?;
     let path = directory.0.join("snapshot.qcow2");
     let options = CreateOptions {
         size: base.disk().size(),
         backing_file: Some(PathBuf::from("base")),
         backing_format: Some(match base {
-            Top::Raw(_) => BackingFormat::Raw,
-            Top::Qcow2(_) => BackingFormat::Qcow2,
+            opened::Opened::Qcow2(_) => BackingFormat::Qcow2,
+            _ => BackingFormat::Raw,
         }),
         ..CreateOptions::default()
     };
@@ -338,11 +400,13 @@ fn overlay(base: Top, request: &Request) -> Result<(Qcow2, Info), String> {
         mark_zeroes: true,
         ..OpenOptions::default()
     };
-    let base: Box<dyn Disk> = match base {
-        Top::Raw(raw) => Box::new(raw),
-        Top::Qcow2(qcow2) => qcow2,
-    };
-    let opened = Qcow2::with_backing(&path, Box::new(storage), None, Some(base), &options);
+    let opened = Qcow2::with_backing(
+        &path,
+        Box::new(storage),
+        None,
+        Some(base.into_disk()),
+        &options,
+    );
     Ok((opened.map_err(|e| e.reason())?, read_info(&path)?))
 }
 

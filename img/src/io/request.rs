@@ -1,23 +1,25 @@
 //! What is to be opened, and how.
 
 use std::ffi::{OsStr, OsString};
-use std::path::PathBuf;
 
-use tandem_block::qcow2::{BackingFormat, Follow, OpenOptions};
+use tandem_block::qcow2::Follow;
 use tandem_block::{CacheMode, FileOptions, Locking};
 
 use crate::getopt::Name;
+use crate::image::local_path;
+use crate::image_opts::{Described, ImageOpts};
 use crate::options::{self, Definition, Kind, Value};
+use crate::pseudo;
 
 /// An image to open.
 #[derive(Clone, Debug)]
 pub struct Request {
-    /// Its name, unless `file` has it.
+    /// Its name, unless the options have it.
     pub name: Option<OsString>,
-    /// The value of `file.filename`.
-    pub file: Option<OsString>,
-    /// The value of `driver`.
-    pub format: Option<String>,
+    /// The format that a flag tells.
+    pub format: Option<OsString>,
+    /// Options and their values.
+    pub list: Vec<(String, String)>,
     /// Not to be written, as flags tell.
     pub read_only: bool,
     /// The value of `read-only`.
@@ -28,18 +30,14 @@ pub struct Request {
     pub copy_on_read: bool,
     /// Others may write to it.
     pub force_share: bool,
-    /// The value of `file.locking`.
-    pub is_locked: bool,
     /// The cache mode.
     pub cache: CacheMode,
     /// The system's own asynchronous I/O is asked for.
     pub native_aio: bool,
     /// Space that is discarded is given back.
     pub unmap: bool,
-    /// What a qcow2 image is opened with besides.
-    pub qcow2: OpenOptions,
-    /// Names of options that nobody knows.
-    pub unknown: Vec<String>,
+    /// Where names in images may lead.
+    pub follow: Follow,
 }
 
 /// A flag of the program and of `open` that has a wrong value.
@@ -50,23 +48,17 @@ impl Request {
     pub fn new(follow: Follow) -> Self {
         Self {
             name: None,
-            file: None,
             format: None,
+            list: Vec::new(),
             read_only: false,
             node_read_only: None,
             snapshot: false,
             copy_on_read: false,
             force_share: false,
-            is_locked: true,
             cache: CacheMode::Writethrough,
             native_aio: false,
             unmap: true,
-            qcow2: OpenOptions {
-                follow,
-                mark_zeroes: true,
-                ..OpenOptions::default()
-            },
-            unknown: Vec::new(),
+            follow,
         }
     }
 
@@ -100,21 +92,8 @@ impl Request {
         for (key, text) in pairs {
             let text = text.as_str();
             match key.as_str() {
-                "driver" => self.format = Some(text.to_owned()),
-                "file.filename" => self.file = Some(text.into()),
-                "file.driver" | "data-file.driver" | "backing.file.driver" => match text {
-                    "file" | "host_device" => {}
-                    other => return Err(unknown_driver(other)),
-                },
-                "file.locking" | "data-file.locking" => match text {
-                    "on" | "auto" => {}
-                    "off" => self.is_locked = false,
-                    _ => {
-                        let name = key.rsplit('.').next().unwrap_or(key);
-                        return Err(format!("Parameter '{name}' does not accept value '{text}'"));
-                    }
-                },
                 "read-only" => self.node_read_only = Some(switch("read-only", text)?),
+                "auto-read-only" => drop(switch("auto-read-only", text)?),
                 "force-share" => self.force_share |= switch("force-share", text)?,
                 "cache.direct" => {
                     let direct = switch("cache.direct", text)?;
@@ -126,33 +105,50 @@ impl Request {
                 "discard" => {
                     self.unmap = is_unmap(text).ok_or("Invalid discard option")?;
                 }
-                "data-file.filename" => self.qcow2.data_file = Some(PathBuf::from(text)),
-                "backing.driver" => {
-                    let format = BackingFormat::from_name(text.as_bytes());
-                    self.qcow2.backing_format = Some(format.ok_or_else(|| unknown_driver(text))?);
-                }
-                "l2-cache-size" => {
-                    let size = size("l2-cache-size", text)?;
-                    self.qcow2.l2_cache_size = usize::try_from(size).unwrap_or(usize::MAX);
-                }
-                // These promise less than what is done anyway, or tune what there is not.
-                "lazy-refcounts" => drop(switch("lazy-refcounts", text)?),
-                "cache-size" => drop(size("cache-size", text)?),
-                "refcount-cache-size" => drop(size("refcount-cache-size", text)?),
-                "cache.no-flush" | "overlap-check" => {}
-                other => self.unknown.push(other.to_owned()),
+                _ => {}
             }
         }
+        // Of those that are there twice, the last one counts.
+        self.list.extend_from_slice(pairs);
         Ok(())
+    }
+
+    /// What is to be opened.
+    ///
+    /// # Errors
+    /// The message if that is nothing, or two things.
+    pub fn describe(&self) -> Result<Described, Wrong> {
+        let mut options = ImageOpts::from_pairs(self.list.iter().cloned());
+        let format = self.format.as_deref();
+        let Some(name) = &self.name else {
+            return options.describe(format);
+        };
+        if pseudo::add_name(&mut options, name, format)? {
+            return options.describe(format);
+        }
+        let driver = format.and_then(OsStr::to_str).or(options.get("driver"));
+        let is_file = matches!(driver, Some("file" | "host_device"));
+        let key = if is_file { "filename" } else { "file.filename" };
+        if options.get(key).is_some() {
+            let text = "Can't specify 'file' and 'filename' options at the same time";
+            return Err(text.to_owned());
+        }
+        let path = local_path(name)?.to_owned();
+        options.add(key.to_owned(), path.to_string_lossy().into_owned());
+        // A name need not be UTF-8.
+        Ok(Described {
+            path,
+            ..options.describe(format)?
+        })
     }
 
     /// How the files are used.
     pub fn files(&self) -> FileOptions {
         FileOptions {
-            locking: match (self.force_share, self.is_locked) {
-                (true, _) => Locking::ForceShare,
-                (false, true) => Locking::On,
-                (false, false) => Locking::Off,
+            locking: if self.force_share {
+                Locking::ForceShare
+            } else {
+                Locking::On
             },
             cache: self.cache,
         }
@@ -188,11 +184,6 @@ pub fn pairs(list: &str, name: &Name) -> Vec<(String, String)> {
         .collect()
 }
 
-/// The text about a format that is not supported.
-fn unknown_driver(name: &str) -> String {
-    format!("Unknown driver '{name}'")
-}
-
 /// Whether a discard mode gives space back.
 fn is_unmap(mode: &str) -> Option<bool> {
     match mode {
@@ -225,35 +216,11 @@ fn switch(name: &'static str, text: &str) -> Result<bool, Wrong> {
     Ok(value == Value::Switch(true))
 }
 
-fn size(name: &'static str, text: &str) -> Result<u64, Wrong> {
-    match options::parse_value(&definition(name, Kind::Size), text)? {
-        Value::Number(size) => Ok(size),
-        _ => Ok(0),
-    }
-}
-
 fn definition(name: &'static str, kind: Kind) -> Definition {
     Definition {
         name,
         kind,
         default: None,
         help: "",
-    }
-}
-
-/// The file that `request` means.
-///
-/// # Errors
-/// The message if it means none, or two.
-pub fn file_of(request: &Request) -> Result<&OsStr, Wrong> {
-    match (&request.name, &request.file) {
-        (Some(name), None) | (None, Some(name)) => Ok(name),
-        (Some(_), Some(_)) => {
-            Err("Can't specify 'file' and 'filename' options at the same time".to_owned())
-        }
-        (None, None) if request.format.is_some() => {
-            Err("A block device must be specified for \"file\"".to_owned())
-        }
-        (None, None) => Err("Must specify either driver or file".to_owned()),
     }
 }

@@ -101,7 +101,7 @@ impl Session {
         let Some(opened) = self.opened.take() else {
             return Ok(());
         };
-        let closed = opened.disk().close();
+        let closed = opened.close();
         closed.map_err(|e| self.error(&format!("closing the image: {e}")))
     }
 }
@@ -165,9 +165,8 @@ pub fn reopen(session: &mut Session, given: &Arguments<'_>) -> Result<(), Failed
     if cache && (has("cache.direct") || has("cache.no-flush")) {
         return Err(session.error("Cannot set both -c and the cache options"));
     }
-    let fixed = ["driver", "file.", "data-file.", "backing."];
-    let fixed = |key: &str| fixed.iter().any(|start| key.starts_with(start));
-    if let Some((key, _)) = list.iter().find(|(key, _)| fixed(key)) {
+    let opened = session.opened()?;
+    if let Some(key) = list.iter().find_map(|pair| changed(opened, pair)) {
         return Err(session.error(&format!("Cannot change the option '{key}'")));
     }
     if old.snapshot {
@@ -189,6 +188,31 @@ pub fn reopen(session: &mut Session, given: &Arguments<'_>) -> Result<(), Failed
     });
     session.opened = Some(reopened?);
     Ok(())
+}
+
+/// The name of the option, without that of its node, if `pair` changes what cannot be changed while the
+/// image is open.
+fn changed<'a>(opened: &Opened, (key, value): &'a (String, String)) -> Option<&'a str> {
+    let (node, name) = key.rsplit_once('.').unwrap_or(("", key));
+    let nodes = ["file", "data-file", "backing"];
+    let node_of_file = nodes.contains(&node.split('.').next().unwrap_or_default());
+    if !node_of_file && name != "driver" && name != "node-name" {
+        return None;
+    }
+    let list = &opened.request.list;
+    let old = list.iter().rfind(|(old, _)| old == key);
+    let same = match (old, key.as_str()) {
+        (Some((_, old)), _) => old == value,
+        (None, "driver") => value == opened.format(),
+        (None, "file.driver" | "data-file.driver") => value == "file",
+        (None, "backing.driver") => {
+            let info = opened.info.as_ref();
+            let format = info.and_then(|info| info.backing_format.as_deref());
+            format == Some(value.as_bytes())
+        }
+        (None, _) => false,
+    };
+    (!same).then_some(name)
 }
 
 /// `close`

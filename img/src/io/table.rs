@@ -203,8 +203,7 @@ pub const COMMANDS: &[Command] = &[
  -i      threads, native or io_uring; only what QEMU checks is checked
  -t      cache mode: writethrough (default), writeback, none, directsync, unsafe
  -d      unmap (default) gives discarded space back, ignore does not
- -o      driver=, file.filename=, data-file.filename=, backing.driver=, read-only=,
-         force-share=, cache.direct=, cache.no-flush=, discard=, l2-cache-size=
+ -o      options of the image, as --image-opts takes them
 
 ",
         count: (1, None),
@@ -238,7 +237,7 @@ pub const COMMANDS: &[Command] = &[
  -v      show what was read
  -C      report in one line for programs
  -q      neither show nor report
- -b      from the VM state, which is not supported yet
+ -b      from the state of a virtual machine, which lies behind the disk
  -p, -r  change nothing
 
 ",
@@ -338,7 +337,7 @@ pub const COMMANDS: &[Command] = &[
  -f      durable when it is done
  -C      report in one line for programs
  -q      do not report
- -b      to the VM state, which is not supported yet
+ -b      to the state of a virtual machine, which lies behind the disk
  -p, -r  change nothing
 
 ",

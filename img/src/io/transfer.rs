@@ -26,6 +26,14 @@ const PATTERN: u8 = 0xcd;
 /// What memory holds before it is read into.
 const UNREAD: u8 = 0xab;
 
+/// What a request is about.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Area {
+    #[default]
+    Disk,
+    VmState,
+}
+
 /// Where a request goes, and how long its buffers are.
 struct Place {
     offset: u64,
@@ -165,9 +173,9 @@ pub fn read(session: &mut Session, given: &Arguments<'_>) -> Result<(), Failed> 
             let reason = "I/O buffer registration is not supported when reading from vmstate";
             return Err(Failed::output(reason));
         }
-        return Err(Fault::from(Errno::OPNOTSUPP).failed("read"));
     }
-    wanted.read(session, &place, "read", &mut output::print)
+    let area = if vm_state { Area::VmState } else { Area::Disk };
+    wanted.read(session, &place, area, "read", &mut output::print)
 }
 
 /// `readv`
@@ -179,7 +187,7 @@ pub fn readv(session: &mut Session, given: &Arguments<'_>) -> Result<(), Failed>
         wanted.flag(letter, value)?;
     }
     let place = Place::vectored(&operands)?;
-    wanted.read(session, &place, "readv", &mut output::print)
+    wanted.read(session, &place, Area::Disk, "readv", &mut output::print)
 }
 
 /// `aio_read`
@@ -196,7 +204,7 @@ pub fn aio_read(session: &mut Session, given: &Arguments<'_>) -> Result<(), Fail
         }
     }
     let place = Place::vectored(&operands)?;
-    session.later(|session, say| wanted.read(session, &place, "readv", say));
+    session.later(|session, say| wanted.read(session, &place, Area::Disk, "readv", say));
     Ok(())
 }
 
@@ -219,19 +227,24 @@ impl Wanted {
         &self,
         session: &Session,
         place: &Place,
+        area: Area,
         what: &str,
         say: &mut dyn FnMut(&str),
     ) -> Result<(), Failed> {
         let opened = session.opened()?;
         let failed = |fault: Fault| fault.failed(what);
-        opened
-            .check_range(place.offset, place.len)
-            .map_err(failed)?;
+        if area == Area::Disk {
+            opened
+                .check_range(place.offset, place.len)
+                .map_err(failed)?;
+        }
         let mut buffer = Buffer::filled(session, UNREAD, place.len).map_err(failed)?;
         let started = Instant::now();
-        opened
-            .read(buffer.data(), &place.pieces, place.offset)
-            .map_err(failed)?;
+        let done = match area {
+            Area::Disk => opened.read(buffer.data(), &place.pieces, place.offset),
+            Area::VmState => opened.read_vm_state(buffer.data(), place.offset),
+        };
+        done.map_err(failed)?;
         let time = started.elapsed();
         let data = buffer.data();
         let wrong = self.verify(data, place.offset);
@@ -273,6 +286,7 @@ struct Writing {
     compress: bool,
     force_access: bool,
     registered: bool,
+    area: Area,
 }
 
 /// `write`
@@ -306,7 +320,7 @@ pub fn write(session: &mut Session, given: &Arguments<'_>) -> Result<(), Failed>
         None => None,
     };
     if vm_state {
-        return Err(Fault::from(Errno::OPNOTSUPP).failed("write"));
+        writing.area = Area::VmState;
     }
     writing.write(session, &place, source, "write", &mut output::print)
 }
@@ -409,9 +423,11 @@ impl Writing {
     ) -> Result<(), Failed> {
         let opened = session.opened()?;
         let failed = |fault: Fault| fault.failed(what);
-        opened
-            .check_range(place.offset, place.len)
-            .map_err(failed)?;
+        if self.area == Area::Disk {
+            opened
+                .check_range(place.offset, place.len)
+                .map_err(failed)?;
+        }
         let len = if self.zeroes { 0 } else { place.len };
         let pattern = self.pattern.unwrap_or(PATTERN);
         let mut buffer = Buffer::filled(session, pattern, len).map_err(failed)?;
@@ -432,7 +448,9 @@ impl Writing {
     }
 
     fn transfer(&self, opened: &Opened, place: &Place, data: &mut [u8]) -> Result<(), Fault> {
-        if self.zeroes {
+        if self.area == Area::VmState {
+            opened.write_vm_state(data, place.offset)
+        } else if self.zeroes {
             opened.write_zeroes(place.offset, place.len, self.how)
         } else if self.compress {
             opened.write_compressed(data, place.offset)

@@ -304,3 +304,24 @@ impl Random {
         self.0 % end
     }
 }
+
+/// What is wrong is told before it is repaired, and after all other text of the other channel in a pipe.
+#[test]
+fn what_is_repaired_is_told_first() {
+    for mode in ["leaks", "all"] {
+        let both = Both::new(|place| {
+            place.make("create -q -f qcow2 t 1M");
+            place.qemu_io("t", &["write 0 256k"]);
+            let mut bytes = fs::read(place.path("t")).unwrap();
+            // Refcounts of 16 bits: one too high, and a leak.
+            bytes[0x20000 + 7 * 2 + 1] = 2;
+            bytes[0x20000 + 20 * 2 + 1] = 1;
+            // A cluster that is mapped twice.
+            bytes.copy_within(0x40000..0x40008, 0x40008);
+            bytes.resize(21 << 16, 0);
+            fs::write(place.path("t"), bytes).unwrap();
+        });
+        both.same("check t");
+        both.same(&format!("check -r {mode} t"));
+    }
+}

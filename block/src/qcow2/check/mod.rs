@@ -93,6 +93,8 @@ pub enum FindingKind {
     CheckError,
     /// It is being repaired.
     Repaired,
+    /// It is wrong, and told again with what is done about it.
+    Repairable,
 }
 
 /// What is to be repaired.
@@ -194,7 +196,7 @@ pub(super) fn repair_dirty(image: &ImageFile) -> Result<()> {
         let mut left = None;
         let found = &mut |finding: Finding| match finding.kind {
             FindingKind::Corruption | FindingKind::CheckError => left = Some(finding.text),
-            FindingKind::Leak | FindingKind::Repaired => {}
+            FindingKind::Leak | FindingKind::Repaired | FindingKind::Repairable => {}
         };
         check_storage(&image.path, &*image.storage, None, repair, found)?;
         Ok(left)
@@ -397,6 +399,7 @@ impl<'a> Check<'a> {
             FindingKind::Leak => &mut self.report.leaks,
             FindingKind::CheckError => &mut self.report.check_errors,
             FindingKind::Repaired => &mut self.report.corruptions_fixed,
+            FindingKind::Repairable => &mut 0,
         };
         *counter += 1;
         (self.found)(Finding { kind, text });

@@ -15,15 +15,18 @@ impl Check<'_> {
         self.read_refcounts()?;
         self.rebuild |= self.is_block_missing();
         let mut last_used = 0;
-        for cluster in 0..self.clusters {
-            let refcount = self.refcounts.get(cluster);
-            let references = self.references_to(cluster);
-            let is_read = self.refcount_block_of(cluster).is_some();
-            if is_read && (refcount > 0 || references > 0) {
-                last_used = cluster;
-            }
-            if is_read || self.rebuilds() {
-                self.compare(cluster, refcount, references);
+        // All that is wrong is told first, and then what is done about it.
+        for is_first in [true, false] {
+            for cluster in 0..self.clusters {
+                let refcount = self.refcounts.get(cluster);
+                let references = self.references_to(cluster);
+                let is_read = self.refcount_block_of(cluster).is_some();
+                if is_read && (refcount > 0 || references > 0) {
+                    last_used = cluster;
+                }
+                if is_read || self.rebuilds() {
+                    self.compare(cluster, refcount, references, is_first);
+                }
             }
         }
         self.report.image_end_offset = (last_used + 1) << self.geometry.cluster_bits;
@@ -85,7 +88,8 @@ impl Check<'_> {
         })
     }
 
-    fn compare(&mut self, cluster: u64, refcount: u64, references: u64) {
+    /// Tells of a refcount that is wrong: the first time what is wrong, the second time of its repair.
+    fn compare(&mut self, cluster: u64, refcount: u64, references: u64, is_first: bool) {
         let repairs = match (self.repair, self.rebuild) {
             _ if refcount == references => return,
             (Repair::Nothing, _) | (Repair::Leaks, true) => false,
@@ -98,10 +102,14 @@ impl Check<'_> {
         };
         let text =
             |word| format!("{word} cluster {cluster} refcount={refcount} reference={references}");
-        match (repairs, kind) {
-            (true, FindingKind::Leak) => self.repair_leak(text("Repairing")),
-            (true, _) => self.report(FindingKind::Repaired, text("Repairing")),
-            (false, kind) => self.report(kind, text(word)),
+        let twice = repairs || self.repair != Repair::Nothing && !self.rebuild;
+        match (is_first, repairs, kind) {
+            (true, ..) if twice => self.report(FindingKind::Repairable, text(word)),
+            (true, _, kind) => self.report(kind, text(word)),
+            (false, true, FindingKind::Leak) => self.repair_leak(text("Repairing")),
+            (false, true, _) => self.report(FindingKind::Repaired, text("Repairing")),
+            (false, false, kind) if twice => self.report(kind, text(word)),
+            (false, false, _) => {}
         }
     }
 

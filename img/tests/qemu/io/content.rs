@@ -51,6 +51,7 @@ const CASES: &str = "
     disk :: truncate 6M :: length :: read -P 0 4M 2M :: write -P 22 5M 70k :: map
     disk :: truncate 5M :: truncate 7M :: length :: read -P 0 5M 2M :: t 6M :: l
     disk :: truncate -m off 5M :: length :: truncate 5M :: truncate 4M
+    disk :: truncate -m metadata 5M :: length :: map :: truncate 4M :: truncate -m falloc 4608k :: truncate 4M
     disk :: write -P 23 4M 1 :: write -P 23 4095k 1025 :: read 4M 1 :: discard 4M 512
     disk :: open disk :: close :: close :: length
     disk :: close :: open disk :: write -P 24 77k 1 :: c :: o disk :: read -P 24 77k 1
@@ -274,6 +275,7 @@ fn odd_lengths() {
         -f raw raw :: truncate 3001 :: length :: read -P 0 1000 2072 :: write 3000 60
         -f raw raw :: truncate 0 :: length :: map :: read 0 0 :: read 0 1 :: alloc 0
         -f raw raw :: truncate 2k :: map
+        -f raw raw :: truncate -m full 3k :: length :: map :: truncate -m falloc 8k :: length :: map
         disk :: length :: map :: write 70000 100 :: write 70000 300 :: discard 64k 5k :: map
         disk :: truncate 1000 :: truncate 1024 :: length :: map
         ",
@@ -300,4 +302,36 @@ fn truncate_gives_space() {
         }
         same_disk(&both, format, "disk");
     }
+}
+
+/// The state of a virtual machine, which snapshots have too, and which a larger disk does not show.
+#[test]
+fn vm_state() {
+    let both = Both::new(|place| {
+        place.make("create -q -f qcow2 -o cluster_size=1k disk 1M");
+        place.qemu_io("disk", &["write -P 1 0 1M"]);
+    });
+    same(
+        &both,
+        "disk :: info :: write -b -P 7 0 3k :: read -b -P 7 0 3k :: read -b -P 0 3k 512 :: map
+        disk :: write -b -P 8 1G 4k :: write -b -P 9 10M 64k :: read -b -P 8 1G 4k :: length
+        -r disk :: read -b -P 7 0 3k :: read -b -v 10M 512 :: write -b 0 512
+        -t writeback disk :: write -b -P 3 1k 512 :: read -b -P 7 0 1k :: read -b -P 3 1k 512
+        -s disk :: read -b 0 512
+        disk :: read -P 1 0 1M",
+    );
+    same_disk(&both, "qcow2", "disk");
+    both.same("snapshot -c s disk");
+    same(&both, "disk :: write -b -P 4 0 3k :: read -b -P 4 0 3k");
+    both.same("snapshot -a s disk");
+    same(&both, "disk :: read -b -P 7 0 1k :: read -b -P 8 1G 4k");
+    both.same("snapshot -d s disk");
+    same_disk(&both, "qcow2", "disk");
+    // Where QEMU finds the old state.
+    both.tandem.qemu_io("disk", &["read -b -P 9 10M 64k"]);
+    let grown = both.tandem.run(&["resize", "-q", "disk", "12M"]);
+    assert_eq!(grown.status, Some(0), "{}", grown.stderr);
+    both.tandem
+        .qemu_io("disk", &["read -P 0 1M 11M", "read -P 1 0 1M"]);
+    both.tandem.make("check -q disk");
 }

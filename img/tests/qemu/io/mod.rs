@@ -3,6 +3,7 @@
 //! A case is a line: arguments, and behind each `::` a command, which becomes a `-c`.
 
 mod content;
+mod layers;
 mod mistakes;
 mod opening;
 mod talk;

@@ -229,10 +229,9 @@ fn foreign_formats() {
         (&["foreign"][..], "vmdk"),
         (&["-f", "vdi", "disk"], "vdi"),
         (&["-f", "nbd", "disk"], "nbd"),
-        (&["-f", "file", "disk"], "file"),
         (
-            &["--image-opts", "driver=blkdebug,file.filename=disk"],
-            "blkdebug",
+            &["--image-opts", "driver=quorum,children.0.filename=disk"],
+            "quorum",
         ),
     ] {
         let found = run(&place, TANDEM, args, "");
@@ -283,4 +282,23 @@ fn locks() {
             }
         });
     }
+}
+
+/// What a node is cannot be changed while it is open; to say the same again changes nothing.
+#[test]
+fn reopening() {
+    let both = Both::new(disks);
+    same(
+        &both,
+        "top :: reopen -o node-name=x :: reopen -o file.node-name=x :: reopen -o backing.node-name=x
+        top :: reopen -o driver=raw :: reopen -o file.driver=qcow2 :: reopen -o backing.driver=file
+        disk :: reopen -o driver=qcow2 :: reopen -o file.driver=file :: length :: reopen -o auto-read-only=x
+        :: open -o node-name=x disk :: reopen -o node-name=x :: reopen :: length
+        :: open -o file.node-name=x disk :: reopen -o file.node-name=x :: reopen -o file.node-name=y
+        disk :: reopen -o l2-cache-entry-size=4k :: length
+        :: open -o l2-cache-entry-size=256 disk :: open -o l2-cache-entry-size=5k disk
+        :: open -o l2-cache-entry-size=4M disk :: open -o l2-cache-entry-size=4k disk :: length
+        :: open -o cache-size=1M,l2-cache-size=1M,refcount-cache-size=1M disk
+        :: open -o cache-size=1M,l2-cache-size=2M disk",
+    );
 }

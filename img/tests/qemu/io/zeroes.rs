@@ -32,7 +32,7 @@ fn map(place: &Place) -> String {
     lines.join("\n")
 }
 
-fn on(prepare: impl Fn(&Place)) {
+fn on(prepare: impl Fn(&Place) + Sync) {
     let both = Both::new(prepare);
     for case in CASES.lines().map(str::trim).filter(|case| !case.is_empty()) {
         same(&both, case);

@@ -137,7 +137,7 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
         ..CheckOptions::default()
     };
     if !read_only {
-        image.warn_if_guessed();
+        image.warn_of_guess();
     }
     if image.format == Format::Raw {
         let failure = args.name.error("This image format does not support checks");
@@ -210,7 +210,7 @@ fn check(
         ..*options
     };
     let report = qcow2::check(&image.path, &options, &mut |finding| {
-        bar.suspend(|| eprintln!("{}", finding.text));
+        bar.suspend(|| output::complain_line(&finding.text));
     });
     drop(bar);
     report.map_err(|e| args.name.error(&could_not_open(image.name, &e.reason())))

@@ -146,7 +146,8 @@ fn create(args: &Parsed, file: &OsStr, size: Option<u64>, list: &str) -> Result<
             options.shown()
         ));
     }
-    let mut warn = |text| eprintln!("{}", args.name.text(&format!("warning: {text}")));
+    let mut warn =
+        |text| output::complain_line(&args.name.text(&format!("warning: {text}")));
     make(format, path, &options, &mut warn)
 }
 

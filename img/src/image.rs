@@ -14,6 +14,7 @@ use tandem_block::{CacheMode, Disk, FileOptions, FileStorage, Locking, Raw, Stor
 use crate::failure::Failure;
 use crate::getopt::{Parsed, flag, value};
 use crate::image_opts::{Described, ImageOpts, With};
+use crate::output;
 
 /// The formats that there are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -126,7 +127,7 @@ impl<'a> Image<'a> {
                 return Err(args.name.error(text));
             }
             let list = name.to_str().ok_or("Option list is not UTF-8".to_owned());
-            let warn = |text: &str| eprintln!("{}", args.name.text(text));
+            let warn = |text: &str| output::complain_line(&args.name.text(text));
             let list = list.and_then(|list| ImageOpts::from_list(list, warn));
             let list = list.map_err(|text| args.name.error(&text))?;
             list.describe(None)
@@ -141,19 +142,6 @@ impl<'a> Image<'a> {
                 .error("--force-share/-U conflicts with image options"));
         }
         Ok(image)
-    }
-
-    /// Tells the user, before the image is written, that its format was guessed.
-    pub fn warn_if_guessed(&self) {
-        if self.format == Format::Raw && self.probed {
-            eprint!(
-                "WARNING: Image format was not specified for '{}' and probing guessed raw.\n         \
-                 Automatically detecting the format is dangerous for raw images, write operations on \
-                 block 0 will be restricted.\n         \
-                 Specify the 'raw' format explicitly to remove the restrictions.\n",
-                self.path.display()
-            );
-        }
     }
 
     /// How the image is opened as qcow2; names in it may lead where `follow` says.
@@ -180,7 +168,7 @@ impl<'a> Image<'a> {
     /// Warns, as QEMU does before it writes, of a raw image that nobody has said to be one.
     pub fn warn_of_guess(&self) {
         if self.format == Format::Raw && self.probed {
-            eprint!("{}", guessed_raw(self.path.as_os_str()));
+            output::complain(&guessed_raw(self.path.as_os_str()));
         }
     }
 

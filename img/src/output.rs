@@ -1,4 +1,4 @@
-//! Standard output.
+//! Standard output and standard error.
 
 use std::io::Write;
 
@@ -43,6 +43,16 @@ pub fn print(text: &str) {
 pub fn print_now(text: &str) {
     print(text);
     let _ = std::io::stdout().flush();
+}
+
+/// Prints `text` on standard error. Work goes on where nobody can read it, as in QEMU's programs.
+pub fn complain(text: &str) {
+    let _ = std::io::stderr().write_all(text.as_bytes());
+}
+
+/// As [`complain`], and ends the line.
+pub fn complain_line(text: &str) {
+    complain(&format!("{text}\n"));
 }
 
 /// Prints `value` as JSON.

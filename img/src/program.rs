@@ -98,7 +98,7 @@ pub fn main() -> ExitCode {
     match run(&name, args.collect()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            eprint!("{}", failure.message);
+            output::complain(&failure.message);
             ExitCode::from(failure.status)
         }
     }

@@ -143,13 +143,10 @@ fn resize(
         && new > old
         && len > old.next_multiple_of(1 << 21)
     {
-        eprintln!(
-            "{}",
-            args.name.text(
-                "warning: the raw data file is longer than the disk; what it holds there becomes \
-                 part of the disk"
-            )
-        );
+        output::complain_line(&args.name.text(
+            "warning: the raw data file is longer than the disk; what it holds there becomes part of \
+             the disk",
+        ));
     }
     let resized = disk.resize_preallocated(new, preallocation);
     let resized = resized.and_then(|()| disk.close());

@@ -109,7 +109,7 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
     let options = image.options(read_only, follow(args)?, files);
     let options = options.map_err(|e| opened(&e.reason()))?;
     if !read_only {
-        image.warn_if_guessed();
+        image.warn_of_guess();
     }
     if image.format == Format::Raw {
         return on_raw(args, action);

@@ -13,6 +13,7 @@ use tandem_block::{Disk, ExtentKind, FileStorage, Locking, Raw, VolatileSlice, e
 use super::fault::Fault;
 use super::request::{Request, file_of, is_direct};
 use crate::image::{Format, Image, PROBED, format_of, guessed_raw, local_path};
+use crate::output;
 
 /// Bytes that are copied at once from a backing file.
 const PIECE: u64 = 2 << 20;
@@ -63,7 +64,7 @@ impl Opened {
         check_options(&request, image.format)?;
         let is_guess = request.format.is_none() && image.format == Format::Raw;
         if is_guess && writes {
-            eprint!("{}", guessed_raw(name));
+            output::complain(&guessed_raw(name));
         }
         let mut top = open_top(&request, &image, !writes)?;
         let mut info = match top {

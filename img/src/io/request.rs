@@ -8,6 +8,7 @@ use tandem_block::{CacheMode, FileOptions, Locking};
 
 use crate::getopt::Name;
 use crate::options::{self, Definition, Kind, Value};
+use crate::output;
 
 /// An image to open.
 #[derive(Clone, Debug)]
@@ -180,7 +181,7 @@ pub fn pairs(list: &str, name: &Name) -> Vec<(String, String)> {
                     "warning: short-form boolean option '{item}' deprecated\n\
                      Please use {key}={value} instead"
                 );
-                eprintln!("{}", name.text(&warning));
+                output::complain_line(&name.text(&warning));
                 (key.to_owned(), value.to_owned())
             }
         })

@@ -36,3 +36,4 @@ mod resize;
 mod run;
 mod shell;
 mod snapshot;
+mod streams;

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use tandem_block::qcow2::{CreateOptions, OpenOptions, Qcow2, check, create};
-use tandem_block::{Disk, Error, FileStorage, Raw, Storage};
+use tandem_block::{Disk, Error, FileStorage, Preallocation, Raw, Storage};
 use tempfile::TempDir;
 use vm_memory::VolatileSlice;
 
@@ -21,6 +21,7 @@ use vm_memory::VolatileSlice;
 struct Faults {
     writes: AtomicBool,
     syncs: AtomicBool,
+    zeroes: AtomicBool,
 }
 
 /// A file with faults.
@@ -61,6 +62,7 @@ impl Storage for Faulty {
         self.file.write_bytes_at(buf, offset)
     }
     fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
+        fail_if(&self.faults.zeroes)?;
         self.file.write_zeroes(offset, len, unmap)
     }
     fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
@@ -75,6 +77,9 @@ impl Storage for Faulty {
     }
     fn size(&self) -> io::Result<u64> {
         self.file.size()
+    }
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.file.set_len(len)
     }
 }
 
@@ -136,6 +141,20 @@ fn an_image_can_be_opened_after_its_data_could_not_be_written() {
         .unwrap();
         assert_eq!(report.allocated_clusters, 1);
     }
+}
+
+/// A disk that could not grow has a data file of its old length.
+#[test]
+fn a_data_file_shrinks_again_if_there_is_no_space() {
+    let (_dir, path, data) = image(true);
+    let data = data.unwrap();
+    let faults = Arc::new(Faults::default());
+    let disk = open(&path, Some(&data), &faults);
+    faults.zeroes.store(true, Ordering::Relaxed);
+    let grown = disk.resize_preallocated(64 << 20, Preallocation::Falloc);
+    assert!(matches!(grown, Err(Error::Io { .. })));
+    assert_eq!(disk.size(), 8 << 20);
+    assert_eq!(fs::metadata(&data).unwrap().len(), 8 << 20);
 }
 
 /// The system tells only once that it has lost writes.

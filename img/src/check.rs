@@ -210,7 +210,7 @@ fn check(
         ..*options
     };
     let report = qcow2::check(&image.path, &options, &mut |finding| {
-        bar.suspend(|| eprintln!("{}", finding.text));
+        bar.suspend(|| output::complain_line(&finding.text));
     });
     drop(bar);
     report.map_err(|e| args.name.error(&could_not_open(image.name, &e.reason())))

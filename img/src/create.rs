@@ -8,7 +8,7 @@ use clap::Command;
 use tandem_block::qcow2::{
     self, BackingFormat, CompressionType, CreateOptions, DataFileLayout, DataFileReuse, Follow,
 };
-use tandem_block::{Error, FileHints, FileOptions, Locking, NewImage, Preallocation};
+use tandem_block::{Disk, Error, FileHints, FileOptions, Locking, NewImage, Preallocation};
 
 use crate::create_options::refuse_encryption;
 pub use crate::create_options::{definitions, help, is_qcow2_option};
@@ -133,7 +133,7 @@ fn create(args: &Parsed, file: &OsStr, size: Option<u64>, list: &str) -> Result<
         (None, _) => {}
     }
     set_backing(args, format, &mut options)?;
-    check_backing(file, &mut options, args.has("backing-unsafe"))?;
+    let backing = check_backing(file, &mut options, args.has("backing-unsafe"))?;
     set_size_of_kept(&mut options)?;
     if options.number("size").is_none() {
         return Err("Image creation needs a size parameter".to_owned());
@@ -146,8 +146,11 @@ fn create(args: &Parsed, file: &OsStr, size: Option<u64>, list: &str) -> Result<
             options.shown()
         ));
     }
-    let mut warn = |text| eprintln!("{}", args.name.text(&format!("warning: {text}")));
-    make(format, path, &options, &mut warn)
+    let mut warn = |text| output::complain_line(&args.name.text(&format!("warning: {text}")));
+    let made = make(format, path, &options, &mut warn);
+    // Its locks have kept the new files off those that it consists of.
+    drop(backing);
+    made
 }
 
 /// The options of an image for a copy of a disk of `size` bytes: those of `list`, and the backing file
@@ -255,11 +258,15 @@ fn set_backing(args: &Parsed, format: Format, options: &mut Options) -> Result<(
     Ok(())
 }
 
-/// Looks at the backing file that the new image `file` is to have, unless `is_unsafe`; its size is
-/// the default.
-fn check_backing(file: &OsStr, options: &mut Options, is_unsafe: bool) -> Result<(), String> {
+/// Opens the backing file that the new image `file` is to have, unless `is_unsafe`; its size is the
+/// default.
+fn check_backing(
+    file: &OsStr,
+    options: &mut Options,
+    is_unsafe: bool,
+) -> Result<Option<Box<dyn Disk>>, String> {
     let Some(name) = options.text("backing_file") else {
-        return Ok(());
+        return Ok(None);
     };
     if name.is_empty() {
         return Err("Expected backing file name, got empty string".to_owned());
@@ -273,7 +280,7 @@ fn check_backing(file: &OsStr, options: &mut Options, is_unsafe: bool) -> Result
     const NO_FORMAT: &str = "Backing file specified without backing format";
     let format = options.text("backing_fmt");
     if is_unsafe {
-        return format.map(drop).ok_or_else(|| NO_FORMAT.to_owned());
+        return format.map(|_| None).ok_or_else(|| NO_FORMAT.to_owned());
     }
     let path = qcow2::backing_path(local_path(file)?, name.as_bytes())?;
     let opened = |reason: String| format!("{reason}\nCould not open backing image.");
@@ -283,17 +290,23 @@ fn check_backing(file: &OsStr, options: &mut Options, is_unsafe: bool) -> Result
         let found = backing.format.name();
         return Err(format!("{NO_FORMAT}\nDetected format of {found}."));
     }
-    // Only its size is of interest, and that somebody writes to it may be mended before it is used.
-    let files = FileOptions {
-        locking: Locking::Off,
-        ..FileOptions::default()
+    let open = |locking| {
+        let files = FileOptions {
+            locking,
+            ..FileOptions::default()
+        };
+        backing.open(true, Follow::default(), files)
     };
-    let disk = backing.open(true, Follow::default(), files);
+    let disk = match open(Locking::On) {
+        // That somebody writes to it, who has locked it, may be mended before it is used.
+        Err(Error::Locked { .. }) => open(Locking::Off),
+        other => other,
+    };
     let disk = disk.map_err(|e| opened(e.reason()))?;
     if options.number("size").is_none() {
         options.set("size", Value::Number(disk.size()));
     }
-    Ok(())
+    Ok(Some(disk))
 }
 
 /// The text for `reason`, which names the file already if it is the system's.

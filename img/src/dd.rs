@@ -17,6 +17,7 @@ use crate::image::{
     Format, Image, could_not_open, follow, follow_option, force_share_option, image_opts_option,
     local_path, locking, object_option,
 };
+use crate::output;
 use crate::size;
 
 /// Bytes that are copied at once, whatever the size of a block.
@@ -165,13 +166,10 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
     .map_err(|e| created(create::reason(&e, format)))?;
     let Some(start) = start else {
         // As dd does: the new image is empty, and that is no failure.
-        eprintln!(
-            "{}",
-            args.name.text(&format!(
-                "{}: cannot skip to specified offset",
-                input.display()
-            ))
-        );
+        output::complain_line(&args.name.text(&format!(
+            "{}: cannot skip to specified offset",
+            input.display()
+        )));
         return new
             .commit()
             .map_err(|e| created(create::reason(&e, format)));

@@ -101,8 +101,6 @@ pub struct Parsed {
     pub name: Name,
     /// File names and the like, in order.
     pub operands: Vec<OsString>,
-    /// The last argument, where it was taken off before the others were read.
-    pub last: Option<OsString>,
     options: Vec<(String, OsString)>,
 }
 
@@ -153,14 +151,29 @@ impl Parsed {
     }
 }
 
-/// Reads `args` as the arguments of `command`.
-pub fn parse(command: Command, name: &Name, args: &[OsString]) -> Result<Outcome, Failure> {
+/// Reads `args` as the arguments of `command`. With `reads_sizes`, a number behind the first operand
+/// is one, too, even if it begins with a dash.
+pub fn parse(
+    command: Command,
+    name: &Name,
+    args: &[OsString],
+    reads_sizes: bool,
+) -> Result<Outcome, Failure> {
     let name = name.subcommand(command.get_name());
-    parse_program(command, &name, args)
+    read(command, &name, args, reads_sizes)
 }
 
 /// Reads `args` as the arguments of `command`, which is a program of its own.
 pub fn parse_program(command: Command, name: &Name, args: &[OsString]) -> Result<Outcome, Failure> {
+    read(command, name, args, false)
+}
+
+fn read(
+    command: Command,
+    name: &Name,
+    args: &[OsString],
+    reads_sizes: bool,
+) -> Result<Outcome, Failure> {
     let mut reader = Reader {
         name: name.clone(),
         options: command.get_opts().cloned().collect(),
@@ -169,7 +182,6 @@ pub fn parse_program(command: Command, name: &Name, args: &[OsString]) -> Result
     let mut parsed = Parsed {
         name: reader.name.clone(),
         operands: Vec::new(),
-        last: None,
         options: Vec::new(),
     };
     while let Some(arg) = reader.args.next() {
@@ -182,6 +194,9 @@ pub fn parse_program(command: Command, name: &Name, args: &[OsString]) -> Result
             reader.short(&bytes[1..], &mut parsed.options)?;
         } else {
             parsed.operands.push(arg.clone());
+            if reads_sizes && parsed.operands.len() == 1 {
+                parsed.operands.extend(reader.negative_number());
+            }
         }
         if parsed.has("help") {
             let text = command
@@ -201,6 +216,17 @@ struct Reader<'a> {
 }
 
 impl Reader<'_> {
+    /// Takes the next argument if it is a dash and a digit, and more.
+    fn negative_number(&mut self) -> Option<OsString> {
+        let next = self.args.as_slice().first()?;
+        let digits = next.as_bytes().strip_prefix(b"-")?;
+        digits
+            .first()?
+            .is_ascii_digit()
+            .then(|| self.args.next())?
+            .cloned()
+    }
+
     /// Reads `--name`, `--name=value` or `--name value`; `bytes` follows the dashes.
     fn long(&mut self, bytes: &[u8]) -> Result<(String, OsString), Failure> {
         let equals = bytes.iter().position(|&byte| byte == b'=');

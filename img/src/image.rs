@@ -15,6 +15,7 @@ use crate::failure::Failure;
 use crate::getopt::{Name, Parsed, flag, value};
 use crate::image_opts::{Described, ImageOpts, With};
 use crate::opened::Opened;
+use crate::output;
 use crate::pseudo;
 
 /// The formats that there are.
@@ -75,9 +76,9 @@ pub fn warn_of_stale_bitmaps(info: &Info, program: &Name) {
     };
     let warning = program.text(&format!("warning: {text}"));
     // Without an end of the line, as in QEMU.
-    eprint!(
+    output::complain(&format!(
         "{warning}\nSome clusters may be leaked, run 'qemu-img check -r' on the image file to fix."
-    );
+    ));
 }
 
 /// The local file that a name on the command line means.
@@ -164,7 +165,7 @@ impl<'a> Image<'a> {
                 return Err(args.name.error(text));
             }
             let list = name.to_str().ok_or("Option list is not UTF-8".to_owned());
-            let warn = |text: &str| eprintln!("{}", args.name.text(text));
+            let warn = |text: &str| output::complain_line(&args.name.text(text));
             let list = list.and_then(|list| ImageOpts::from_list(list, warn));
             let list = list.map_err(|text| args.name.error(&text))?;
             list.describe(None)
@@ -211,7 +212,7 @@ impl<'a> Image<'a> {
     /// Warns, as QEMU does before it writes, of a raw image that nobody has said to be one.
     pub fn warn_of_guess(&self) {
         if self.format == Format::Raw && self.probed {
-            eprint!("{}", guessed_raw(self.path.as_os_str()));
+            output::complain(&guessed_raw(self.path.as_os_str()));
         }
     }
 

@@ -1,5 +1,7 @@
 //! What the programs `tandem-img` and `tandem-io` are made of. It is no interface for others.
 #![deny(missing_docs)]
+// The macros panic where standard error or output cannot be written.
+#![deny(clippy::print_stderr, clippy::print_stdout)]
 
 pub mod amend;
 pub mod bench;

@@ -1,4 +1,4 @@
-//! Standard output.
+//! Standard output and standard error.
 
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
@@ -81,6 +81,16 @@ pub fn print_now(text: &str) {
         kept.clear();
     }
     let _ = std::io::stdout().flush();
+}
+
+/// Prints `text` on standard error. Work goes on where nobody can read it, as in QEMU's programs.
+pub fn complain(text: &str) {
+    let _ = std::io::stderr().write_all(text.as_bytes());
+}
+
+/// As [`complain`], and ends the line.
+pub fn complain_line(text: &str) {
+    complain(&format!("{text}\n"));
 }
 
 /// Prints `value` as JSON.

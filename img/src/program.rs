@@ -98,7 +98,7 @@ pub fn main() -> ExitCode {
     match run(&name, args.collect()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            eprint!("{}", failure.message);
+            output::complain(&failure.message);
             ExitCode::from(failure.status)
         }
     }
@@ -153,19 +153,12 @@ fn run(name: &Name, args: Vec<OsString>) -> Result<(), Failure> {
     for subcommand in SUBCOMMANDS {
         let command = (subcommand.command)();
         if command.get_name() == first {
-            let (rest, last) = match &*first {
-                "resize" => resize::split_size(rest),
-                _ => (rest, None),
-            };
-            return match getopt::parse(command, name, rest)? {
+            return match getopt::parse(command, name, rest, first == "resize")? {
                 getopt::Outcome::Help(text) => {
                     output::print(&text);
                     Ok(())
                 }
-                getopt::Outcome::Run(mut parsed) => {
-                    parsed.last = last.map(Into::into);
-                    (subcommand.run)(&parsed)
-                }
+                getopt::Outcome::Run(parsed) => (subcommand.run)(&parsed),
             };
         }
     }

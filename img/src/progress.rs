@@ -101,7 +101,7 @@ impl Progress {
         if self.prints {
             output::print_now(&format!("    ({percent:.2}/100%)\r"));
         } else if self.asked.swap(false, Ordering::Relaxed) {
-            self.suspend(|| eprintln!("    ({percent:.2}/100%)"));
+            self.suspend(|| output::complain_line(&format!("    ({percent:.2}/100%)")));
         }
     }
 }

@@ -1,7 +1,5 @@
 //! `tandem-img resize`
 
-use std::ffi::{OsStr, OsString};
-
 use clap::Command;
 use tandem_block::{FileOptions, Preallocation};
 
@@ -63,16 +61,6 @@ enum Relative {
     Less,
 }
 
-/// Takes the size, which may begin with a dash, off the end of the arguments.
-pub fn split_size(args: &[OsString]) -> (&[OsString], Option<&OsStr>) {
-    match args.split_last() {
-        Some((size, rest)) if !rest.is_empty() && size != "-h" && size != "--help" => {
-            (rest, Some(size))
-        }
-        _ => (args, None),
-    }
-}
-
 /// Runs the subcommand.
 pub fn run(args: &Parsed) -> Result<(), Failure> {
     let preallocation = match args.value("preallocation") {
@@ -83,11 +71,9 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
             Preallocation::from_name(&name).ok_or_else(|| args.name.error(&text()))?
         }
     };
-    let text = match (&args.operands[..], args.last.as_deref()) {
-        ([_], Some(text)) => text,
-        ([], _) | (_, None) => {
-            return Err(args.name.usage("Expecting image file name and size"));
-        }
+    let (name, text) = match &args.operands[..] {
+        [name, size] => (name, size),
+        [] | [_] => return Err(args.name.usage("Expecting image file name and size")),
         _ => return Err(args.name.usage("Extra argument(s) in command line")),
     };
     let text = text.to_string_lossy();
@@ -99,7 +85,7 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
     let number =
         size::parse(number).map_err(|wrong| args.name.error(&wrong.message("size", number)))?;
     args.refuse(&["object"])?;
-    let image = Image::from_args(args)?;
+    let image = Image::from_operand(args, name, "format")?;
     image.warn_of_guess();
     resize(args, &image, relative, number, preallocation)
 }
@@ -143,13 +129,10 @@ fn resize(
         && new > old
         && len > old.next_multiple_of(1 << 21)
     {
-        eprintln!(
-            "{}",
-            args.name.text(
-                "warning: the raw data file is longer than the disk; what it holds there becomes \
-                 part of the disk"
-            )
-        );
+        output::complain_line(&args.name.text(
+            "warning: the raw data file is longer than the disk; what it holds there becomes part of \
+             the disk",
+        ));
     }
     let resized = disk.resize_preallocated(new, preallocation);
     let resized = resized.and_then(|()| disk.close());

@@ -41,7 +41,7 @@ pub fn parse(text: &str) -> Result<u64, Wrong> {
         }
         _ => parse_decimal(text)?,
     };
-    if negative && value > 0 {
+    if negative {
         return Err(Wrong::Range);
     }
     Ok(value)
@@ -209,7 +209,13 @@ mod tests {
         ] {
             assert_eq!(parse(text), Err(Wrong::Syntax), "{text}");
         }
-        for text in ["-1", "16E", "99999999999999999999", "0x10000000000000000"] {
+        for text in [
+            "-1",
+            "-0",
+            "16E",
+            "99999999999999999999",
+            "0x10000000000000000",
+        ] {
             assert_eq!(parse(text), Err(Wrong::Range), "{text}");
         }
     }

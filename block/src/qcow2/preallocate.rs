@@ -15,14 +15,19 @@ impl Qcow2 {
     /// Maps `clusters`, which lie behind the end of the disk and have no mapping, to space that reads
     /// as zero. After an error they have none.
     pub(super) fn preallocate(&self, clusters: Range<u64>, kind: Preallocation) -> Result<()> {
+        let old_len = self.data().size()?;
         let done = self
             .map_clusters(clusters.clone(), kind)
             .and_then(|()| self.write_back());
         if done.is_err() {
-            drop(
-                self.unmap_clusters(clusters, Zeroed::Behind)
-                    .and_then(|()| self.write_back()),
-            );
+            let end = clusters.start << self.geometry.cluster_bits;
+            let undone = self
+                .unmap_clusters(clusters, Zeroed::Behind)
+                .and_then(|()| self.write_back());
+            if let (Ok(()), Placement::External(external)) = (&undone, &self.placement) {
+                // A request may have made the file as long as the disk meanwhile.
+                drop(external.file.set_len(old_len.max(end)));
+            }
         }
         done
     }

@@ -174,6 +174,11 @@ impl Qcow2 {
         let g = self.geometry;
         let mut first = clusters.start;
         while first < clusters.end {
+            if self.l1.get(g.l1_index(first)).offset() == 0 {
+                // Nothing is mapped, and a large disk has many more slices than tables.
+                first = (first / g.l2_entries() + 1) * g.l2_entries();
+                continue;
+            }
             if self.wants_write_back() {
                 self.write_back()?;
             }

@@ -5,6 +5,7 @@ use tandem_block::qcow2::{BitmapEditor, BitmapInfo};
 use crate::failure::Failure;
 use crate::getopt::Parsed;
 use crate::opened::Opened;
+use crate::output;
 
 /// The bitmaps of `source` that are to be copied.
 ///
@@ -30,7 +31,7 @@ pub fn to_copy(args: &Parsed, source: &Opened) -> Result<Vec<BitmapInfo>, Failur
         if bitmap.in_use {
             let name = bitmap.name.escape_ascii();
             let text = format!("warning: Skipping inconsistent bitmap '{name}'");
-            eprintln!("{}", args.name.text(&text));
+            output::complain_line(&args.name.text(&text));
         }
         !bitmap.in_use
     });

@@ -10,6 +10,7 @@ use super::sparse::{Detection, Part, is_zero};
 use crate::failure::Failure;
 use crate::getopt::Name;
 use crate::opened::Opened;
+use crate::output;
 use crate::progress::{Progress, percent};
 use crate::rate::Rate;
 use crate::workers::{Turn, Workers};
@@ -171,7 +172,7 @@ impl Copy<'_> {
     fn warn(&self, text: &str, error: &Error) {
         if !self.quiet {
             let text = format!("warning: {text}: {}", error.cause());
-            eprintln!("{}", self.name.text(&text));
+            output::complain_line(&self.name.text(&text));
         }
     }
 

@@ -51,8 +51,9 @@ impl Request {
                     check_sparse(args, request.sparse)?;
                 }
                 "coroutines" => {
-                    let number = between("number of coroutines", 1, MAX_COROUTINES)?;
-                    request.coroutines = Some(number);
+                    let what = "number of coroutines";
+                    let number = size::parse_count(what, &text, 1, MAX_COROUTINES);
+                    request.coroutines = Some(number.map_err(|text| args.name.error(&text))?);
                 }
                 "rate-limit" => request.rate = number("rate limit")?,
                 _ => {}

@@ -14,6 +14,7 @@ use crate::getopt::Parsed;
 use crate::image::{Format, Image, cache, could_not_open, follow, local_path};
 use crate::opened::Opened;
 use crate::options::Options;
+use crate::output;
 
 /// The target of a copy.
 pub struct Target {
@@ -110,7 +111,7 @@ impl<'a> Plan<'a> {
             opened(&reason)
         })?;
         let mut new = create::begin(self.format, self.path, &self.options, &mut |text| {
-            eprintln!("{}", args.name.text(&format!("warning: {text}")));
+            output::complain_line(&args.name.text(&format!("warning: {text}")));
         })
         .map_err(|reason| self.failed(args, &reason))?;
         let backing_size = backing.as_ref().map(|backing| backing.size());

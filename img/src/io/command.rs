@@ -89,7 +89,7 @@ pub fn execute(session: &mut Session, line: &str) -> bool {
         } else {
             format!("command \"{}\" not found", given.name)
         };
-        eprintln!("{text}");
+        output::complain_line(&text);
         return false;
     };
     if !command.is_asynchronous {
@@ -102,7 +102,7 @@ pub fn execute(session: &mut Session, line: &str) -> bool {
         return true;
     };
     output::print(&failed.output);
-    eprint!("{}", failed.message);
+    output::complain(&failed.message);
     if failed.usage {
         output::print(&command.synopsis(command.name));
     }

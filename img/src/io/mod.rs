@@ -51,7 +51,7 @@ pub fn run(name: OsString, args: &[OsString]) -> ExitCode {
         }
         mistake => {
             if let Err(failure) = mistake {
-                eprint!("{}", failure.message);
+                output::complain(&failure.message);
             }
             output::print(&format!("{}\n", program().render_help()));
             return ExitCode::FAILURE;
@@ -68,7 +68,7 @@ pub fn run(name: OsString, args: &[OsString]) -> ExitCode {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(failure) => {
-            eprint!("{}", failure.message);
+            output::complain(&failure.message);
             ExitCode::from(failure.status)
         }
     }
@@ -174,7 +174,7 @@ fn work(args: &Parsed) -> Result<bool, Failure> {
             format = Some(value.into_owned().into());
         } else if id == "trace" {
             let warning = format!("warning: trace event '{value}' does not exist");
-            eprintln!("{}", args.name.text(&warning));
+            output::complain_line(&args.name.text(&warning));
         } else {
             let option = program.get_opts().find(|option| option.get_id() == id);
             let letter = option.and_then(|option| option.get_short());
@@ -214,7 +214,7 @@ fn work(args: &Parsed) -> Result<bool, Failure> {
         succeeded &= command::execute(&mut session, &command);
     }
     if let Err(failed) = session.close() {
-        eprint!("{}", failed.message);
+        output::complain(&failed.message);
         succeeded = false;
     }
     Ok(succeeded)

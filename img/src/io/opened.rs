@@ -14,6 +14,7 @@ use super::fault::Fault;
 use super::request::{Request, is_direct};
 use crate::image::{Format, Image, PROBED, format_of, guessed_raw};
 use crate::opened;
+use crate::output;
 
 /// Bytes that are copied at once from a backing file.
 const PIECE: u64 = 2 << 20;
@@ -66,7 +67,7 @@ impl Opened {
         check_options(&request)?;
         let is_guess = image.probed && image.format == Format::Raw;
         if is_guess && writes {
-            eprint!("{}", guessed_raw(name));
+            output::complain(&guessed_raw(name));
         }
         let options = image.options(!writes, request.follow, request.files());
         let opened = options.and_then(|options| opened::Opened::open_with_info(&image, &options));

@@ -9,6 +9,7 @@ use crate::getopt::Name;
 use crate::image::local_path;
 use crate::image_opts::{Described, ImageOpts};
 use crate::options::{self, Definition, Kind, Value};
+use crate::output;
 use crate::pseudo;
 
 /// An image to open.
@@ -177,7 +178,7 @@ pub fn pairs(list: &str, name: &Name) -> Vec<(String, String)> {
                     "warning: short-form boolean option '{item}' deprecated\n\
                      Please use {key}={value} instead"
                 );
-                eprintln!("{}", name.text(&warning));
+                output::complain_line(&name.text(&warning));
                 (key.to_owned(), value.to_owned())
             }
         })

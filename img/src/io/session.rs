@@ -56,7 +56,7 @@ impl Session {
         });
         if let Err(failed) = done {
             pending += &failed.output;
-            eprint!("{}", failed.message);
+            output::complain(&failed.message);
         }
         self.pending = pending;
     }

@@ -457,3 +457,43 @@ fn a_file_of_somebody_else_stays_with_its_group() {
         );
     }
 }
+
+/// Neither the new image nor its data file takes the place of what the backing file consists of,
+/// under whatever name.
+#[test]
+fn leaves_the_backing_file_alone() {
+    let place = Place::tandem();
+    place.make("create -q -f raw bottom 1M");
+    place.make("create -q -f qcow2 -b bottom -F raw middle");
+    place.make("create -q -f qcow2 -o data_file=data -b middle -F qcow2 top");
+    for name in ["bottom", "middle", "data", "top"] {
+        std::os::unix::fs::symlink(name, place.path(&format!("{name}.link"))).unwrap();
+        fs::hard_link(place.path(name), place.path(&format!("{name}.hard"))).unwrap();
+    }
+    let before = place.content();
+    for name in ["bottom", "middle", "data", "top"] {
+        for name in [
+            name.to_owned(),
+            format!("{name}.link"),
+            format!("{name}.hard"),
+        ] {
+            for line in [
+                format!("create -q -f qcow2 -b ./top -F qcow2 {name}"),
+                format!("create -q -f qcow2 -o data_file={name} -b top -F qcow2 new"),
+            ] {
+                let run = place.run(&words(&line));
+                assert_eq!(run.status, Some(1), "{line}");
+                assert!(
+                    run.stderr.contains("Failed to get \"write\" lock"),
+                    "{}",
+                    run.stderr
+                );
+                assert!(place.content() == before, "{line}");
+            }
+        }
+    }
+    // One that somebody writes to is none the less a backing file.
+    place.make("create -q -f qcow2 -b top -F qcow2 other");
+    let both = Both::new(|place| place.make("create -q -f qcow2 top 1M"));
+    both.same("create -f qcow2 -b top -F qcow2 new");
+}

@@ -38,3 +38,4 @@ mod run;
 mod shell;
 mod signals;
 mod snapshot;
+mod streams;

@@ -257,3 +257,49 @@ fn a_longer_raw_data_file_becomes_part_of_the_disk() {
     place.qemu_img(&words("convert -O raw t converted"));
     assert_eq!(fs::read(place.path("converted")).unwrap(), vec![7; 4 << 20]);
 }
+
+/// The size is what stands behind the name, wherever options are; a negative one must stand there at
+/// once.
+#[test]
+fn the_size_may_stand_before_options() {
+    let both = Both::new(images);
+    for line in [
+        "internal 12M -q",
+        "internal +1M --preallocation=off -f qcow2",
+        "internal -1M --shrink",
+        "-f qcow2 internal -1M --shrink -q",
+        "internal --shrink -1M",
+        "internal -q -0",
+        "-1M internal",
+        "internal -x",
+        "internal -",
+        "internal --shrink",
+        "internal",
+        "internal 1M 2M",
+        "internal -1M -1M --shrink",
+        "internal -0",
+        "internal --0",
+        "internal +-0",
+        "-q -- internal 13M",
+        "-q -- internal -1M",
+        "internal 14M --help=x",
+    ] {
+        both.same(&format!("resize {line}"));
+    }
+    both.same("info internal --output=human");
+}
+
+/// Where nothing is mapped, there is nothing to look at: this disk has 2^39 clusters, and no tables.
+#[test]
+fn an_enormous_disk() {
+    let both = Both::new(|place| {
+        place.make("create -q -f qcow2 -o cluster_size=2M d 1M");
+        place.qemu_io("d", &["write -P 1 0 1M"]);
+    });
+    both.same("resize d 1E");
+    both.same("check d");
+    // QEMU looks at every cluster.
+    let run = both.tandem.run(&words("resize --shrink d 512k"));
+    assert_eq!(run.status, Some(0), "{}", run.stderr);
+    both.tandem.make("check -q d");
+}

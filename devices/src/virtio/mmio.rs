@@ -186,22 +186,15 @@ impl VirtioMmio {
     }
 
     fn try_activate(&self, state: &mut State) -> io::Result<()> {
-        let event_idx = state.driver_features & FEATURE_EVENT_IDX != 0;
-        let queues = state
-            .queues
-            .iter()
-            .map(|setup| setup.build(&state.mem, event_idx))
-            .collect::<Result<_, _>>()
-            .map_err(io::Error::other)?;
-        let doorbells = self.doorbells.iter().map(EventFd::try_clone);
-        let activation = Activation {
+        state.device.activate(Activation {
             mem: state.mem.clone(),
             features: state.driver_features,
-            queues,
-            doorbells: doorbells.collect::<io::Result<_>>()?,
             interrupt: Arc::clone(&self.interrupt) as Arc<dyn Interrupt>,
-        };
-        state.device.activate(activation)
+        })?;
+        for (index, doorbell) in (0..).zip(&self.doorbells) {
+            state.start_queue(index, doorbell)?;
+        }
+        Ok(())
     }
 
     fn reset(&self, state: &mut State) {
@@ -298,6 +291,18 @@ impl State {
             queue.ready = true;
             queue.ready = queue.build(&mem, false).is_ok();
         }
+    }
+
+    /// Has the device serve a queue that the driver has set up.
+    fn start_queue(&mut self, index: u16, doorbell: &EventFd) -> io::Result<()> {
+        let event_idx = self.driver_features & FEATURE_EVENT_IDX != 0;
+        let Some(setup) = self.queues.get(usize::from(index)).filter(|q| q.ready) else {
+            return Ok(());
+        };
+        let queue = setup
+            .build(&self.mem, event_idx)
+            .map_err(io::Error::other)?;
+        self.device.start_queue(index, queue, doorbell.try_clone()?)
     }
 
     /// Returns when the device has let go of the queue: the driver may then free its memory as

@@ -39,61 +39,92 @@
 //!   another indirect table.
 
 mod config;
+mod engine;
+mod features;
+mod handle;
+mod poll;
+mod pool;
+mod rate;
 mod request;
 mod serial;
+mod slot;
 mod stats;
+mod target;
 mod worker;
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use tandem_block::Disk;
-use virtio_bindings::bindings::virtio_blk::{
-    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX,
-};
-use virtio_queue::QueueT;
+use virtio_queue::Queue;
+use vmm_sys_util::eventfd::EventFd;
 
-use super::{
-    Activation, FEATURE_EVENT_IDX, FEATURE_INDIRECT_DESC, FEATURE_VERSION_1, VirtioDevice,
-};
-use request::Target;
-use worker::Worker;
+use super::{Activation, VirtioDevice};
+use engine::Source;
+use handle::Shared;
 
+pub use handle::Handle;
+pub use rate::{Rate, RateLimits};
 pub use serial::{InvalidSerial, Serial};
-pub use stats::Stats;
+pub use stats::{Counters, LATENCY_BUCKETS, Stats};
 
 const DEVICE_TYPE: u32 = 2;
-const QUEUE_SIZES: [u16; 1] = [256];
+const QUEUE_SIZE: u16 = 256;
 /// A chain of as many descriptors as the queue has, without the request's header and status.
-const SEG_MAX: u32 = QUEUE_SIZES[0] as u32 - 2;
+const SEG_MAX: u32 = QUEUE_SIZE as u32 - 2;
 
-const FEATURE_SEG_MAX: u64 = 1 << VIRTIO_BLK_F_SEG_MAX;
-const FEATURE_RO: u64 = 1 << VIRTIO_BLK_F_RO;
-const FEATURE_BLK_SIZE: u64 = 1 << VIRTIO_BLK_F_BLK_SIZE;
-const FEATURE_FLUSH: u64 = 1 << VIRTIO_BLK_F_FLUSH;
+/// How a disk is offered to a guest.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Options {
+    /// What the guest gets when it asks for the disk's identity; an empty string without it.
+    pub serial: Option<Serial>,
+    /// Number of queues, each with a thread of its own: 1 to 256, best as many as the guest has
+    /// vCPUs.
+    pub queues: u16,
+    /// Threads for requests that have to wait for the host's disk: so many of them are under way at
+    /// once, in all queues together. They are started as they are needed.
+    pub threads: usize,
+    /// Limits on the rate.
+    pub rate: RateLimits,
+    /// How long a queue's thread may look for requests before it waits to be called. That spares the
+    /// guest's call, and costs the host's processor as much time at the most.
+    pub poll: Duration,
+}
 
-/// A block device that serves a [`Disk`], with one queue and one thread for it.
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            serial: None,
+            queues: 1,
+            threads: 16,
+            rate: RateLimits::default(),
+            poll: Duration::ZERO,
+        }
+    }
+}
+
+/// A block device that serves a [`Disk`].
 pub struct Block {
-    disk: Arc<dyn Disk>,
-    serial: Option<Serial>,
-    stats: Arc<Stats>,
-    worker: Option<Worker>,
+    shared: Arc<Shared>,
+    queue_sizes: Vec<u16>,
 }
 
 impl Block {
-    /// A device for `disk`. The guest can ask for `serial`; without one it gets an empty string.
-    pub fn new(disk: Arc<dyn Disk>, serial: Option<Serial>) -> Self {
+    /// A device for `disk`.
+    pub fn new(disk: Arc<dyn Disk>, options: Options) -> Self {
+        let queues = options.queues.clamp(1, 256);
         Self {
-            disk,
-            serial,
-            stats: Arc::default(),
-            worker: None,
+            queue_sizes: vec![QUEUE_SIZE; queues.into()],
+            shared: Arc::new(Shared::new(disk, Options { queues, ..options })),
         }
     }
 
-    /// Counters of what has gone wrong. They stay valid when the device has been given away.
-    pub fn stats(&self) -> Arc<Stats> {
-        Arc::clone(&self.stats)
+    /// The means to operate the device. It stays valid when the device has been given away.
+    pub fn handle(&self) -> Handle {
+        Handle(Arc::clone(&self.shared))
     }
 }
 
@@ -103,59 +134,40 @@ impl VirtioDevice for Block {
     }
 
     fn features(&self) -> u64 {
-        let limits = self.disk.limits();
-        let only_if = |condition, feature| if condition { feature } else { 0 };
-        FEATURE_VERSION_1
-            | FEATURE_INDIRECT_DESC
-            | FEATURE_EVENT_IDX
-            | FEATURE_SEG_MAX
-            | FEATURE_BLK_SIZE
-            | only_if(limits.write_cache, FEATURE_FLUSH)
-            | only_if(limits.read_only, FEATURE_RO)
+        features::offered(&self.shared.disk.limits())
     }
 
     fn queue_max_sizes(&self) -> &[u16] {
-        &QUEUE_SIZES
+        &self.queue_sizes
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        config::read(&config::space(&*self.disk, SEG_MAX), offset, data);
+        self.shared.config().read(offset, data);
     }
 
-    /// No field that is offered can be written.
-    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
+    fn write_config(&mut self, offset: u64, data: &[u8]) {
+        if let (config::WRITEBACK, &[value]) = (offset, data) {
+            self.shared.set_writeback(value != 0);
+        }
+    }
 
     fn activate(&mut self, activation: Activation) -> io::Result<()> {
-        self.worker = None;
-        let Activation {
-            mem,
-            features,
-            queues,
-            doorbells,
-            interrupt,
-        } = activation;
-        let Some((queue, doorbell)) = queues.into_iter().zip(doorbells).next() else {
-            return Err(io::ErrorKind::InvalidInput.into());
-        };
-        if !queue.ready() {
-            return Ok(());
-        }
-        self.worker = Some(Worker::spawn(worker::Job {
-            mem,
-            queue,
-            doorbell,
-            interrupt,
-            target: Target::new(Arc::clone(&self.disk), self.serial, features),
-            stats: Arc::clone(&self.stats),
-        })?);
-        Ok(())
+        self.shared.activate(activation)
     }
 
-    fn stop_queue(&mut self, _index: u16) {
-        self.worker = None;
+    fn start_queue(&mut self, index: u16, queue: Queue, doorbell: EventFd) -> io::Result<()> {
+        self.shared.threads().start(Source {
+            index,
+            queue,
+            doorbell,
+        })
+    }
+
+    fn stop_queue(&mut self, index: u16) -> Option<u16> {
+        self.shared.threads().stop(index)
     }
 
     fn reset(&mut self) {
-        self.worker = None;
+        self.shared.reset();
     }
 }

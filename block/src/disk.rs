@@ -17,15 +17,29 @@ pub struct Limits {
     pub read_only: bool,
     /// Whether a completed write needs a [`flush`](Disk::flush) to be durable.
     pub write_cache: bool,
+    /// Physical block size in bytes: what begins and ends at multiples of it is written without
+    /// reading what lies around it. A power of two, at least [`block_size`](Limits::block_size).
+    pub physical_block_size: u32,
+    /// Requests of multiples of so many bytes are served best; 0 if that is not known.
+    pub optimal_io_size: u32,
+    /// The smallest aligned unit in bytes of which a [`discard`](Disk::discard) releases the space.
+    pub discard_granularity: u32,
+    /// Whether [`write_zeroes`](Disk::write_zeroes) can release space when it is asked to unmap.
+    pub can_unmap: bool,
 }
 
 impl Limits {
-    /// For a disk that is addressed in blocks of `block_size` bytes and has a write cache.
+    /// For a disk that is addressed in blocks of `block_size` bytes, has a write cache, does with each
+    /// block what it is told, and of which no more is known.
     pub fn new(block_size: u32, read_only: bool) -> Self {
         Self {
             block_size,
             read_only,
             write_cache: true,
+            physical_block_size: block_size,
+            optimal_io_size: 0,
+            discard_granularity: block_size,
+            can_unmap: !read_only,
         }
     }
 }
@@ -91,6 +105,28 @@ pub trait Disk: Send + Sync {
     /// [`Error::OutOfRange`](crate::Error::OutOfRange), [`Error::ReadOnly`](crate::Error::ReadOnly), or
     /// what keeps the range from being written, no space among it.
     fn write_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> Result<()>;
+
+    /// As [`read_at`](Disk::read_at), but only if that need not wait: for a device, for another
+    /// request, or for processor time as long as that. Returns whether it has been done; if not, the
+    /// content of `bufs` is unspecified, and the ordinary method is to be called.
+    ///
+    /// # Errors
+    /// Those of [`read_at`](Disk::read_at).
+    fn try_read_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> Result<bool> {
+        let _ = (bufs, offset);
+        Ok(false)
+    }
+
+    /// As [`write_at`](Disk::write_at), but only if that need not wait, as in
+    /// [`try_read_at`](Disk::try_read_at). Returns whether it has been done; if not, any part of the
+    /// range may have been written, and the ordinary method is to be called.
+    ///
+    /// # Errors
+    /// Those of [`write_at`](Disk::write_at).
+    fn try_write_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> Result<bool> {
+        let _ = (bufs, offset);
+        Ok(false)
+    }
 
     /// Makes the `len` bytes at `offset` read as zero, without transferring data where possible.
     ///

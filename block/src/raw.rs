@@ -105,9 +105,8 @@ impl Disk for Raw {
 
     fn limits(&self) -> Limits {
         Limits {
-            block_size: 512,
-            read_only: self.read_only,
             write_cache: !self.file.is_write_through(),
+            ..Limits::new(512, self.read_only)
         }
     }
 

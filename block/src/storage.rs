@@ -28,6 +28,20 @@ pub trait Storage: Debug + Send + Sync {
     /// Writes `bufs` at `offset`; a file grows as needed.
     fn write_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> io::Result<()>;
 
+    /// [`read_at`](Storage::read_at), if that need not wait for a device. Returns whether it has been
+    /// done; if not, the content of `bufs` is unspecified.
+    fn try_read_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> io::Result<bool> {
+        let _ = (bufs, offset);
+        Ok(false)
+    }
+
+    /// [`write_at`](Storage::write_at), if that need not wait for a device. Returns whether it has
+    /// been done; if not, any part of the range may have been written.
+    fn try_write_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> io::Result<bool> {
+        let _ = (bufs, offset);
+        Ok(false)
+    }
+
     /// [`read_at`](Storage::read_at) into ordinary memory, for metadata.
     fn read_bytes_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()>;
 

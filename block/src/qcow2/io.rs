@@ -27,9 +27,8 @@ impl Disk for Qcow2 {
 
     fn limits(&self) -> Limits {
         Limits {
-            block_size: 512,
-            read_only: self.read_only,
             write_cache: !self.image.is_write_through(),
+            ..Limits::new(512, self.read_only)
         }
     }
 

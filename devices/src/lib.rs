@@ -49,7 +49,7 @@
 //! use tandem_block::{Disk, FileStorage, Limits, Raw, Result};
 //! use tandem_devices::GuestMemory;
 //! use tandem_devices::bus::BusDevice;
-//! use tandem_devices::virtio::block::Block;
+//! use tandem_devices::virtio::block::{Block, Options};
 //! use tandem_devices::virtio::mmio::VirtioMmio;
 //! use vm_memory::{GuestAddress, VolatileSlice};
 //! use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -93,8 +93,10 @@
 //!     flushes: AtomicU64::new(0),
 //! });
 //!
-//! let block = Block::new(disk.clone(), Some("scratch".parse()?));
-//! let stats = block.stats();
+//! let mut options = Options::default();
+//! options.serial = Some("scratch".parse()?);
+//! let block = Block::new(disk.clone(), options);
+//! let handle = block.handle();
 //! let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 64 << 20)])?;
 //! let irq = EventFd::new(EFD_NONBLOCK)?;
 //! let transport = VirtioMmio::new(Box::new(block), memory, irq.try_clone()?)?;
@@ -108,7 +110,7 @@
 //!
 //! // At the end, when the vCPUs have stopped:
 //! transport.shutdown();
-//! assert_eq!(stats.last_error(), None);
+//! assert_eq!(handle.stats().last_error(), None);
 //! # Ok(())
 //! # }
 //! ```

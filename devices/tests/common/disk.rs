@@ -21,6 +21,8 @@ pub struct MemoryDisk {
     pub flushes: AtomicU64,
     /// Calls of `write_at` so far.
     pub writes: AtomicU64,
+    /// Offset and length of each `discard` so far.
+    pub discards: Mutex<Vec<(u64, u64)>>,
 }
 
 impl MemoryDisk {
@@ -52,6 +54,7 @@ impl MemoryDisk {
             is_failing: AtomicBool::new(false),
             flushes: AtomicU64::new(0),
             writes: AtomicU64::new(0),
+            discards: Mutex::default(),
         }
     }
 
@@ -122,7 +125,9 @@ impl Disk for MemoryDisk {
     }
 
     fn discard(&self, offset: u64, len: u64) -> Result<()> {
-        self.range(len as usize, offset).map(drop)
+        self.range(len as usize, offset)?;
+        self.discards.lock().unwrap().push((offset, len));
+        Ok(())
     }
 
     fn flush(&self) -> Result<()> {

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use tandem_block::Disk;
 use tandem_devices::GuestMemory;
-use tandem_devices::virtio::block::{Block, Stats};
+use tandem_devices::virtio::block::{Block, Handle, Options, Stats};
 use tandem_devices::virtio::mmio::VirtioMmio;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -19,19 +19,23 @@ pub struct Machine {
     /// The interrupt line.
     pub irq: EventFd,
     pub stats: Arc<Stats>,
+    pub handle: Handle,
 }
 
 impl Machine {
     pub fn new(disk: Arc<dyn Disk>, mem: &GuestMemory) -> Self {
         let serial = std::str::from_utf8(SERIAL).unwrap().parse().unwrap();
-        let block = Block::new(disk, Some(serial));
-        let stats = block.stats();
+        let mut options = Options::default();
+        options.serial = Some(serial);
+        let block = Block::new(disk, options);
+        let handle = block.handle();
         let irq = EventFd::new(EFD_NONBLOCK).unwrap();
         let device = VirtioMmio::new(Box::new(block), mem.clone(), irq.try_clone().unwrap());
         Self {
             device: Arc::new(device.unwrap()),
             irq,
-            stats,
+            stats: handle.stats(),
+            handle,
         }
     }
 

@@ -2,8 +2,8 @@
 //! to wait.
 
 use std::io;
-use std::sync::mpsc::{self, Receiver, Sender, SyncSender};
 use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver, Sender, SyncSender};
 use std::thread::{self, JoinHandle, ScopedJoinHandle};
 
 use virtio_queue::Queue;

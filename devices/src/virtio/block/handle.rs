@@ -22,7 +22,7 @@ pub struct Handle(pub(super) Arc<Shared>);
 
 /// What a device and those who operate it have in common.
 ///
-/// Lock order: `threads` before `size`.
+/// Lock order: `threads` or `resizing` before `shown`.
 pub(super) struct Shared {
     pub disk: Arc<dyn Disk>,
     options: Options,
@@ -31,6 +31,7 @@ pub(super) struct Shared {
     /// The driver's choice between write-back and write-through.
     writeback: Arc<AtomicBool>,
     threads: Mutex<Threads>,
+    resizing: Mutex<()>,
     shown: Mutex<Shown>,
 }
 
@@ -77,11 +78,12 @@ impl Handle {
     /// # Errors
     /// Those of [`Disk::resize`].
     pub fn resize(&self, size: u64) -> Result<()> {
-        // Held meanwhile, so that of two calls the guest is shown the later one's size.
-        let mut shown = lock(&self.0.shown);
+        // So that of two calls the guest is shown the later one's size.
+        let _resizing = lock(&self.0.resizing);
         let result = self.0.disk.resize(size);
         // The size may have changed despite an error.
         let size = self.0.disk.size();
+        let mut shown = lock(&self.0.shown);
         if shown.size != size {
             shown.size = size;
             // The guest reads the size under this lock, and the generation without: it must not find
@@ -102,7 +104,7 @@ impl Handle {
     /// Goes on after a [`pause`](Self::pause).
     ///
     /// # Errors
-    /// A thread could not be started; its queue stays as it is, to be tried again.
+    /// A thread could not be started; its queue is not served until the guest resets the device.
     pub fn resume(&self) -> io::Result<()> {
         self.0.threads().resume()
     }
@@ -119,6 +121,7 @@ impl Shared {
                 is_paused: false,
                 paused: Vec::new(),
             }),
+            resizing: Mutex::default(),
             shown: Mutex::new(Shown {
                 size: disk.size(),
                 interrupt: None,

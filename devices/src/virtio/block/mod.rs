@@ -54,7 +54,6 @@ mod worker;
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tandem_block::Disk;

@@ -30,8 +30,6 @@ pub(super) struct Slot<'m> {
     pub result: Result<u64, RequestError>,
     /// When it was taken from the queue.
     pub taken: Instant,
-    /// Where its answer goes. Kept apart so that nothing can write to it as data.
-    status: Option<VolatileSlice<'m>>,
     /// Requests that continue this one on the disk, and are carried out together with it.
     pub joined: Slots<'m>,
     /// Bytes and buffers of this one and all that have joined it.
@@ -48,7 +46,6 @@ impl<'m> Slot<'m> {
             operation: None,
             result: Ok(0),
             taken: now,
-            status: None,
             joined: Vec::new(),
             joined_bytes: 0,
             joined_buffers: 0,
@@ -59,11 +56,9 @@ impl<'m> Slot<'m> {
     pub(super) fn parse(&mut self, head: u16, rules: &Rules, now: Instant) {
         self.head = head;
         self.taken = now;
-        self.status = self.buffers.split_last_writable();
-        let operation = match self.status {
-            None => Err(RequestError::NoStatusByte),
-            Some(_) => rules.parse(&mut self.buffers, &mut self.segments),
-        };
+        let status = self.buffers.split_status();
+        let status = status.ok_or(RequestError::NoStatusByte);
+        let operation = status.and_then(|()| rules.parse(&mut self.buffers, &mut self.segments));
         (self.operation, self.result) = match operation {
             Ok(operation) => (Some(operation), Ok(0)),
             Err(error) => (None, Err(error)),
@@ -121,14 +116,13 @@ impl<'m> Slot<'m> {
     /// Writes the status. Returns how many bytes have been written from the start of the writable
     /// buffers on: what the driver is told.
     pub(super) fn answer(&mut self) -> u32 {
-        let Some(status) = self.status.take() else {
-            return 0;
-        };
         let (code, written) = match &self.result {
             Ok(written) => (Status::Ok, *written),
             Err(error) => (error.status(), 0),
         };
-        status.copy_from(&[code as u8]);
+        if !self.buffers.write_status(code as u8) {
+            return 0;
+        }
         // The status counts only where no gap lies before it (virtio 1.3, section 2.7.8.2).
         let is_contiguous =
             written == total_len(self.buffers.writable()) && !self.buffers.is_unmapped();

@@ -215,7 +215,10 @@ mod tests {
     fn buckets_double() {
         let bucket_of = |micros| bucket(Duration::from_micros(micros));
         assert_eq!(bucket(Duration::from_nanos(999)), 0);
-        assert_eq!([1, 2, 3, 4, 1023, 1024].map(bucket_of), [1, 2, 2, 3, 10, 11]);
+        assert_eq!(
+            [1, 2, 3, 4, 1023, 1024].map(bucket_of),
+            [1, 2, 2, 3, 10, 11]
+        );
         assert_eq!(bucket_of((1 << 24) - 1), 24);
         assert_eq!(bucket_of(1 << 24), LATENCY_BUCKETS - 1);
         assert_eq!(bucket_of(u64::MAX), LATENCY_BUCKETS - 1);

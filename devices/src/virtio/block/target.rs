@@ -89,11 +89,7 @@ impl Target {
         }
     }
 
-    fn perform<'m>(
-        &self,
-        slot: &Slot<'m>,
-        gather: &mut Gather<'m>,
-    ) -> Result<(), RequestError> {
+    fn perform<'m>(&self, slot: &Slot<'m>, gather: &mut Gather<'m>) -> Result<(), RequestError> {
         match slot.operation {
             None | Some(Operation::GetId) => {}
             Some(Operation::Read { offset, .. }) => {

@@ -111,10 +111,10 @@ pub(super) fn run(threads: Threads<'_, '_, '_>, source: Source, stop: &Stop) -> 
     }
 }
 
-fn serve(
-    threads: Threads<'_, '_, '_>,
+fn serve<'m>(
+    threads: Threads<'_, '_, 'm>,
     index: u16,
-    queue: &mut ActiveQueue<'_>,
+    queue: &mut ActiveQueue<'m>,
     doorbell: &EventFd,
     stop: &Stop,
 ) -> Result<(), WorkerError> {
@@ -157,7 +157,11 @@ fn serve(
     while !stop.is_requested() {
         manager.run()?;
     }
-    manager.remove_subscriber(id)?.finish()
+    let mut server = manager.remove_subscriber(id)?;
+    if server.has_failed {
+        return Ok(());
+    }
+    server.finish()
 }
 
 /// Tells the driver that its requests stay without an answer.
@@ -365,12 +369,9 @@ impl<'m> Server<'_, '_, '_, 'm> {
     }
 
     /// Completes what has been handed to the pool. Nothing more is taken.
-    fn finish(mut self) -> Result<(), WorkerError> {
+    fn finish(&mut self) -> Result<(), WorkerError> {
         self.done.wait_until_idle();
         self.collect();
-        if self.has_failed {
-            return Ok(());
-        }
         self.answer()
     }
 
@@ -378,11 +379,6 @@ impl<'m> Server<'_, '_, '_, 'm> {
         if self.in_pool > 0 {
             self.in_pool -= self.done.collect(&mut self.finished);
         }
-    }
-
-    fn fail(&mut self, error: &WorkerError) {
-        self.has_failed = true;
-        fail(self.threads.context, error);
     }
 }
 
@@ -396,7 +392,130 @@ impl MutEventSubscriber for Server<'_, '_, '_, '_> {
             return;
         }
         if let Err(error) = self.serve() {
-            self.fail(&error);
+            // What was taken before is answered as far as that is possible.
+            let _ = self.finish();
+            self.has_failed = true;
+            fail(self.threads.context, &error);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+    use std::time::Duration;
+
+    use tandem_block::{Disk, Limits, Result};
+    use vm_memory::{Bytes, GuestAddress, VolatileSlice};
+
+    use super::super::engine::Engine;
+    use super::*;
+    use crate::test_common::disk::MemoryDisk;
+    use crate::test_common::guest_memory;
+    use crate::test_common::ring::{Ring, readable, writable};
+
+    /// Panics on the queue's thread or on one of the pool.
+    struct PanickingDisk {
+        disk: MemoryDisk,
+        is_inline: bool,
+    }
+
+    impl Disk for PanickingDisk {
+        fn size(&self) -> u64 {
+            self.disk.size()
+        }
+
+        fn limits(&self) -> Limits {
+            self.disk.limits()
+        }
+
+        fn try_read_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> Result<bool> {
+            if self.is_inline {
+                self.read_at(bufs, offset)?;
+            }
+            Ok(false)
+        }
+
+        fn read_at(&self, _: &[VolatileSlice<'_>], _: u64) -> Result<()> {
+            panic!("a bug in the disk");
+        }
+
+        fn write_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> Result<()> {
+            self.disk.write_at(bufs, offset)
+        }
+
+        fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> Result<()> {
+            self.disk.write_zeroes(offset, len, unmap)
+        }
+
+        fn discard(&self, offset: u64, len: u64) -> Result<()> {
+            self.disk.discard(offset, len)
+        }
+
+        fn flush(&self) -> Result<()> {
+            self.disk.flush()
+        }
+    }
+
+    #[derive(Debug, PartialEq)]
+    enum Signal {
+        Queue,
+        Config,
+        NeedsReset,
+    }
+
+    impl Interrupt for mpsc::SyncSender<Signal> {
+        fn signal_queue(&self, _index: u16) {
+            self.send(Signal::Queue).unwrap();
+        }
+
+        fn signal_config(&self) {
+            self.send(Signal::Config).unwrap();
+        }
+
+        fn needs_reset(&self) {
+            self.send(Signal::NeedsReset).unwrap();
+        }
+    }
+
+    #[test]
+    fn panic_needs_a_reset() {
+        for is_inline in [true, false] {
+            let mem = guest_memory();
+            let mut ring = Ring::new(&mem, 0, 16);
+            // A header of zeroes: a read at the start of the disk.
+            mem.write_slice(&[0; 16], GuestAddress(0x1_0000)).unwrap();
+            ring.offer_chain(&[readable(0x1_0000, 16), writable(0x2_0000, 513)]);
+            let doorbell = EventFd::new(EFD_NONBLOCK).unwrap();
+            doorbell.write(1).unwrap();
+            let (sender, signals) = mpsc::sync_channel(8);
+            let stats = Arc::new(Stats::new(1));
+            let disk = PanickingDisk {
+                disk: MemoryDisk::new(1),
+                is_inline,
+            };
+            let writeback = Arc::new(AtomicBool::new(true));
+            let context = Context {
+                mem,
+                interrupt: Arc::new(sender),
+                target: Target::new(Arc::new(disk), None, writeback, 0),
+                stats: Arc::clone(&stats),
+                limiter: None,
+                poll: Duration::ZERO,
+            };
+            let mut engine = Engine::new(context, 1, 4).unwrap();
+            let source = Source {
+                index: 0,
+                queue: ring.queue(false),
+                doorbell,
+            };
+            engine.start(source).unwrap();
+            let signal = signals.recv_timeout(Duration::from_secs(60));
+            assert_eq!(signal, Ok(Signal::NeedsReset));
+            drop(engine);
+            assert_eq!(signals.recv(), Err(mpsc::RecvError));
+            assert_eq!(ring.used_idx(), 0);
+            assert!(stats.last_error().unwrap().contains("panicked"));
         }
     }
 }

@@ -93,22 +93,33 @@ pub(super) struct Threads<'scope, 'env, 'm> {
 }
 
 /// Serves a queue until it is to stop, and returns it with all requests completed that have been
-/// taken from it.
-pub(super) fn run(threads: Threads<'_, '_, '_>, source: Source, stop: &Stop) -> Source {
+/// taken from it. `None` if it cannot be served any more.
+pub(super) fn run(threads: Threads<'_, '_, '_>, source: Source, stop: &Stop) -> Option<Source> {
     let Source {
         index,
         queue,
         doorbell,
     } = source;
     let mut queue = ActiveQueue::new(&threads.context.mem, queue);
-    if let Err(error) = serve(threads, index, &mut queue, &doorbell, stop) {
-        fail(threads.context, &error);
+    match serve(threads, index, &mut queue, &doorbell, stop) {
+        Ok(Outcome::Stopped) => Some(Source {
+            index,
+            queue: queue.into_inner(),
+            doorbell,
+        }),
+        Ok(Outcome::Failed) => None,
+        Err(error) => {
+            fail(threads.context, &error);
+            None
+        }
     }
-    Source {
-        index,
-        queue: queue.into_inner(),
-        doorbell,
-    }
+}
+
+/// How it ended.
+enum Outcome {
+    Stopped,
+    /// The driver has been told before.
+    Failed,
 }
 
 fn serve<'m>(
@@ -117,10 +128,10 @@ fn serve<'m>(
     queue: &mut ActiveQueue<'m>,
     doorbell: &EventFd,
     stop: &Stop,
-) -> Result<(), WorkerError> {
+) -> Result<Outcome, WorkerError> {
     let done = Arc::new(Completions::new()?);
-    // Dropped last, when nothing touches the queue any more.
-    let _guard = PanicGuard {
+    // Dropped last, when nothing here touches the queue any more.
+    let _guard = Guard {
         context: threads.context,
         done: &done,
     };
@@ -159,9 +170,10 @@ fn serve<'m>(
     }
     let mut server = manager.remove_subscriber(id)?;
     if server.has_failed {
-        return Ok(());
+        return Ok(Outcome::Failed);
     }
-    server.finish()
+    server.finish()?;
+    Ok(Outcome::Stopped)
 }
 
 /// Tells the driver that its requests stay without an answer.
@@ -173,17 +185,17 @@ fn fail(context: &Context, error: &WorkerError) {
     context.interrupt.needs_reset();
 }
 
-/// Tells the driver when the thread ends in a panic: it would wait for its requests for ever. What
-/// the pool has of the queue still uses guest memory, so the thread ends after it.
-struct PanicGuard<'a, 'm> {
+/// What the pool has of the queue uses guest memory, so the thread ends after it, however it ends.
+/// Tells the driver if that is in a panic: it would wait for its requests for ever.
+struct Guard<'a, 'm> {
     context: &'m Context,
     done: &'a Completions<'m>,
 }
 
-impl Drop for PanicGuard<'_, '_> {
+impl Drop for Guard<'_, '_> {
     fn drop(&mut self) {
+        self.done.wait_until_idle();
         if thread::panicking() {
-            self.done.wait_until_idle();
             fail(self.context, &WorkerError::Panicked);
         }
     }
@@ -306,7 +318,8 @@ impl<'m> Server<'_, '_, '_, 'm> {
             pool,
         } = self.threads;
         if !context.target.try_now(&mut slot, &mut self.gather) {
-            context.stats.count_handed_on(self.index);
+            let requests = 1 + slot.joined.len() as u64;
+            context.stats.count_handed_on(self.index, requests);
             self.in_pool += 1;
             pool.submit(scope, slot, &self.done);
             return Ok(());
@@ -325,7 +338,13 @@ impl<'m> Server<'_, '_, '_, 'm> {
         }
         let now = Instant::now();
         let mut finished = std::mem::take(&mut self.finished);
+        let mut completed = Ok(());
         for mut slot in finished.drain(..) {
+            // A panic costs the requests of its call their answers, and the others nothing.
+            if let Err(RequestError::Panicked) = slot.result {
+                completed = Err(WorkerError::Panicked);
+                continue;
+            }
             self.complete(&mut slot, now)?;
             let mut joined = std::mem::take(&mut slot.joined);
             for mut slot in joined.drain(..) {
@@ -339,15 +358,12 @@ impl<'m> Server<'_, '_, '_, 'm> {
         if self.queue.publish()? && self.queue.wants_interrupt()? {
             self.threads.context.interrupt.signal_queue(self.index);
         }
-        Ok(())
+        completed
     }
 
-    fn complete(&mut self, slot: &mut Slot<'m>, now: Instant) -> Result<(), WorkerError> {
+    fn complete(&mut self, slot: &mut Slot<'m>, now: Instant) -> Result<(), RingError> {
         let stats = &self.threads.context.stats;
         if let Err(error) = &slot.result {
-            if let RequestError::Panicked = error {
-                return Err(WorkerError::Panicked);
-            }
             stats.note_failure(error);
         }
         let written = slot.answer();
@@ -363,9 +379,11 @@ impl<'m> Server<'_, '_, '_, 'm> {
             queue,
             done,
             stop,
+            in_pool,
             ..
         } = self;
-        poll.run(|| Ok(queue.available()? > 0 || done.has_any() || stop.is_requested()))
+        let is_done = || *in_pool > 0 && done.has_any();
+        poll.run(|| Ok(queue.available()? > 0 || is_done() || stop.is_requested()))
     }
 
     /// Completes what has been handed to the pool. Nothing more is taken.

@@ -154,6 +154,12 @@ impl Disk for MemoryDisk {
         Ok(())
     }
 
+    fn resize(&self, size: u64) -> Result<()> {
+        self.range(0, 0)?;
+        self.data.lock().unwrap().resize(size as usize, 0);
+        Ok(())
+    }
+
     fn flush(&self) -> Result<()> {
         self.range(0, 0)?;
         self.flushes.fetch_add(1, Ordering::SeqCst);

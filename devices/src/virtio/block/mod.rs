@@ -38,8 +38,8 @@
 //!
 //! Reads that follow one another in the queue and on the disk are carried out in one call, up to
 //! 1 MiB and 1024 buffers, and so are writes. Each gets a status of its own: where the call fails,
-//! each is tried alone. Answers are shown to the driver when there is nothing left to do, or 16
-//! calls have been made, with one decision about an interrupt.
+//! each is tried alone. Answers are shown to the driver when 16 calls have been made or there is
+//! nothing left to do. Whether it wants an interrupt is looked at then, or after 100 µs.
 //!
 //! When a queue is stopped, by a reset of it or of the device, a [pause](Handle::pause) or its end,
 //! requests that were taken are completed first, wherever they are.

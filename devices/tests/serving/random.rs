@@ -31,9 +31,10 @@ const WRITABLE: u64 = 0x4_0000;
 const END: u64 = 0x5_0000;
 const PART: u64 = 0x1_0000;
 
-const SECTORS: u8 = 64;
-/// Requests write these sectors, and no others.
-const WRITTEN: std::ops::Range<u64> = 8..24;
+const SECTORS: u8 = 96;
+/// Requests write these sectors, and no others: from one of the first on, as many as a chain of three
+/// sectors for each descriptor has.
+const WRITTEN: std::ops::Range<u64> = 8..24 + 3 * SIZE as u64;
 /// What they write.
 const FILL: u8 = 0xf1;
 /// The queue's size, unless a register says otherwise.
@@ -161,9 +162,9 @@ fn any_headers() -> impl Strategy<Value = [(u32, u64); 2]> {
         1 => Just(GET_ID),
         1 => 14..u32::MAX,
     ];
-    let sector = prop_oneof![9 => 0..64u64, 1 => any::<u64>()];
+    let sector = prop_oneof![9 => 0..100u64, 1 => any::<u64>()];
     let change = prop_oneof![3 => Just(OUT), 1 => Just(DISCARD), 1 => Just(WRITE_ZEROES)];
-    let written = WRITTEN.start..WRITTEN.end - 4;
+    let written = WRITTEN.start..WRITTEN.start + 16;
     ((kind, sector), (change, written)).prop_map(|(read, write)| [read, write])
 }
 

@@ -20,9 +20,14 @@
 //!   ┌─ worker thread of the queue ────────────────────────────┴──────────┐
 //!   │  ring      takes the chain, checks it                              │
 //!   │  buffers   two streams of bytes: readable, writable; no copy       │
-//!   │  request   header → type → access → direction → length → range     │
-//!   │  disk      Disk::read_at / write_at / flush on the guest's memory  │
+//!   │  request   header → type → access → direction → length; joins the  │
+//!   │            one before if it continues it on the disk               │
+//!   │  disk      Disk::try_read_at / try_write_at on the guest's memory  │
 //!   │  status    into the last writable byte, then the used ring         │
+//!   └────────┬────────────────────────────────────────────────▲──────────┘
+//!            │ what would have to wait                        │ eventfd
+//!   ┌────────▼─ threads of the disk ──────────────────────────┴──────────┐
+//!   │  disk      Disk::read_at / write_at / flush / discard / ...        │
 //!   └────────────────────────────────────────────────────────────────────┘
 //! ```
 //! [`virtio::mmio`] is the transport: registers, negotiation, reset. [`virtio::block`] is the
@@ -49,7 +54,7 @@
 //! use tandem_block::{Disk, FileStorage, Limits, Raw, Result};
 //! use tandem_devices::GuestMemory;
 //! use tandem_devices::bus::BusDevice;
-//! use tandem_devices::virtio::block::Block;
+//! use tandem_devices::virtio::block::{Block, Options};
 //! use tandem_devices::virtio::mmio::VirtioMmio;
 //! use vm_memory::{GuestAddress, VolatileSlice};
 //! use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -93,8 +98,10 @@
 //!     flushes: AtomicU64::new(0),
 //! });
 //!
-//! let block = Block::new(disk.clone(), Some("scratch".parse()?));
-//! let stats = block.stats();
+//! let mut options = Options::default();
+//! options.serial = Some("scratch".parse()?);
+//! let block = Block::new(disk.clone(), options);
+//! let handle = block.handle();
 //! let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 64 << 20)])?;
 //! let irq = EventFd::new(EFD_NONBLOCK)?;
 //! let transport = VirtioMmio::new(Box::new(block), memory, irq.try_clone()?)?;
@@ -108,7 +115,7 @@
 //!
 //! // At the end, when the vCPUs have stopped:
 //! transport.shutdown();
-//! assert_eq!(stats.last_error(), None);
+//! assert_eq!(handle.stats().last_error(), None);
 //! # Ok(())
 //! # }
 //! ```

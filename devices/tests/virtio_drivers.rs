@@ -22,7 +22,7 @@ use machine::{Machine, SERIAL, within_deadline};
 use tandem_block::{Disk, Raw};
 use tandem_devices::GuestMemory;
 use tandem_devices::bus::BusDevice;
-use tandem_devices::virtio::block::Block;
+use tandem_devices::virtio::block::{Block, Options};
 use tandem_devices::virtio::mmio::VirtioMmio;
 use tandem_devices::virtio::{FEATURE_EVENT_IDX, FEATURE_INDIRECT_DESC, VirtioDevice};
 use virtio_drivers::device::blk::{BlkReq, BlkResp, RespStatus, VirtIOBlk};
@@ -344,7 +344,7 @@ fn flushes_when_asked_or_else_after_each_write() {
 fn a_disk_without_a_write_cache_is_never_flushed() {
     within_deadline(|| {
         let disk = Arc::new(MemoryDisk::without_write_cache(16));
-        let block = Block::new(Arc::clone(&disk) as Arc<dyn Disk>, None);
+        let block = Block::new(Arc::clone(&disk) as Arc<dyn Disk>, Options::default());
         assert_eq!(block.features() & FEATURE_FLUSH, 0);
         let machine = machine(Arc::clone(&disk) as Arc<dyn Disk>);
         let mut driver = driver(&machine);

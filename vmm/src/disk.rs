@@ -8,7 +8,7 @@ use tandem_block::qcow2::{OpenOptions, Qcow2};
 use tandem_block::{Disk, Raw};
 use tandem_devices::GuestMemory;
 use tandem_devices::bus::Bus;
-use tandem_devices::virtio::block::{Block, Stats};
+use tandem_devices::virtio::block::{Block, Options, Stats};
 use tandem_devices::virtio::mmio::{self, VirtioMmio};
 
 use crate::acpi::VirtioDevice;
@@ -77,8 +77,10 @@ impl Attached {
         disk: Arc<dyn Disk>,
     ) -> Result<Self> {
         let base = u64::from(place.base);
-        let block = Box::new(Block::new(disk.clone(), config.serial));
-        let stats = block.stats();
+        let mut options = Options::default();
+        options.serial = config.serial;
+        let block = Box::new(Block::new(disk.clone(), options));
+        let stats = block.handle().stats();
         let irq = interrupts::line(vm, place.gsi)?;
         let transport = VirtioMmio::new(block, mem.clone(), irq).host("set up a disk")?;
         for (queue, doorbell) in (0..).zip(transport.doorbells()) {

@@ -18,9 +18,17 @@ pub(super) const MAX_DESCRIPTORS: usize = 256;
 pub(super) struct Buffers<'m> {
     readable: Stream<'m>,
     writable: Stream<'m>,
+    /// Where the answer goes. Kept apart so that nothing can write to it as data.
+    status: Option<VolatileSlice<'m>>,
     is_unmapped: bool,
     is_end_unmapped: bool,
 }
+
+// SAFETY: what is not `Send` in here are pointers into guest memory, which stays mapped for `'m`
+// wherever they go. That memory belongs to no thread: `GuestMemory` itself, of which any thread can
+// get the same slices, is `Send` and `Sync`. It is only accessed as volatile memory that the guest
+// changes at any time anyway, so another thread that does so too makes no difference.
+unsafe impl Send for Buffers<'_> {}
 
 /// A list of slices without empty ones, consumed from the front.
 struct Stream<'m> {
@@ -33,6 +41,7 @@ impl<'m> Buffers<'m> {
         Self {
             readable: Stream::new(),
             writable: Stream::new(),
+            status: None,
             is_unmapped: false,
             is_end_unmapped: false,
         }
@@ -78,9 +87,9 @@ impl<'m> Buffers<'m> {
         self.is_unmapped
     }
 
-    /// Cuts off the last byte that the device may write. `None` if there is none, or if it lies
-    /// outside guest memory.
-    pub(super) fn split_last_writable(&mut self) -> Option<VolatileSlice<'m>> {
+    /// Cuts off the last byte that the device may write, for [`write_status`](Self::write_status).
+    /// `None` if there is none, or if it lies outside guest memory.
+    pub(super) fn split_status(&mut self) -> Option<()> {
         if self.is_end_unmapped {
             return None;
         }
@@ -89,7 +98,16 @@ impl<'m> Buffers<'m> {
         if !rest.is_empty() {
             self.writable.slices.push(rest);
         }
-        Some(byte)
+        self.status = Some(byte);
+        Some(())
+    }
+
+    /// Writes the byte that has been split off. Returns whether there is one.
+    pub(super) fn write_status(&self, status: u8) -> bool {
+        if let Some(byte) = &self.status {
+            byte.copy_from(&[status]);
+        }
+        self.status.is_some()
     }
 
     /// Reads and consumes `buf.len()` bytes. `None` if there are not as many.
@@ -110,6 +128,7 @@ impl<'m> Buffers<'m> {
     fn clear(&mut self) {
         self.readable.clear();
         self.writable.clear();
+        self.status = None;
         self.is_unmapped = false;
         self.is_end_unmapped = false;
     }
@@ -132,7 +151,7 @@ impl<'m> Buffers<'m> {
 impl<'m> Stream<'m> {
     fn new() -> Self {
         Self {
-            slices: Vec::with_capacity(MAX_DESCRIPTORS),
+            slices: Vec::new(),
             start: 0,
         }
     }
@@ -155,6 +174,11 @@ impl<'m> Stream<'m> {
         len: u32,
         access: Permissions,
     ) -> bool {
+        // Nearly always it lies in one region.
+        if let Ok(slice) = vm_memory::GuestMemoryBackend::get_slice(mem, addr, len as usize) {
+            self.slices.push(slice);
+            return true;
+        }
         let before = self.slices.len();
         let Ok(slices) = mem.get_slices(addr, len as usize, access) else {
             return false;

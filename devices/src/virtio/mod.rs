@@ -13,10 +13,11 @@ mod queue_setup;
 use std::io;
 use std::sync::Arc;
 
-use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::bindings::virtio_config::{VIRTIO_F_RING_RESET, VIRTIO_F_VERSION_1};
 use virtio_bindings::bindings::virtio_ring::{
     VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
 };
+use virtio_queue::Queue;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::GuestMemory;
@@ -27,6 +28,9 @@ pub const FEATURE_VERSION_1: u64 = 1 << VIRTIO_F_VERSION_1;
 pub const FEATURE_INDIRECT_DESC: u64 = 1 << VIRTIO_RING_F_INDIRECT_DESC;
 /// Notifications are suppressed by ring index instead of by flag (`VIRTIO_F_EVENT_IDX`).
 pub const FEATURE_EVENT_IDX: u64 = 1 << VIRTIO_RING_F_EVENT_IDX;
+/// The driver can reset a single queue, and set it up anew (`VIRTIO_F_RING_RESET`). A device that
+/// offers it has its queues started and stopped at any time.
+pub const FEATURE_RING_RESET: u64 = 1 << VIRTIO_F_RING_RESET;
 
 /// A virtio device as a transport sees it (virtio 1.3, section 2).
 ///
@@ -51,15 +55,24 @@ pub trait VirtioDevice: Send {
     /// Writes the device configuration space. Writes to read-only fields have no effect.
     fn write_config(&mut self, offset: u64, data: &[u8]);
 
-    /// Starts serving the queues. The driver has set `DRIVER_OK`.
+    /// Prepares to serve queues. The driver has set `DRIVER_OK`.
     ///
     /// # Errors
     /// The device could not start; the transport then tells the driver that it needs a reset.
     fn activate(&mut self, activation: Activation) -> io::Result<()>;
 
-    /// Stops serving queue `index` for good, until the next reset. On return no thread accesses
-    /// the queue or buffers that it named.
-    fn stop_queue(&mut self, index: u16);
+    /// Starts serving queue `index`, of a device that has been activated. `queue` is
+    /// [`ready`](virtio_queue::QueueT::ready) and has been checked to lie in the device's memory;
+    /// `doorbell` is signalled when the driver has made buffers available.
+    ///
+    /// # Errors
+    /// As [`activate`](Self::activate).
+    fn start_queue(&mut self, index: u16, queue: Queue, doorbell: EventFd) -> io::Result<()>;
+
+    /// Stops serving queue `index`, whose requests are completed first. On return no thread accesses
+    /// the queue or buffers that it named. Returns the index in the available ring that comes next;
+    /// `None` if the queue was not served, or its thread has failed.
+    fn stop_queue(&mut self, index: u16) -> Option<u16>;
 
     /// Stops serving all queues and forgets what the driver has set. On return no thread of the
     /// device accesses guest memory. May be called at any time, also twice.
@@ -72,11 +85,6 @@ pub struct Activation {
     pub mem: GuestMemory,
     /// Features that the driver has accepted: a subset of those that the device offers.
     pub features: u64,
-    /// One entry for each queue of the device. A queue that the driver left unused is not
-    /// [`ready`](virtio_queue::QueueT::ready); the others have been checked to lie in `mem`.
-    pub queues: Vec<virtio_queue::Queue>,
-    /// One for each queue: signalled when the driver has made buffers available.
-    pub doorbells: Vec<EventFd>,
     /// How to notify the driver.
     pub interrupt: Arc<dyn Interrupt>,
 }
@@ -86,7 +94,8 @@ pub trait Interrupt: Send + Sync {
     /// Buffers of queue `index` have been used.
     fn signal_queue(&self, index: u16);
 
-    /// The device configuration space has changed.
+    /// The device configuration space has changed. A reader that finds the same configuration
+    /// generation before and after this has seen none of the change.
     fn signal_config(&self);
 
     /// The device cannot go on: sets `DEVICE_NEEDS_RESET` and notifies the driver (virtio 1.3,

@@ -1,6 +1,6 @@
 //! A split virtqueue in use, with the checks that `virtio_queue` leaves to devices.
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 
 use virtio_bindings::bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
@@ -8,6 +8,14 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::buffers::Buffers;
 use crate::GuestMemory;
+
+/// Flags and index before the entries of the available ring (virtio 1.3, section 2.7.6).
+const AVAIL_HEADER_SIZE: u64 = 4;
+/// Where the index is in the used ring, where its entries begin, and how long one is (section
+/// 2.7.8).
+const USED_INDEX: u64 = 2;
+const USED_HEADER_SIZE: u64 = 4;
+const USED_ENTRY_SIZE: u64 = 8;
 
 /// How a driver has broken a queue. There is no way on but a reset of the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -18,6 +26,8 @@ pub(super) enum RingError {
     AvailIndex,
     #[error("the available ring names descriptor {0}, which does not exist")]
     HeadIndex(u16),
+    #[error("the available ring names descriptor {0}, whose chain has not been answered")]
+    HeadInUse(u16),
     #[error(
         "a descriptor chain leads out of its table, loops, is longer than 2^32 bytes, \
          or has a bad indirect table"
@@ -36,12 +46,29 @@ pub(super) enum RingError {
 pub(super) struct ActiveQueue<'m> {
     mem: &'m GuestMemory,
     queue: Queue,
+    /// Which heads have been taken and not completed: a driver may not offer them again meanwhile.
+    taken: Vec<bool>,
+    /// The used index that the driver has been shown.
+    published: u16,
+    /// The used index at the last decision about an interrupt.
+    signalled: u16,
 }
 
 impl<'m> ActiveQueue<'m> {
     /// `queue` is ready and lies in `mem`.
     pub(super) fn new(mem: &'m GuestMemory, queue: Queue) -> Self {
-        Self { mem, queue }
+        Self {
+            mem,
+            taken: vec![false; queue.size().into()],
+            published: queue.next_used(),
+            signalled: queue.next_used(),
+            queue,
+        }
+    }
+
+    /// The queue, to be served later from where this one has come to.
+    pub(super) fn into_inner(self) -> Queue {
+        self.queue
     }
 
     /// How many chains the driver has made available and we have not taken. More than the queue is
@@ -62,18 +89,46 @@ impl<'m> ActiveQueue<'m> {
         };
         let Some(chain) = next else { return Ok(None) };
         let head = chain.head_index();
-        if head >= self.queue.size() {
-            return Err(RingError::HeadIndex(head));
+        match self.taken.get_mut(usize::from(head)) {
+            None => return Err(RingError::HeadIndex(head)),
+            Some(true) => return Err(RingError::HeadInUse(head)),
+            Some(taken) => *taken = true,
         }
         buffers.load(self.mem, chain)?;
         Ok(Some(head))
     }
 
-    /// Returns the chain that began at `head`, with `written` bytes written into its buffers.
+    /// Puts the chain that began at `head`, with `written` bytes written into its buffers, into the
+    /// used ring. The driver sees it after the next [`publish`](Self::publish).
     pub(super) fn complete(&mut self, head: u16, written: u32) -> Result<(), RingError> {
-        self.queue
-            .add_used(self.mem, head, written)
-            .map_err(|_| RingError::Unmapped)
+        // Chains that have been taken are at most as many as the ring has entries, so none is
+        // overwritten that the driver has not been shown.
+        let next = self.queue.next_used();
+        let index = u64::from(next % self.queue.size());
+        let addr = self.used_ring(USED_HEADER_SIZE + index * USED_ENTRY_SIZE)?;
+        let entry = u64::from(head) | u64::from(written) << 32;
+        self.mem
+            .write_obj(entry.to_le(), addr)
+            .map_err(|_| RingError::Unmapped)?;
+        self.queue.set_next_used(next.wrapping_add(1));
+        if let Some(taken) = self.taken.get_mut(usize::from(head)) {
+            *taken = false;
+        }
+        Ok(())
+    }
+
+    /// Shows the driver what has been completed. Returns whether that is anything new.
+    pub(super) fn publish(&mut self) -> Result<bool, RingError> {
+        let next = self.queue.next_used();
+        if next == self.published {
+            return Ok(false);
+        }
+        let addr = self.used_ring(USED_INDEX)?;
+        self.mem
+            .store(next.to_le(), addr, Ordering::Release)
+            .map_err(|_| RingError::Unmapped)?;
+        self.published = next;
+        Ok(true)
     }
 
     /// Asks the driver not to ring the doorbell.
@@ -91,21 +146,31 @@ impl<'m> ActiveQueue<'m> {
             .map_err(|_| RingError::Unmapped)
     }
 
-    /// Whether the driver wants an interrupt for what has been completed since the last call.
+    /// Whether the driver wants an interrupt for what has been published since the last call
+    /// (virtio 1.3, section 2.7.7.2).
     pub(super) fn wants_interrupt(&mut self) -> Result<bool, RingError> {
-        // This has a full fence between our used index and the driver's wish.
-        let wanted = self.queue.needs_notification(self.mem);
-        if !wanted.map_err(|_| RingError::Unmapped)? {
-            return Ok(false);
+        let new = self.published;
+        let old = std::mem::replace(&mut self.signalled, new);
+        // The driver writes its wish, then looks at the used index; we do the reverse.
+        fence(Ordering::SeqCst);
+        if !self.queue.event_idx_enabled() {
+            let flags = self.load_avail(0)?;
+            return Ok(flags & VRING_AVAIL_F_NO_INTERRUPT as u16 == 0);
         }
-        if self.queue.event_idx_enabled() {
-            return Ok(true);
-        }
-        let flags: u16 = self
-            .mem
-            .load(GuestAddress(self.queue.avail_ring()), Ordering::Relaxed)
-            .map_err(|_| RingError::Unmapped)?;
-        Ok(u16::from_le(flags) & VRING_AVAIL_F_NO_INTERRUPT as u16 == 0)
+        let event = self.load_avail(AVAIL_HEADER_SIZE + 2 * u64::from(self.queue.size()))?;
+        Ok(new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old))
+    }
+
+    fn load_avail(&self, offset: u64) -> Result<u16, RingError> {
+        let addr = self.queue.avail_ring().checked_add(offset);
+        let addr = GuestAddress(addr.ok_or(RingError::Unmapped)?);
+        let value = self.mem.load(addr, Ordering::Relaxed);
+        value.map(u16::from_le).map_err(|_| RingError::Unmapped)
+    }
+
+    fn used_ring(&self, offset: u64) -> Result<GuestAddress, RingError> {
+        let addr = self.queue.used_ring().checked_add(offset);
+        addr.map(GuestAddress).ok_or(RingError::Unmapped)
     }
 }
 
@@ -181,6 +246,21 @@ mod tests {
                 Err(RingError::HeadIndex(head))
             );
         }
+    }
+
+    #[test]
+    fn head_that_has_not_been_answered() {
+        let mem = guest_memory();
+        let mut ring = Ring::new(&mem, 0, SIZE);
+        let mut queue = ActiveQueue::new(&mem, ring.queue(false));
+        let mut buffers = Buffers::new();
+        ring.offer_chain(&[readable(DATA, 1)]);
+        assert_eq!(queue.take(&mut buffers), Ok(Some(0)));
+        queue.complete(0, 0).unwrap();
+        ring.offer(0);
+        assert_eq!(queue.take(&mut buffers), Ok(Some(0)), "once more");
+        ring.offer(0);
+        assert_eq!(queue.take(&mut buffers), Err(RingError::HeadInUse(0)));
     }
 
     #[test]
@@ -301,6 +381,9 @@ mod tests {
         assert_eq!(queue.available(), Ok(1));
         assert_eq!(queue.take(&mut Buffers::new()), Ok(Some(0)));
         queue.complete(0, 7).unwrap();
+        assert_eq!(ring.used_idx(), 0, "not shown yet");
+        assert_eq!(queue.publish(), Ok(true));
+        assert_eq!(queue.publish(), Ok(false));
         assert_eq!((ring.used_idx(), ring.used(0)), (1, (0, 7)));
         queue.wants_interrupt().unwrap()
     }

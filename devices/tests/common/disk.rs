@@ -17,10 +17,14 @@ pub struct MemoryDisk {
     limits: Limits,
     /// While set, every call fails as if the host's disk were full.
     pub is_failing: AtomicBool,
+    /// While set, no read or write is done without waiting.
+    pub is_cold: AtomicBool,
     /// Calls of `flush` so far.
     pub flushes: AtomicU64,
     /// Calls of `write_at` so far.
     pub writes: AtomicU64,
+    /// Offset and length of each `discard` so far.
+    pub discards: Mutex<Vec<(u64, u64)>>,
 }
 
 impl MemoryDisk {
@@ -50,9 +54,18 @@ impl MemoryDisk {
             data: Mutex::new((0..sectors).flat_map(|n| [n; 512]).collect()),
             limits,
             is_failing: AtomicBool::new(false),
+            is_cold: AtomicBool::new(false),
             flushes: AtomicU64::new(0),
             writes: AtomicU64::new(0),
+            discards: Mutex::default(),
         }
+    }
+
+    /// As [`new`](Self::new), with reads and writes that have to wait.
+    pub fn cold(sectors: u8) -> Self {
+        let disk = Self::new(sectors);
+        disk.is_cold.store(true, Ordering::SeqCst);
+        disk
     }
 
     pub fn content(&self) -> Vec<u8> {
@@ -115,6 +128,20 @@ impl Disk for MemoryDisk {
         Ok(())
     }
 
+    fn try_read_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> Result<bool> {
+        if self.is_cold.load(Ordering::SeqCst) {
+            return Ok(false);
+        }
+        self.read_at(bufs, offset).map(|()| true)
+    }
+
+    fn try_write_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> Result<bool> {
+        if self.is_cold.load(Ordering::SeqCst) {
+            return Ok(false);
+        }
+        self.write_at(bufs, offset).map(|()| true)
+    }
+
     fn write_zeroes(&self, offset: u64, len: u64, _unmap: bool) -> Result<()> {
         let range = self.range(len as usize, offset)?;
         self.data.lock().unwrap()[range].fill(0);
@@ -122,7 +149,15 @@ impl Disk for MemoryDisk {
     }
 
     fn discard(&self, offset: u64, len: u64) -> Result<()> {
-        self.range(len as usize, offset).map(drop)
+        self.range(len as usize, offset)?;
+        self.discards.lock().unwrap().push((offset, len));
+        Ok(())
+    }
+
+    fn resize(&self, size: u64) -> Result<()> {
+        self.range(0, 0)?;
+        self.data.lock().unwrap().resize(size as usize, 0);
+        Ok(())
     }
 
     fn flush(&self) -> Result<()> {

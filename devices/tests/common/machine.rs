@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use tandem_block::Disk;
 use tandem_devices::GuestMemory;
-use tandem_devices::virtio::block::{Block, Stats};
+use tandem_devices::virtio::block::{Block, Handle, Options, Stats};
 use tandem_devices::virtio::mmio::VirtioMmio;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -19,20 +19,39 @@ pub struct Machine {
     /// The interrupt line.
     pub irq: EventFd,
     pub stats: Arc<Stats>,
+    pub handle: Handle,
 }
 
 impl Machine {
     pub fn new(disk: Arc<dyn Disk>, mem: &GuestMemory) -> Self {
+        Self::with_options(disk, mem, |_| {})
+    }
+
+    /// A machine whose disk is offered with other options.
+    pub fn with_options(
+        disk: Arc<dyn Disk>,
+        mem: &GuestMemory,
+        change: impl FnOnce(&mut Options),
+    ) -> Self {
         let serial = std::str::from_utf8(SERIAL).unwrap().parse().unwrap();
-        let block = Block::new(disk, Some(serial));
-        let stats = block.stats();
+        let mut options = Options::default();
+        options.serial = Some(serial);
+        change(&mut options);
+        let block = Block::new(disk, options);
+        let handle = block.handle();
         let irq = EventFd::new(EFD_NONBLOCK).unwrap();
         let device = VirtioMmio::new(Box::new(block), mem.clone(), irq.try_clone().unwrap());
         Self {
             device: Arc::new(device.unwrap()),
             irq,
-            stats,
+            stats: handle.stats(),
+            handle,
         }
+    }
+
+    /// How many edges of the interrupt line there were since the last call.
+    pub fn take_interrupts(&self) -> u64 {
+        self.irq.read().unwrap_or(0)
     }
 
     /// Waits for an edge of the interrupt line.

@@ -1,35 +1,60 @@
-//! From the buffers of a descriptor chain to a call of the disk and a status (virtio 1.3, section
-//! 5.2.6).
+//! From the buffers of a descriptor chain to an operation on the disk (virtio 1.3, section 5.2.6).
 
-use std::sync::Arc;
-
-use tandem_block::{Disk, Error};
+use tandem_block::Error;
 use virtio_bindings::bindings::virtio_blk::{
-    VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_FLUSH,
-    VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
+    VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD,
+    VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
+    VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
 use vm_memory::VolatileSlice;
 
-use super::config::SECTOR_SIZE;
-use super::{FEATURE_FLUSH, Serial};
+use super::config::{MAX_DISCARD_SECTORS, MAX_SEGMENTS, MAX_WRITE_ZEROES_SECTORS, SECTOR_SIZE};
+use super::features;
 use crate::virtio::buffers::Buffers;
 
-/// What requests act on.
-pub(super) struct Target {
-    disk: Arc<dyn Disk>,
-    id: [u8; 20],
-    has_flush: bool,
-    /// The driver takes completed writes for durable, and the disk does not make them so.
-    flush_writes: bool,
+/// Bytes of the serial number.
+pub(super) const ID_LEN: u64 = 20;
+
+/// Bytes of one `struct virtio_blk_discard_write_zeroes`.
+const SEGMENT_SIZE: u64 = 16;
+
+/// What a request asks for. Offsets and lengths are in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Operation {
+    /// Into the writable buffers.
+    Read {
+        offset: u64,
+        len: u64,
+    },
+    /// Out of the readable buffers.
+    Write {
+        offset: u64,
+        len: u64,
+    },
+    Flush,
+    /// Into the writable buffers.
+    GetId,
+    /// Of the segments that have been read.
+    Discard,
+    /// Of the segments that have been read.
+    WriteZeroes,
 }
 
-/// How a request ended.
-#[derive(Debug)]
-pub(super) struct Outcome {
-    /// Bytes written from the start of the writable buffers on: what the driver is told.
-    pub used_len: u32,
-    /// Why the request failed.
-    pub error: Option<RequestError>,
+/// A range to be discarded or zeroed, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Segment {
+    pub offset: u64,
+    pub len: u64,
+    /// The space of the range may be released.
+    pub unmap: bool,
+}
+
+/// What of the disk and of the negotiation decides whether a request makes sense.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Rules {
+    /// Features that the driver has accepted.
+    pub features: u64,
+    pub read_only: bool,
 }
 
 /// Value of the status byte.
@@ -62,16 +87,24 @@ pub(super) enum RequestError {
     SectorOverflow(u64),
     #[error("the buffer for the serial number has only {0} bytes")]
     ShortIdBuffer(u64),
+    #[error("{0} bytes are not a list of 1 to {MAX_SEGMENTS} segments")]
+    SegmentList(u64),
+    #[error("a segment has the flags {0:#x}, which its request cannot have")]
+    SegmentFlags(u32),
+    #[error("a segment has {0} sectors, more than the device takes")]
+    SegmentTooLong(u32),
     #[error(transparent)]
     Disk(#[from] Error),
+    #[error("internal error: the disk panicked")]
+    Panicked,
 }
 
 impl RequestError {
     /// The status that the driver gets. "Unsupported" is for what it must not expect to work at
     /// all; it may retry or report anything else.
-    fn status(&self) -> Status {
+    pub(super) fn status(&self) -> Status {
         match self {
-            Self::UnknownType(_) => Status::Unsupp,
+            Self::UnknownType(_) | Self::SegmentFlags(_) => Status::Unsupp,
             Self::NoStatusByte
             | Self::Unmapped
             | Self::ShortHeader
@@ -80,26 +113,12 @@ impl RequestError {
             | Self::PartialSector(_)
             | Self::SectorOverflow(_)
             | Self::ShortIdBuffer(_)
-            | Self::Disk(_) => Status::IoErr,
+            | Self::SegmentList(_)
+            | Self::SegmentTooLong(_)
+            | Self::Disk(_)
+            | Self::Panicked => Status::IoErr,
         }
     }
-}
-
-/// A request that makes sense, though the disk may still refuse it.
-#[derive(Debug)]
-enum Request<'b, 'm> {
-    Read {
-        offset: u64,
-        data: &'b [VolatileSlice<'m>],
-    },
-    Write {
-        offset: u64,
-        data: &'b [VolatileSlice<'m>],
-    },
-    Flush,
-    GetId {
-        data: &'b [VolatileSlice<'m>],
-    },
 }
 
 /// The fields of `struct virtio_blk_req` before its data.
@@ -108,43 +127,14 @@ struct Header {
     sector: u64,
 }
 
-impl Target {
-    pub(super) fn new(disk: Arc<dyn Disk>, serial: Option<Serial>, features: u64) -> Self {
-        let has_flush = features & FEATURE_FLUSH != 0;
-        Self {
-            id: serial.map_or([0; 20], Serial::bytes),
-            has_flush,
-            flush_writes: !has_flush && disk.limits().write_cache,
-            disk,
-        }
-    }
-
-    /// Carries out the request in `buffers` and writes its status.
-    pub(super) fn serve(&self, buffers: &mut Buffers<'_>) -> Outcome {
-        // Taken away first: nothing below can write to it as data.
-        let Some(status) = buffers.split_last_writable() else {
-            return Outcome {
-                used_len: 0,
-                error: Some(RequestError::NoStatusByte),
-            };
-        };
-        let result = self.parse(buffers).and_then(|r| self.execute(&r));
-        let (code, written) = match &result {
-            Ok(written) => (Status::Ok, *written),
-            Err(error) => (error.status(), 0),
-        };
-        status.copy_from(&[code as u8]);
-        // The status counts only where no gap lies before it (virtio 1.3, section 2.7.8.2).
-        let is_contiguous = written == len(buffers.writable()) && !buffers.is_unmapped();
-        let used_len = written + u64::from(is_contiguous);
-        Outcome {
-            // A chain has less than 2^32 bytes.
-            used_len: u32::try_from(used_len).unwrap_or(0),
-            error: result.err(),
-        }
-    }
-
-    fn parse<'b, 'm>(&self, buffers: &'b mut Buffers<'m>) -> Result<Request<'b, 'm>, RequestError> {
+impl Rules {
+    /// Tells what the request in `buffers`, without its status byte, asks for. Consumes the header
+    /// and the list of segments, which goes to `segments`.
+    pub(super) fn parse(
+        &self,
+        buffers: &mut Buffers<'_>,
+        segments: &mut Vec<Segment>,
+    ) -> Result<Operation, RequestError> {
         if buffers.is_unmapped() {
             return Err(RequestError::Unmapped);
         }
@@ -153,94 +143,124 @@ impl Target {
         match header.kind {
             VIRTIO_BLK_T_IN => {
                 expect_none(readable)?;
-                Ok(Request::Read {
-                    offset: header.offset(writable)?,
-                    data: writable,
-                })
+                let (offset, len) = header.range(writable)?;
+                Ok(Operation::Read { offset, len })
             }
             VIRTIO_BLK_T_OUT => {
-                if self.disk.limits().read_only {
-                    return Err(RequestError::ReadOnly);
-                }
+                self.check_writable()?;
                 expect_none(writable)?;
-                Ok(Request::Write {
-                    offset: header.offset(readable)?,
-                    data: readable,
-                })
+                let (offset, len) = header.range(readable)?;
+                Ok(Operation::Write { offset, len })
             }
-            VIRTIO_BLK_T_FLUSH if self.has_flush => {
+            VIRTIO_BLK_T_FLUSH if self.has(features::FLUSH) => {
                 expect_none(readable)?;
                 expect_none(writable)?;
-                Ok(Request::Flush)
+                Ok(Operation::Flush)
             }
             VIRTIO_BLK_T_GET_ID => {
                 expect_none(readable)?;
-                match len(writable) {
-                    20.. => Ok(Request::GetId { data: writable }),
+                match total_len(writable) {
+                    ID_LEN.. => Ok(Operation::GetId),
                     short => Err(RequestError::ShortIdBuffer(short)),
                 }
+            }
+            VIRTIO_BLK_T_DISCARD if self.has(features::DISCARD) => {
+                self.check_writable()?;
+                read_segments(buffers, segments, 0, MAX_DISCARD_SECTORS)?;
+                Ok(Operation::Discard)
+            }
+            VIRTIO_BLK_T_WRITE_ZEROES if self.has(features::WRITE_ZEROES) => {
+                self.check_writable()?;
+                let flags = VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP;
+                read_segments(buffers, segments, flags, MAX_WRITE_ZEROES_SECTORS)?;
+                Ok(Operation::WriteZeroes)
             }
             kind => Err(RequestError::UnknownType(kind)),
         }
     }
 
-    /// Returns how many bytes have been written to the buffers.
-    fn execute(&self, request: &Request<'_, '_>) -> Result<u64, RequestError> {
-        match *request {
-            Request::Read { offset, data } => {
-                self.disk.read_at(data, offset)?;
-                Ok(len(data))
-            }
-            Request::Write { offset, data } => {
-                self.disk.write_at(data, offset)?;
-                // A driver that declined to flush takes completed writes for durable (virtio 1.3,
-                // section 5.2.6.2).
-                if self.flush_writes {
-                    self.disk.flush()?;
-                }
-                Ok(0)
-            }
-            Request::Flush => {
-                self.disk.flush()?;
-                Ok(0)
-            }
-            Request::GetId { data } => {
-                write_front(data, &self.id);
-                Ok(self.id.len() as u64)
-            }
+    pub(super) fn has(&self, feature: u64) -> bool {
+        self.features & feature != 0
+    }
+
+    fn check_writable(&self) -> Result<(), RequestError> {
+        if self.read_only {
+            return Err(RequestError::ReadOnly);
         }
+        Ok(())
     }
 }
 
 impl Header {
     fn read(buffers: &mut Buffers<'_>) -> Result<Self, RequestError> {
-        let mut kind = [0; 4];
-        let mut reserved = [0; 4];
-        let mut sector = [0; 8];
+        let mut bytes = [0; 16];
         buffers
-            .read_front(&mut kind)
-            .and_then(|()| buffers.read_front(&mut reserved))
-            .and_then(|()| buffers.read_front(&mut sector))
+            .read_front(&mut bytes)
             .ok_or(RequestError::ShortHeader)?;
+        let [k0, k1, k2, k3, _, _, _, _, sector @ ..] = bytes;
         Ok(Self {
-            kind: u32::from_le_bytes(kind),
+            kind: u32::from_le_bytes([k0, k1, k2, k3]),
             sector: u64::from_le_bytes(sector),
         })
     }
 
     /// Where `data` lies on the disk, in bytes. Whether it lies within is for the disk to say.
-    fn offset(&self, data: &[VolatileSlice<'_>]) -> Result<u64, RequestError> {
-        let len = len(data);
+    fn range(&self, data: &[VolatileSlice<'_>]) -> Result<(u64, u64), RequestError> {
+        let len = total_len(data);
         if !len.is_multiple_of(SECTOR_SIZE) {
             return Err(RequestError::PartialSector(len));
         }
-        self.sector
-            .checked_mul(SECTOR_SIZE)
-            .ok_or(RequestError::SectorOverflow(self.sector))
+        Ok((to_bytes(self.sector)?, len))
     }
 }
 
-fn len(slices: &[VolatileSlice<'_>]) -> u64 {
+/// Reads the list of segments: once, as the driver can change it at any time.
+fn read_segments(
+    buffers: &mut Buffers<'_>,
+    segments: &mut Vec<Segment>,
+    allowed_flags: u32,
+    max_sectors: u32,
+) -> Result<(), RequestError> {
+    expect_none(buffers.writable())?;
+    let len = total_len(buffers.readable());
+    if !len.is_multiple_of(SEGMENT_SIZE)
+        || !(1..=u64::from(MAX_SEGMENTS)).contains(&(len / SEGMENT_SIZE))
+    {
+        return Err(RequestError::SegmentList(len));
+    }
+    segments.clear();
+    let mut bytes = [0; SEGMENT_SIZE as usize];
+    // What is not supported is said before what is too much, whichever segment has it.
+    let (mut unsupported, mut unfit) = (Ok(()), Ok(()));
+    while buffers.read_front(&mut bytes).is_some() {
+        let [sector @ .., c0, c1, c2, c3, f0, f1, f2, f3] = bytes;
+        let sectors = u32::from_le_bytes([c0, c1, c2, c3]);
+        let flags = u32::from_le_bytes([f0, f1, f2, f3]);
+        if flags & !allowed_flags != 0 {
+            unsupported = Err(RequestError::SegmentFlags(flags));
+        }
+        if sectors > max_sectors {
+            unfit = Err(RequestError::SegmentTooLong(sectors));
+        }
+        match to_bytes(u64::from_le_bytes(sector)) {
+            Ok(offset) => segments.push(Segment {
+                offset,
+                len: u64::from(sectors) * SECTOR_SIZE,
+                unmap: flags & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0,
+            }),
+            Err(error) => unfit = Err(error),
+        }
+    }
+    unsupported.and(unfit)
+}
+
+fn to_bytes(sector: u64) -> Result<u64, RequestError> {
+    sector
+        .checked_mul(SECTOR_SIZE)
+        .ok_or(RequestError::SectorOverflow(sector))
+}
+
+pub(super) fn total_len(slices: &[VolatileSlice<'_>]) -> u64 {
     slices.iter().map(|slice| slice.len() as u64).sum()
 }
 
@@ -249,15 +269,6 @@ fn expect_none(slices: &[VolatileSlice<'_>]) -> Result<(), RequestError> {
         Ok(())
     } else {
         Err(RequestError::WrongDirection)
-    }
-}
-
-/// Writes `bytes` to the start of `slices`, which are at least as long.
-fn write_front(slices: &[VolatileSlice<'_>], mut bytes: &[u8]) {
-    for slice in slices {
-        let (now, later) = bytes.split_at(slice.len().min(bytes.len()));
-        slice.copy_from(now);
-        bytes = later;
     }
 }
 

@@ -1,323 +1,448 @@
 //! The thread that serves a queue.
 
 use std::io;
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::{self, JoinHandle};
+use std::thread::{self, Scope};
+use std::time::{Duration, Instant};
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
-use tandem_block::Error;
-use virtio_queue::Queue;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use vmm_sys_util::timerfd::TimerFd;
 
-use super::Stats;
-use super::request::{RequestError, Target};
+use super::engine::Source;
+use super::poll::Poll;
+use super::pool::{Completions, Pool};
+use super::rate::Limiter;
+use super::request::RequestError;
+use super::slot::{Slot, Slots};
+use super::stats::Stats;
+use super::target::{Gather, Target};
 use crate::GuestMemory;
 use crate::virtio::Interrupt;
-use crate::virtio::buffers::Buffers;
 use crate::virtio::queue::{ActiveQueue, RingError};
 
-/// Index of the only queue.
-const QUEUE: u16 = 0;
-
-/// Marks of the two events.
+/// Marks of the events.
 const DOORBELL: u32 = 0;
 const STOP: u32 = 1;
+const DONE: u32 = 2;
+const TIMER: u32 = 3;
 
-/// What a worker needs.
-pub(super) struct Job {
+/// So many requests are answered at the latest when they have been carried out, however many more
+/// there are.
+const MAX_UNANSWERED: usize = 16;
+
+/// And so long after it has been answered, at the latest, a request can cause an interrupt. A driver
+/// that sleeps is better woken once for all of them, and one that is awake looks for itself.
+const MAX_UNTOLD: Duration = Duration::from_micros(100);
+
+/// What all threads of an active device share.
+pub(super) struct Context {
     pub mem: GuestMemory,
-    pub queue: Queue,
-    pub doorbell: EventFd,
     pub interrupt: Arc<dyn Interrupt>,
     pub target: Target,
     pub stats: Arc<Stats>,
-}
-
-/// A running thread. Dropping it stops the thread and waits for the request under way.
-pub(super) struct Worker {
-    stop: Arc<Stop>,
-    thread: Option<JoinHandle<()>>,
+    pub limiter: Option<Arc<Limiter>>,
+    /// How long a worker may look for requests before it waits for the doorbell.
+    pub poll: Duration,
 }
 
 /// The request to end. The flag is looked at between requests, so that a driver which never lets
 /// the queue run empty cannot hold the thread; the event ends the wait for the doorbell.
-struct Stop {
+pub(super) struct Stop {
     flag: AtomicBool,
     event: EventFd,
 }
 
-impl Worker {
-    pub(super) fn spawn(job: Job) -> io::Result<Self> {
-        let stop = Arc::new(Stop {
+impl Stop {
+    pub(super) fn new() -> io::Result<Self> {
+        Ok(Self {
             flag: AtomicBool::new(false),
             event: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
-        });
-        let thread = thread::Builder::new()
-            .name("virtio-blk".to_owned())
-            .spawn({
-                let stop = Arc::clone(&stop);
-                move || run(job, &stop)
-            })?;
-        Ok(Self {
-            stop,
-            thread: Some(thread),
         })
     }
-}
 
-impl Drop for Worker {
-    fn drop(&mut self) {
-        self.stop.flag.store(true, Ordering::Release);
+    pub(super) fn request(&self) {
+        self.flag.store(true, Ordering::Release);
         // Cannot fail: the counter is 0 before.
-        let _ = self.stop.event.write(1);
-        if let Some(thread) = self.thread.take() {
-            // A panic has been reported on the thread itself; either way it is gone.
-            let _ = thread.join();
-        }
+        let _ = self.event.write(1);
     }
-}
 
-impl Stop {
     fn is_requested(&self) -> bool {
         self.flag.load(Ordering::Acquire)
     }
 }
 
-fn run(job: Job, stop: &Stop) {
-    let Job {
-        mem,
+/// Why a queue cannot be served any more.
+#[derive(Debug, thiserror::Error)]
+enum WorkerError {
+    #[error(transparent)]
+    Ring(#[from] RingError),
+    /// A bug in the disk or the device. The request under way stays without an answer.
+    #[error("internal error: the disk's thread panicked, and serves the guest only after a reset")]
+    Panicked,
+    #[error("events of a disk's queue: {0}")]
+    Events(#[from] event_manager::Error),
+    #[error("events of a disk's queue: {0}")]
+    Host(#[from] io::Error),
+}
+
+/// How a worker reaches the other threads of its device.
+#[derive(Clone, Copy)]
+pub(super) struct Threads<'scope, 'env, 'm> {
+    pub scope: &'scope Scope<'scope, 'env>,
+    pub context: &'m Context,
+    pub pool: &'scope Pool<'m>,
+}
+
+/// Serves a queue until it is to stop, and returns it with all requests completed that have been
+/// taken from it. `None` if it cannot be served any more.
+pub(super) fn run(threads: Threads<'_, '_, '_>, source: Source, stop: &Stop) -> Option<Source> {
+    let Source {
+        index,
         queue,
         doorbell,
-        interrupt,
-        target,
-        stats,
-    } = job;
-    // Dropped last, when nothing touches the queue any more.
-    let _guard = PanicGuard {
-        interrupt: &*interrupt,
-        stats: &stats,
-    };
-    let server = Server {
-        queue: ActiveQueue::new(&mem, queue),
-        buffers: Buffers::new(),
-        interrupt: &*interrupt,
-        target,
-        stats: &stats,
-        stop,
-    };
-    if let Err(error) = run_event_loop(server, &doorbell, stop) {
-        stats.note_error(&error);
-        interrupt.needs_reset();
-    }
-}
-
-/// A bug in the disk or the device. The request under way stays without an answer.
-#[derive(Debug, thiserror::Error)]
-#[error("internal error: the disk's thread panicked, and serves the guest only after a reset")]
-struct Panicked;
-
-/// Tells the driver when the thread ends in a panic: it would wait for its requests for ever.
-struct PanicGuard<'w> {
-    interrupt: &'w dyn Interrupt,
-    stats: &'w Stats,
-}
-
-impl Drop for PanicGuard<'_> {
-    fn drop(&mut self) {
-        if thread::panicking() {
-            self.stats.note_error(&Panicked);
-            self.interrupt.needs_reset();
+    } = source;
+    let mut queue = ActiveQueue::new(&threads.context.mem, queue);
+    match serve(threads, index, &mut queue, &doorbell, stop) {
+        Ok(Outcome::Stopped) => Some(Source {
+            index,
+            queue: queue.into_inner(),
+            doorbell,
+        }),
+        Ok(Outcome::Failed) => None,
+        Err(error) => {
+            fail(threads.context, &error);
+            None
         }
     }
 }
 
-fn run_event_loop(
-    server: Server<'_>,
+/// How it ended.
+enum Outcome {
+    Stopped,
+    /// The driver has been told before.
+    Failed,
+}
+
+fn serve<'m>(
+    threads: Threads<'_, '_, 'm>,
+    index: u16,
+    queue: &mut ActiveQueue<'m>,
     doorbell: &EventFd,
     stop: &Stop,
-) -> event_manager::Result<()> {
-    let mut manager = EventManager::new_with_capacity(2)?;
-    let id = manager.add_subscriber(server);
-    let mut events = manager.event_ops(id)?;
-    // An edge for each signal: the counter need not be read, which saves a system call for each
-    // doorbell. What was signalled before also gives an edge here.
+) -> Result<Outcome, WorkerError> {
+    let done = Arc::new(Completions::new()?);
+    // Dropped last, when nothing here touches the queue any more.
+    let _guard = Guard {
+        context: threads.context,
+        done: &done,
+    };
+    let has_limit = threads.context.limiter.is_some();
+    let timer = has_limit.then(TimerFd::new).transpose();
+    let timer = timer.map_err(io::Error::from)?;
+    let mut manager = EventManager::new_with_capacity(4)?;
+    let timer_fd = timer.as_ref().map(AsRawFd::as_raw_fd);
+    let id = manager.add_subscriber(Server {
+        threads,
+        index,
+        queue,
+        stop,
+        done: Arc::clone(&done),
+        timer,
+        is_held_up: false,
+        has_failed: false,
+        poll: Poll::new(threads.context.poll),
+        in_pool: 0,
+        finished: Slots::new(),
+        free: Slots::new(),
+        told: Instant::now(),
+        is_untold: false,
+        gather: Gather::new(),
+    });
+    // An edge for each signal: the counters need not be read, which saves a system call each time.
+    // What was signalled before also gives an edge here.
     let edge = EventSet::IN | EventSet::EDGE_TRIGGERED;
+    let mut events = manager.event_ops(id)?;
     events.add(Events::with_data(doorbell, DOORBELL, edge))?;
+    events.add(Events::with_data(done.event(), DONE, edge))?;
     events.add(Events::with_data(&stop.event, STOP, EventSet::IN))?;
+    if let Some(fd) = timer_fd {
+        events.add(Events::with_data_raw(fd, TIMER, edge))?;
+    }
     while !stop.is_requested() {
         manager.run()?;
     }
-    Ok(())
+    let mut server = manager.remove_subscriber(id)?;
+    if server.has_failed {
+        return Ok(Outcome::Failed);
+    }
+    server.finish()?;
+    Ok(Outcome::Stopped)
 }
 
-/// Serves a queue whenever its doorbell rings.
-struct Server<'w> {
-    queue: ActiveQueue<'w>,
-    buffers: Buffers<'w>,
-    interrupt: &'w dyn Interrupt,
-    target: Target,
-    stats: &'w Stats,
-    stop: &'w Stop,
+/// Tells the driver that its requests stay without an answer.
+fn fail(context: &Context, error: &WorkerError) {
+    if let WorkerError::Ring(_) = error {
+        context.stats.count_broken_ring();
+    }
+    context.stats.note_error(error);
+    context.interrupt.needs_reset();
 }
 
-impl MutEventSubscriber for Server<'_> {
-    /// The events are added by the event loop, which can report an error.
-    fn init(&mut self, _ops: &mut EventOps) {}
+/// What the pool has of the queue uses guest memory, so the thread ends after it, however it ends.
+/// Tells the driver if that is in a panic: it would wait for its requests for ever.
+struct Guard<'a, 'm> {
+    context: &'m Context,
+    done: &'a Completions<'m>,
+}
 
-    fn process(&mut self, events: Events, ops: &mut EventOps) {
-        if events.data() != DOORBELL {
-            return;
-        }
-        if let Err(error) = self.drain() {
-            self.stats.count_broken_ring();
-            self.stats.note_error(&error);
-            // No doorbell counts any more. Should this fail, the next one finds the same error.
-            let _ = ops.remove(events);
-            self.interrupt.needs_reset();
+impl Drop for Guard<'_, '_> {
+    fn drop(&mut self) {
+        self.done.wait_until_idle();
+        if thread::panicking() {
+            fail(self.context, &WorkerError::Panicked);
         }
     }
 }
 
-impl Server<'_> {
-    /// Serves requests until there are none, with the doorbell off meanwhile.
-    fn drain(&mut self) -> Result<(), RingError> {
+/// Serves a queue whenever its doorbell rings, the pool has carried out requests of it, or the limit
+/// on its rate allows more.
+struct Server<'w, 'scope, 'env, 'm> {
+    threads: Threads<'scope, 'env, 'm>,
+    index: u16,
+    queue: &'w mut ActiveQueue<'m>,
+    stop: &'w Stop,
+    done: Arc<Completions<'m>>,
+    /// There where there is a limit on the rate.
+    timer: Option<TimerFd>,
+    /// The timer is to tell when the next request may be taken.
+    is_held_up: bool,
+    has_failed: bool,
+    poll: Poll,
+    /// Requests that have been handed to the pool and not collected.
+    in_pool: usize,
+    /// Requests that have been carried out and not answered.
+    finished: Slots<'m>,
+    /// When it was last looked at whether the driver wants an interrupt, or there was nothing to tell.
+    told: Instant,
+    /// Requests have been answered since.
+    is_untold: bool,
+    /// Places for requests to come.
+    free: Slots<'m>,
+    gather: Gather<'m>,
+}
+
+impl<'m> Server<'_, '_, '_, 'm> {
+    /// Answers what the pool has carried out, and serves requests until there are none, with the
+    /// doorbell off meanwhile.
+    fn serve(&mut self) -> Result<(), WorkerError> {
         loop {
             self.queue.disable_doorbell()?;
-            let completed = self.serve_batch()?;
-            if completed && self.queue.wants_interrupt()? {
-                self.interrupt.signal_queue(QUEUE);
+            self.collect();
+            self.answer()?;
+            let taken = self.take_available();
+            // Before any error: what has been carried out by now is answered.
+            self.answer()?;
+            self.tell()?;
+            taken?;
+            if self.stop.is_requested() || self.is_held_up {
+                return Ok(());
             }
-            if self.stop.is_requested() || !self.queue.enable_doorbell()? {
+            if self.finds_more_by_polling()? {
+                continue;
+            }
+            if !self.queue.enable_doorbell()? {
                 return Ok(());
             }
         }
     }
 
-    /// Serves what is available now; what comes later gets an interrupt of its own. Returns
-    /// whether that was anything.
-    fn serve_batch(&mut self) -> Result<bool, RingError> {
-        let mut completed = false;
-        for _ in 0..self.queue.available()? {
-            if self.stop.is_requested() {
-                break;
-            }
-            let Some(head) = self.queue.take(&mut self.buffers)? else {
-                break;
-            };
-            let outcome = self.target.serve(&mut self.buffers);
-            self.queue.complete(head, outcome.used_len)?;
-            completed = true;
-            if let Some(error) = outcome.error {
-                self.record(&error);
-            }
+    /// Carries out what is available now, or hands it to the pool.
+    fn take_available(&mut self) -> Result<(), WorkerError> {
+        let available = self.queue.available()?;
+        self.is_held_up = false;
+        if available == 0 {
+            return Ok(());
         }
-        Ok(completed)
+        let mut open = None;
+        let taken = self.take_each(available, &mut open);
+        if let Some(slot) = open {
+            self.carry_out(slot)?;
+        }
+        taken
     }
 
-    #[cold]
-    fn record(&self, error: &RequestError) {
-        match error {
-            RequestError::NoStatusByte => return self.stats.count_request_without_status(),
-            RequestError::Disk(Error::OutOfRange { .. } | Error::ReadOnly) => {}
-            RequestError::Disk(error) => self.stats.note_error(error),
-            _ => {}
+    /// Takes up to `available` requests. `open` is the last one, which others may still join.
+    fn take_each(
+        &mut self,
+        available: u16,
+        open: &mut Option<Box<Slot<'m>>>,
+    ) -> Result<(), WorkerError> {
+        let context = self.threads.context;
+        let now = Instant::now();
+        if !self.is_untold {
+            self.told = now;
         }
-        self.stats.count_failed_request();
+        for _ in 0..available {
+            if self.stop.is_requested() || self.is_held_up(now)? {
+                break;
+            }
+            let free = self.free.pop();
+            let mut slot = free.unwrap_or_else(|| Box::new(Slot::new(now)));
+            let Some(head) = self.queue.take(&mut slot.buffers)? else {
+                self.free.push(slot);
+                break;
+            };
+            slot.parse(head, &context.target.rules, now);
+            if let Some(limiter) = &context.limiter {
+                limiter.charge(now, slot.bytes());
+            }
+            let Some(last) = open else {
+                *open = Some(slot);
+                continue;
+            };
+            match last.join(slot) {
+                None => context.stats.count_merged(self.index),
+                Some(slot) => {
+                    let last = std::mem::replace(last, slot);
+                    self.carry_out(last)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the limit on the rate forbids to take a request. The timer then tells when to go on.
+    fn is_held_up(&mut self, now: Instant) -> Result<bool, WorkerError> {
+        let delay = self.threads.context.limiter.as_ref();
+        let delay = delay.and_then(|limiter| limiter.delay(now));
+        if let (Some(delay), Some(timer)) = (delay, &mut self.timer) {
+            timer.reset(delay, None).map_err(io::Error::from)?;
+            self.is_held_up = true;
+        }
+        Ok(self.is_held_up)
+    }
+
+    fn carry_out(&mut self, mut slot: Box<Slot<'m>>) -> Result<(), WorkerError> {
+        let Threads {
+            scope,
+            context,
+            pool,
+        } = self.threads;
+        if !context.target.try_now(&mut slot, &mut self.gather) {
+            let requests = 1 + slot.joined.len() as u64;
+            context.stats.count_handed_on(self.index, requests);
+            self.in_pool += 1;
+            pool.submit(scope, slot, &self.done);
+            return Ok(());
+        }
+        self.finished.push(slot);
+        if self.finished.len() < MAX_UNANSWERED {
+            return Ok(());
+        }
+        self.answer()
+    }
+
+    /// Answers what has been carried out.
+    fn answer(&mut self) -> Result<(), WorkerError> {
+        if self.finished.is_empty() {
+            return Ok(());
+        }
+        let now = Instant::now();
+        let mut finished = std::mem::take(&mut self.finished);
+        let mut completed = Ok(());
+        for mut slot in finished.drain(..) {
+            // A panic costs the requests of its call their answers, and the others nothing.
+            if let Err(RequestError::Panicked) = slot.result {
+                completed = Err(WorkerError::Panicked);
+                continue;
+            }
+            self.complete(&mut slot, now)?;
+            let mut joined = std::mem::take(&mut slot.joined);
+            for mut slot in joined.drain(..) {
+                self.complete(&mut slot, now)?;
+                self.free.push(slot);
+            }
+            slot.joined = joined;
+            self.free.push(slot);
+        }
+        self.finished = finished;
+        self.is_untold |= self.queue.publish()?;
+        if now.saturating_duration_since(self.told) >= MAX_UNTOLD {
+            self.tell()?;
+            self.told = now;
+        }
+        completed
+    }
+
+    /// Interrupts the driver, if it wants that for what has been answered since the last time.
+    fn tell(&mut self) -> Result<(), RingError> {
+        if std::mem::take(&mut self.is_untold) && self.queue.wants_interrupt()? {
+            self.threads.context.interrupt.signal_queue(self.index);
+        }
+        Ok(())
+    }
+
+    fn complete(&mut self, slot: &mut Slot<'m>, now: Instant) -> Result<(), RingError> {
+        let stats = &self.threads.context.stats;
+        if let Err(error) = &slot.result {
+            stats.note_failure(error);
+        }
+        let written = slot.answer();
+        self.queue.complete(slot.head, written)?;
+        stats.count(self.index, slot, now.saturating_duration_since(slot.taken));
+        Ok(())
+    }
+
+    /// Looks for requests for a while. Returns whether there are any.
+    fn finds_more_by_polling(&mut self) -> Result<bool, RingError> {
+        let Self {
+            poll,
+            queue,
+            done,
+            stop,
+            in_pool,
+            ..
+        } = self;
+        let is_done = || *in_pool > 0 && done.has_any();
+        poll.run(|| Ok(queue.available()? > 0 || is_done() || stop.is_requested()))
+    }
+
+    /// Completes what has been handed to the pool. Nothing more is taken.
+    fn finish(&mut self) -> Result<(), WorkerError> {
+        self.done.wait_until_idle();
+        self.collect();
+        let answered = self.answer();
+        self.tell()?;
+        answered
+    }
+
+    fn collect(&mut self) {
+        if self.in_pool > 0 {
+            self.in_pool -= self.done.collect(&mut self.finished);
+        }
+    }
+}
+
+impl MutEventSubscriber for Server<'_, '_, '_, '_> {
+    /// The events are added by the event loop, which can report an error.
+    fn init(&mut self, _ops: &mut EventOps) {}
+
+    fn process(&mut self, events: Events, _ops: &mut EventOps) {
+        // Once it has failed, the queue is left alone until the driver has reset it.
+        if events.data() == STOP || self.has_failed {
+            return;
+        }
+        if let Err(error) = self.serve() {
+            // What was taken before is answered as far as that is possible.
+            let _ = self.finish();
+            self.has_failed = true;
+            fail(self.threads.context, &error);
+        }
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use std::sync::mpsc;
-    use std::time::Duration;
-
-    use tandem_block::{Disk, Limits, Result};
-    use vm_memory::{Bytes, GuestAddress, VolatileSlice};
-
-    use super::*;
-    use crate::test_common::disk::MemoryDisk;
-    use crate::test_common::guest_memory;
-    use crate::test_common::ring::{Ring, readable, writable};
-
-    struct PanickingDisk(MemoryDisk);
-
-    impl Disk for PanickingDisk {
-        fn size(&self) -> u64 {
-            self.0.size()
-        }
-
-        fn limits(&self) -> Limits {
-            self.0.limits()
-        }
-
-        fn read_at(&self, _: &[VolatileSlice<'_>], _: u64) -> Result<()> {
-            panic!("a bug in the disk");
-        }
-
-        fn write_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> Result<()> {
-            self.0.write_at(bufs, offset)
-        }
-
-        fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> Result<()> {
-            self.0.write_zeroes(offset, len, unmap)
-        }
-
-        fn discard(&self, offset: u64, len: u64) -> Result<()> {
-            self.0.discard(offset, len)
-        }
-
-        fn flush(&self) -> Result<()> {
-            self.0.flush()
-        }
-    }
-
-    #[derive(Debug, PartialEq)]
-    enum Signal {
-        Queue,
-        Config,
-        NeedsReset,
-    }
-
-    impl Interrupt for mpsc::SyncSender<Signal> {
-        fn signal_queue(&self, _index: u16) {
-            self.send(Signal::Queue).unwrap();
-        }
-
-        fn signal_config(&self) {
-            self.send(Signal::Config).unwrap();
-        }
-
-        fn needs_reset(&self) {
-            self.send(Signal::NeedsReset).unwrap();
-        }
-    }
-
-    #[test]
-    fn panic_needs_a_reset() {
-        let mem = guest_memory();
-        let mut ring = Ring::new(&mem, 0, 16);
-        // A header of zeroes: a read at the start of the disk.
-        mem.write_slice(&[0; 16], GuestAddress(0x1_0000)).unwrap();
-        ring.offer_chain(&[readable(0x1_0000, 16), writable(0x2_0000, 513)]);
-        let doorbell = EventFd::new(EFD_NONBLOCK).unwrap();
-        doorbell.write(1).unwrap();
-        let (sender, signals) = mpsc::sync_channel(8);
-        let stats = Arc::new(Stats::default());
-        let disk = Arc::new(PanickingDisk(MemoryDisk::new(1)));
-        let worker = Worker::spawn(Job {
-            mem,
-            queue: ring.queue(false),
-            doorbell,
-            interrupt: Arc::new(sender),
-            target: Target::new(disk, None, 0),
-            stats: Arc::clone(&stats),
-        });
-        let signal = signals.recv_timeout(Duration::from_secs(60));
-        assert_eq!(signal, Ok(Signal::NeedsReset));
-        drop(worker.unwrap());
-        assert_eq!(signals.recv(), Err(mpsc::RecvError));
-        assert_eq!(ring.used_idx(), 0);
-        assert!(stats.last_error().unwrap().contains("panicked"));
-    }
-}
+mod tests;

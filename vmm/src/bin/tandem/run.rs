@@ -1,33 +1,19 @@
-//! The program `tandem`.
+//! `tandem run`.
 
 use std::ffi::OsString;
 use std::io::{self, Write};
 use std::path::PathBuf;
-use std::process::ExitCode;
 
+use clap::Args;
 use clap::builder::{OsStringValueParser, TypedValueParser};
-use clap::{Args, Parser, Subcommand};
 use tandem_vmm::config::parse_memory;
-use tandem_vmm::signals::{self, Signals};
-use tandem_vmm::{Config, DiskConfig, Error, ExitReason, Result, SerialConfig, Vmm};
+use tandem_vmm::signals::Signals;
+use tandem_vmm::{Config, DiskConfig, ExitReason, Result, SerialConfig, Vmm};
 
-/// Runs Linux guests whose disks are qcow2 images.
-#[derive(Parser)]
-#[command(version, arg_required_else_help = true)]
-struct Cli {
-    #[command(subcommand)]
-    command: Command,
-}
-
-#[derive(Subcommand)]
-enum Command {
-    /// Run a guest until it powers off
-    #[command(after_help = EXAMPLES, after_long_help = DETAILS)]
-    Run(Run),
-}
-
+/// What to run.
 #[derive(Args)]
-struct Run {
+#[command(after_help = EXAMPLES, after_long_help = DETAILS)]
+pub struct Run {
     /// Kernel: a distribution's vmlinuz (bzImage) or an uncompressed vmlinux (ELF)
     #[arg(long, value_name = "FILE")]
     kernel: PathBuf,
@@ -134,26 +120,9 @@ fn serial_parser() -> impl TypedValueParser<Value = SerialConfig> {
     OsStringValueParser::new().try_map(|text: OsString| SerialConfig::parse(&text))
 }
 
-fn main() -> ExitCode {
-    let Command::Run(run) = Cli::parse().command;
-    match run.execute() {
-        Ok(ExitReason::Signal(number)) => {
-            signals::die_of(number);
-            ExitCode::from(128 + number as u8)
-        }
-        Ok(_) => ExitCode::SUCCESS,
-        Err(error) => {
-            let _ = writeln!(io::stderr(), "tandem: {error}");
-            match error {
-                Error::Config(_) => ExitCode::from(2),
-                _ => ExitCode::FAILURE,
-            }
-        }
-    }
-}
-
 impl Run {
-    fn execute(self) -> Result<ExitReason> {
+    /// Runs the guest to its end.
+    pub fn execute(self) -> Result<ExitReason> {
         // Before there is a second thread.
         let signals = Signals::block()?;
         let mut config = Config::new(self.kernel);

@@ -75,9 +75,18 @@ Disk keys:
                      image-directory (default), and what is below it; anywhere; or nothing
   backing-format=raw|qcow2
                      Format of the backing file, where the image does not tell it
-  serial=ID          Serial number that the guest sees: 1 to 20 printable ASCII characters
   l2-cache-size=SIZE Memory for L2 tables of a qcow2 image, as in 16M (default 4M, which maps 32 GiB
                      in clusters of 64 KiB); taken as it is needed
+  serial=ID          Serial number that the guest sees: 1 to 20 printable ASCII characters
+  queues=N           Queues, each with a thread of its own: 1 to 32 (default one for each CPU, up to 16)
+  threads=N          Threads for requests that wait for the host's disk, in all queues together:
+                     1 to 256 (default 16); they are started as they are needed
+  iops=N             Requests in a second, on average; those beyond wait
+  iops-burst=N       Requests at once after a pause (default a tenth of iops)
+  bw=SIZE            Bytes read and written in a second, on average, as in 100M; requests beyond wait
+  bw-burst=SIZE      Bytes at once after a pause (default a tenth of bw)
+  poll=MICROSECONDS  How long a queue's thread looks for requests before it waits to be called: 0 to
+                     10000 (default 0: not at all). That is quicker, and costs processor time
   A comma that belongs to a path is written twice: 'a,,b.qcow2' is the file a,b.qcow2.
 
 Root disk:

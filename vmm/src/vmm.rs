@@ -44,7 +44,7 @@ pub struct Vmm {
 type InputPort = (Arc<SerialPort>, EventFd);
 
 /// What SIGUSR1 has done.
-type OnUsr1 = Box<dyn FnMut()>;
+type OnUsr1 = Box<dyn FnMut() + Send>;
 
 impl Vmm {
     /// Builds the machine: opens its files, loads its kernel, makes its CPUs and devices.
@@ -104,7 +104,7 @@ impl Vmm {
 
     /// Has a signal out of `signals` end the VM, but for SIGUSR1, which has `on_usr1` called on the
     /// thread that runs the VM.
-    pub fn handle_signals(&mut self, signals: Signals, on_usr1: impl FnMut() + 'static) {
+    pub fn handle_signals(&mut self, signals: Signals, on_usr1: impl FnMut() + Send + 'static) {
         self.signals = Some((signals, Box::new(on_usr1)));
     }
 

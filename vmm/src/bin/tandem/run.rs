@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use clap::Args;
 use clap::builder::{OsStringValueParser, TypedValueParser};
+use rustix::process::{Resource, getrlimit, setrlimit};
 use tandem_vmm::config::parse_memory;
 use tandem_vmm::signals::Signals;
 use tandem_vmm::{
@@ -175,6 +176,7 @@ impl Run {
             Some(target) => MetricsOutput::open(target)?,
             None => MetricsOutput::stderr()?,
         };
+        allow_descriptors();
         // Before there is a second thread.
         let signals = Signals::block()?;
         let mut config = Config::new(self.kernel);
@@ -202,6 +204,15 @@ impl Run {
         print_last_errors(&control);
         outcome
     }
+}
+
+/// Each queue of a disk takes several descriptors: many disks take more than the usual limit, which
+/// is there for programs that use `select`.
+fn allow_descriptors() {
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    // Where it cannot be raised, what is opened in vain tells.
+    let _ = setrlimit(Resource::Nofile, limit);
 }
 
 fn print_last_errors(control: &Control) {

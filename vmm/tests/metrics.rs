@@ -1,5 +1,9 @@
 //! What a machine tells of its disks.
-#![allow(clippy::unwrap_used, reason = "what fails here fails the test")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "what fails here fails the test"
+)]
 
 #[allow(dead_code, reason = "each test program uses a part of it")]
 mod common;

@@ -33,6 +33,10 @@ const TIMER: u32 = 3;
 /// there are.
 const MAX_UNANSWERED: usize = 16;
 
+/// And so long after it has been answered, at the latest, a request can cause an interrupt. A driver
+/// that sleeps is better woken once for all of them, and one that is awake looks for itself.
+const MAX_UNTOLD: Duration = Duration::from_micros(100);
+
 /// What all threads of an active device share.
 pub(super) struct Context {
     pub mem: GuestMemory,
@@ -93,22 +97,33 @@ pub(super) struct Threads<'scope, 'env, 'm> {
 }
 
 /// Serves a queue until it is to stop, and returns it with all requests completed that have been
-/// taken from it.
-pub(super) fn run(threads: Threads<'_, '_, '_>, source: Source, stop: &Stop) -> Source {
+/// taken from it. `None` if it cannot be served any more.
+pub(super) fn run(threads: Threads<'_, '_, '_>, source: Source, stop: &Stop) -> Option<Source> {
     let Source {
         index,
         queue,
         doorbell,
     } = source;
     let mut queue = ActiveQueue::new(&threads.context.mem, queue);
-    if let Err(error) = serve(threads, index, &mut queue, &doorbell, stop) {
-        fail(threads.context, &error);
+    match serve(threads, index, &mut queue, &doorbell, stop) {
+        Ok(Outcome::Stopped) => Some(Source {
+            index,
+            queue: queue.into_inner(),
+            doorbell,
+        }),
+        Ok(Outcome::Failed) => None,
+        Err(error) => {
+            fail(threads.context, &error);
+            None
+        }
     }
-    Source {
-        index,
-        queue: queue.into_inner(),
-        doorbell,
-    }
+}
+
+/// How it ended.
+enum Outcome {
+    Stopped,
+    /// The driver has been told before.
+    Failed,
 }
 
 fn serve<'m>(
@@ -117,10 +132,10 @@ fn serve<'m>(
     queue: &mut ActiveQueue<'m>,
     doorbell: &EventFd,
     stop: &Stop,
-) -> Result<(), WorkerError> {
+) -> Result<Outcome, WorkerError> {
     let done = Arc::new(Completions::new()?);
-    // Dropped last, when nothing touches the queue any more.
-    let _guard = PanicGuard {
+    // Dropped last, when nothing here touches the queue any more.
+    let _guard = Guard {
         context: threads.context,
         done: &done,
     };
@@ -142,6 +157,8 @@ fn serve<'m>(
         in_pool: 0,
         finished: Slots::new(),
         free: Slots::new(),
+        told: Instant::now(),
+        is_untold: false,
         gather: Gather::new(),
     });
     // An edge for each signal: the counters need not be read, which saves a system call each time.
@@ -159,9 +176,10 @@ fn serve<'m>(
     }
     let mut server = manager.remove_subscriber(id)?;
     if server.has_failed {
-        return Ok(());
+        return Ok(Outcome::Failed);
     }
-    server.finish()
+    server.finish()?;
+    Ok(Outcome::Stopped)
 }
 
 /// Tells the driver that its requests stay without an answer.
@@ -173,17 +191,17 @@ fn fail(context: &Context, error: &WorkerError) {
     context.interrupt.needs_reset();
 }
 
-/// Tells the driver when the thread ends in a panic: it would wait for its requests for ever. What
-/// the pool has of the queue still uses guest memory, so the thread ends after it.
-struct PanicGuard<'a, 'm> {
+/// What the pool has of the queue uses guest memory, so the thread ends after it, however it ends.
+/// Tells the driver if that is in a panic: it would wait for its requests for ever.
+struct Guard<'a, 'm> {
     context: &'m Context,
     done: &'a Completions<'m>,
 }
 
-impl Drop for PanicGuard<'_, '_> {
+impl Drop for Guard<'_, '_> {
     fn drop(&mut self) {
+        self.done.wait_until_idle();
         if thread::panicking() {
-            self.done.wait_until_idle();
             fail(self.context, &WorkerError::Panicked);
         }
     }
@@ -207,6 +225,10 @@ struct Server<'w, 'scope, 'env, 'm> {
     in_pool: usize,
     /// Requests that have been carried out and not answered.
     finished: Slots<'m>,
+    /// When it was last looked at whether the driver wants an interrupt, or there was nothing to tell.
+    told: Instant,
+    /// Requests have been answered since.
+    is_untold: bool,
     /// Places for requests to come.
     free: Slots<'m>,
     gather: Gather<'m>,
@@ -223,6 +245,7 @@ impl<'m> Server<'_, '_, '_, 'm> {
             let taken = self.take_available();
             // Before any error: what has been carried out by now is answered.
             self.answer()?;
+            self.tell()?;
             taken?;
             if self.stop.is_requested() || self.is_held_up {
                 return Ok(());
@@ -259,6 +282,9 @@ impl<'m> Server<'_, '_, '_, 'm> {
     ) -> Result<(), WorkerError> {
         let context = self.threads.context;
         let now = Instant::now();
+        if !self.is_untold {
+            self.told = now;
+        }
         for _ in 0..available {
             if self.stop.is_requested() || self.is_held_up(now)? {
                 break;
@@ -306,7 +332,8 @@ impl<'m> Server<'_, '_, '_, 'm> {
             pool,
         } = self.threads;
         if !context.target.try_now(&mut slot, &mut self.gather) {
-            context.stats.count_handed_on(self.index);
+            let requests = 1 + slot.joined.len() as u64;
+            context.stats.count_handed_on(self.index, requests);
             self.in_pool += 1;
             pool.submit(scope, slot, &self.done);
             return Ok(());
@@ -318,14 +345,20 @@ impl<'m> Server<'_, '_, '_, 'm> {
         self.answer()
     }
 
-    /// Answers what has been carried out, with one look at whether the driver wants an interrupt.
+    /// Answers what has been carried out.
     fn answer(&mut self) -> Result<(), WorkerError> {
         if self.finished.is_empty() {
             return Ok(());
         }
         let now = Instant::now();
         let mut finished = std::mem::take(&mut self.finished);
+        let mut completed = Ok(());
         for mut slot in finished.drain(..) {
+            // A panic costs the requests of its call their answers, and the others nothing.
+            if let Err(RequestError::Panicked) = slot.result {
+                completed = Err(WorkerError::Panicked);
+                continue;
+            }
             self.complete(&mut slot, now)?;
             let mut joined = std::mem::take(&mut slot.joined);
             for mut slot in joined.drain(..) {
@@ -336,18 +369,25 @@ impl<'m> Server<'_, '_, '_, 'm> {
             self.free.push(slot);
         }
         self.finished = finished;
-        if self.queue.publish()? && self.queue.wants_interrupt()? {
+        self.is_untold |= self.queue.publish()?;
+        if now.saturating_duration_since(self.told) >= MAX_UNTOLD {
+            self.tell()?;
+            self.told = now;
+        }
+        completed
+    }
+
+    /// Interrupts the driver, if it wants that for what has been answered since the last time.
+    fn tell(&mut self) -> Result<(), RingError> {
+        if std::mem::take(&mut self.is_untold) && self.queue.wants_interrupt()? {
             self.threads.context.interrupt.signal_queue(self.index);
         }
         Ok(())
     }
 
-    fn complete(&mut self, slot: &mut Slot<'m>, now: Instant) -> Result<(), WorkerError> {
+    fn complete(&mut self, slot: &mut Slot<'m>, now: Instant) -> Result<(), RingError> {
         let stats = &self.threads.context.stats;
         if let Err(error) = &slot.result {
-            if let RequestError::Panicked = error {
-                return Err(WorkerError::Panicked);
-            }
             stats.note_failure(error);
         }
         let written = slot.answer();
@@ -363,16 +403,20 @@ impl<'m> Server<'_, '_, '_, 'm> {
             queue,
             done,
             stop,
+            in_pool,
             ..
         } = self;
-        poll.run(|| Ok(queue.available()? > 0 || done.has_any() || stop.is_requested()))
+        let is_done = || *in_pool > 0 && done.has_any();
+        poll.run(|| Ok(queue.available()? > 0 || is_done() || stop.is_requested()))
     }
 
     /// Completes what has been handed to the pool. Nothing more is taken.
     fn finish(&mut self) -> Result<(), WorkerError> {
         self.done.wait_until_idle();
         self.collect();
-        self.answer()
+        let answered = self.answer();
+        self.tell()?;
+        answered
     }
 
     fn collect(&mut self) {
@@ -401,121 +445,4 @@ impl MutEventSubscriber for Server<'_, '_, '_, '_> {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::sync::mpsc;
-    use std::time::Duration;
-
-    use tandem_block::{Disk, Limits, Result};
-    use vm_memory::{Bytes, GuestAddress, VolatileSlice};
-
-    use super::super::engine::Engine;
-    use super::*;
-    use crate::test_common::disk::MemoryDisk;
-    use crate::test_common::guest_memory;
-    use crate::test_common::ring::{Ring, readable, writable};
-
-    /// Panics on the queue's thread or on one of the pool.
-    struct PanickingDisk {
-        disk: MemoryDisk,
-        is_inline: bool,
-    }
-
-    impl Disk for PanickingDisk {
-        fn size(&self) -> u64 {
-            self.disk.size()
-        }
-
-        fn limits(&self) -> Limits {
-            self.disk.limits()
-        }
-
-        fn try_read_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> Result<bool> {
-            if self.is_inline {
-                self.read_at(bufs, offset)?;
-            }
-            Ok(false)
-        }
-
-        fn read_at(&self, _: &[VolatileSlice<'_>], _: u64) -> Result<()> {
-            panic!("a bug in the disk");
-        }
-
-        fn write_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> Result<()> {
-            self.disk.write_at(bufs, offset)
-        }
-
-        fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> Result<()> {
-            self.disk.write_zeroes(offset, len, unmap)
-        }
-
-        fn discard(&self, offset: u64, len: u64) -> Result<()> {
-            self.disk.discard(offset, len)
-        }
-
-        fn flush(&self) -> Result<()> {
-            self.disk.flush()
-        }
-    }
-
-    #[derive(Debug, PartialEq)]
-    enum Signal {
-        Queue,
-        Config,
-        NeedsReset,
-    }
-
-    impl Interrupt for mpsc::SyncSender<Signal> {
-        fn signal_queue(&self, _index: u16) {
-            self.send(Signal::Queue).unwrap();
-        }
-
-        fn signal_config(&self) {
-            self.send(Signal::Config).unwrap();
-        }
-
-        fn needs_reset(&self) {
-            self.send(Signal::NeedsReset).unwrap();
-        }
-    }
-
-    #[test]
-    fn panic_needs_a_reset() {
-        for is_inline in [true, false] {
-            let mem = guest_memory();
-            let mut ring = Ring::new(&mem, 0, 16);
-            // A header of zeroes: a read at the start of the disk.
-            mem.write_slice(&[0; 16], GuestAddress(0x1_0000)).unwrap();
-            ring.offer_chain(&[readable(0x1_0000, 16), writable(0x2_0000, 513)]);
-            let doorbell = EventFd::new(EFD_NONBLOCK).unwrap();
-            doorbell.write(1).unwrap();
-            let (sender, signals) = mpsc::sync_channel(8);
-            let stats = Arc::new(Stats::new(1));
-            let disk = PanickingDisk {
-                disk: MemoryDisk::new(1),
-                is_inline,
-            };
-            let writeback = Arc::new(AtomicBool::new(true));
-            let context = Context {
-                mem,
-                interrupt: Arc::new(sender),
-                target: Target::new(Arc::new(disk), None, writeback, 0),
-                stats: Arc::clone(&stats),
-                limiter: None,
-                poll: Duration::ZERO,
-            };
-            let mut engine = Engine::new(context, 1, 4).unwrap();
-            let source = Source {
-                index: 0,
-                queue: ring.queue(false),
-                doorbell,
-            };
-            engine.start(source).unwrap();
-            let signal = signals.recv_timeout(Duration::from_secs(60));
-            assert_eq!(signal, Ok(Signal::NeedsReset));
-            drop(engine);
-            assert_eq!(signals.recv(), Err(mpsc::RecvError));
-            assert_eq!(ring.used_idx(), 0);
-            assert!(stats.last_error().unwrap().contains("panicked"));
-        }
-    }
-}
+mod tests;

@@ -30,8 +30,8 @@ fn wrong_arguments_end_with_status_2() {
         (&["--cpus=33"], "1..=32"),
         (
             &["--disk=a,aio=native"],
-            "known are readonly, format, cache, locking, data-file, follow, backing-format, serial \
-             and l2-cache-size",
+            "known are readonly, format, cache, locking, data-file, follow, backing-format, \
+             l2-cache-size, serial, queues, threads, poll, iops, iops-burst, bw and bw-burst",
         ),
         (
             &["--disk=a,cache=no"],
@@ -42,6 +42,31 @@ fn wrong_arguments_end_with_status_2() {
             "a raw disk has no such thing",
         ),
         (&["--disk=a,serial=123456789012345678901"], "1 to 20"),
+        (
+            &["--disk=a,queues=64"],
+            "disk key queues: '64' is not a whole number from 1 to 32",
+        ),
+        (
+            &["--disk=a,iops=0"],
+            "disk key iops: '0' is not a whole number from 1 to",
+        ),
+        (
+            &["--disk=a,bw=100"],
+            "disk key bw: '100' is not a size from 1K to 8192T with a unit, as in 100M",
+        ),
+        (
+            &["--disk=a,iops-burst=10"],
+            "disk key iops-burst has no meaning without iops",
+        ),
+        (&["--metrics=fd=x"], "'fd=x' is neither a file nor fd=N"),
+        (
+            &["--metrics-interval=1"],
+            "required arguments were not provided",
+        ),
+        (
+            &["--metrics=m", "--metrics-interval=86401"],
+            "86401 is not in 0..=86400",
+        ),
         (&["--serial=tty"], "stdio, none or file=PATH"),
         (&["--bogus"], "unexpected argument"),
     ] {
@@ -79,6 +104,15 @@ fn what_cannot_be_run_ends_with_status_1() {
         (&["--disk=@/none,format=raw"], "could not open"),
         (&["--initrd=@/none"], "/none'"),
         (&["--memory=8388608T"], "could not map"),
+        (
+            &["--metrics=@/raw"],
+            "/raw': it holds something else than metrics",
+        ),
+        (&["--metrics=@/none/m"], "could not write metrics to '"),
+        (
+            &["--metrics=fd=999"],
+            "could not write metrics to fd=999: Bad file descriptor",
+        ),
     ] {
         run_with(arguments).assert_says(1, text);
     }
@@ -101,6 +135,16 @@ fn help_tells_everything_there_is() {
     for text in [
         "data-file=PATH",
         "serial=ID",
+        "queues=N",
+        "threads=N",
+        "iops=N",
+        "iops-burst=N",
+        "bw=SIZE",
+        "bw-burst=SIZE",
+        "poll=MICROSECONDS",
+        "--metrics-interval",
+        "SIGUSR1",
+        "--control",
         "cache=MODE",
         "locking=on|force-share|off",
         "Ctrl-A X",

@@ -1,33 +1,24 @@
-//! The program `tandem`.
+//! `tandem run`.
 
 use std::ffi::OsString;
 use std::io::{self, Write};
 use std::path::PathBuf;
-use std::process::ExitCode;
+use std::time::Duration;
 
+use clap::Args;
 use clap::builder::{OsStringValueParser, TypedValueParser};
-use clap::{Args, Parser, Subcommand};
+use rustix::process::{Resource, getrlimit, setrlimit};
 use tandem_vmm::config::parse_memory;
-use tandem_vmm::signals::{self, Signals};
-use tandem_vmm::{Config, DiskConfig, Error, ExitReason, Result, SerialConfig, Vmm};
+use tandem_vmm::signals::Signals;
+use tandem_vmm::{
+    Config, Control, ControlSocket, DiskConfig, ExitReason, MetricsLog, MetricsOutput,
+    MetricsTarget, Result, SerialConfig, Vmm,
+};
 
-/// Runs Linux guests whose disks are qcow2 images.
-#[derive(Parser)]
-#[command(version, arg_required_else_help = true)]
-struct Cli {
-    #[command(subcommand)]
-    command: Command,
-}
-
-#[derive(Subcommand)]
-enum Command {
-    /// Run a guest until it powers off
-    #[command(after_help = EXAMPLES, after_long_help = DETAILS)]
-    Run(Run),
-}
-
+/// What to run.
 #[derive(Args)]
-struct Run {
+#[command(after_help = EXAMPLES, after_long_help = DETAILS)]
+pub struct Run {
     /// Kernel: a distribution's vmlinuz (bzImage) or an uncompressed vmlinux (ELF)
     #[arg(long, value_name = "FILE")]
     kernel: PathBuf,
@@ -62,7 +53,28 @@ struct Run {
     /// Console: stdio, none or file=PATH
     #[arg(long, value_name = "WHERE", default_value = "stdio", value_parser = serial_parser())]
     serial: SerialConfig,
+
+    /// Counters of the disks as lines of JSON: to the end of a file, or into an open descriptor
+    #[arg(long, value_name = "FILE|fd=N", value_parser = metrics_parser())]
+    metrics: Option<MetricsTarget>,
+
+    /// Seconds between lines of metrics; 0: only on SIGUSR1 and at the end
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        default_value_t = 10,
+        requires = "metrics"
+    )]
+    #[arg(value_parser = clap::value_parser!(u64).range(0..=MAX_INTERVAL))]
+    metrics_interval: u64,
+
+    /// Unix socket to operate the VM with while it runs
+    #[arg(long, value_name = "PATH")]
+    control: Option<PathBuf>,
 }
+
+/// A day.
+const MAX_INTERVAL: u64 = 24 * 60 * 60;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -89,9 +101,18 @@ Disk keys:
                      image-directory (default), and what is below it; anywhere; or nothing
   backing-format=raw|qcow2
                      Format of the backing file, where the image does not tell it
-  serial=ID          Serial number that the guest sees: 1 to 20 printable ASCII characters
   l2-cache-size=SIZE Memory for L2 tables of a qcow2 image, as in 16M (default 4M, which maps 32 GiB
                      in clusters of 64 KiB); taken as it is needed
+  serial=ID          Serial number that the guest sees: 1 to 20 printable ASCII characters
+  queues=N           Queues, each with a thread of its own: 1 to 32 (default one for each CPU, up to 16)
+  threads=N          Threads for requests that wait for the host's disk, in all queues together:
+                     1 to 256 (default 16); they are started as they are needed
+  iops=N             Requests in a second, on average; those beyond wait
+  iops-burst=N       Requests at once after a pause (default a tenth of iops)
+  bw=SIZE            Bytes read and written in a second, on average, as in 100M; requests beyond wait
+  bw-burst=SIZE      Bytes at once after a pause (default a tenth of bw)
+  poll=MICROSECONDS  How long a queue's thread looks for requests before it waits to be called: 0 to
+                     10000 (default 0: not at all). That is quicker, and costs processor time
   A comma that belongs to a path is written twice: 'a,,b.qcow2' is the file a,b.qcow2.
 
 Root disk:
@@ -104,6 +125,15 @@ Console:
   standard input is sent as it is, once the guest is ready to receive. The VM runs on when standard
   input ends or standard output is closed.
   A kernel that panics restarts the guest, which ends the VM; --cmdline panic=0 makes it stay.
+
+Metrics and control:
+  Each line of --metrics tells what the disks have done so far, for each queue: requests by kind, bytes,
+  errors, and a histogram of latencies, in which bucket N counts the requests that took less than 2^N
+  microseconds. A line is written each --metrics-interval, on SIGUSR1 (without --metrics, to standard
+  error), and at the end. A reader that is too slow loses lines, and never holds up the VM.
+  Programs of the same user, and root, send requests to the socket of --control, a JSON object on each
+  line: {\"command\":\"pause\"}. The commands are status, disks, metrics, flush, pause, resume, resize and
+  shutdown. README.md describes both.
 
 Exit status:
   0      The guest powered off or restarted (also after a panic), or Ctrl-A X was typed
@@ -130,30 +160,23 @@ fn disk_parser() -> impl TypedValueParser<Value = DiskConfig> {
     OsStringValueParser::new().try_map(|text: OsString| DiskConfig::parse(&text))
 }
 
+fn metrics_parser() -> impl TypedValueParser<Value = MetricsTarget> {
+    OsStringValueParser::new().try_map(|text: OsString| MetricsTarget::parse(&text))
+}
+
 fn serial_parser() -> impl TypedValueParser<Value = SerialConfig> {
     OsStringValueParser::new().try_map(|text: OsString| SerialConfig::parse(&text))
 }
 
-fn main() -> ExitCode {
-    let Command::Run(run) = Cli::parse().command;
-    match run.execute() {
-        Ok(ExitReason::Signal(number)) => {
-            signals::die_of(number);
-            ExitCode::from(128 + number as u8)
-        }
-        Ok(_) => ExitCode::SUCCESS,
-        Err(error) => {
-            let _ = writeln!(io::stderr(), "tandem: {error}");
-            match error {
-                Error::Config(_) => ExitCode::from(2),
-                _ => ExitCode::FAILURE,
-            }
-        }
-    }
-}
-
 impl Run {
-    fn execute(self) -> Result<ExitReason> {
+    /// Runs the guest to its end.
+    pub fn execute(self) -> Result<ExitReason> {
+        // Before any other file is open.
+        let output = match &self.metrics {
+            Some(target) => MetricsOutput::open(target)?,
+            None => MetricsOutput::stderr()?,
+        };
+        allow_descriptors();
         // Before there is a second thread.
         let signals = Signals::block()?;
         let mut config = Config::new(self.kernel);
@@ -164,15 +187,39 @@ impl Run {
         config.disks = self.disks;
         config.serial = self.serial;
         let mut vmm = Vmm::build(&config)?;
-        vmm.end_on(signals);
-        let disks = vmm.disk_stats();
+        let control = vmm.control();
+        let bind = |path| ControlSocket::bind(path, control.clone());
+        let socket = self.control.as_deref().map(bind).transpose()?;
+        let interval = Duration::from_secs(self.metrics_interval);
+        let interval = Some(interval).filter(|i| self.metrics.is_some() && !i.is_zero());
+        let log = MetricsLog::start(output, interval, control.clone())?;
+        let reporter = log.reporter();
+        vmm.handle_signals(signals, move || reporter.report());
         let outcome = vmm.run();
-        for (path, stats) in disks {
-            if let Some(error) = stats.last_error() {
-                let path = path.display();
-                let _ = writeln!(io::stderr(), "tandem: disk '{path}': last error: {error}");
-            }
+        drop(socket);
+        if self.metrics.is_some() {
+            log.reporter().report();
         }
+        log.finish();
+        print_last_errors(&control);
         outcome
+    }
+}
+
+/// Each queue of a disk takes several descriptors: many disks take more than the usual limit, which
+/// is there for programs that use `select`.
+fn allow_descriptors() {
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    // Where it cannot be raised, what is opened in vain tells.
+    let _ = setrlimit(Resource::Nofile, limit);
+}
+
+fn print_last_errors(control: &Control) {
+    for disk in control.metrics().disks {
+        if let Some(error) = disk.last_error {
+            let path = disk.path.display();
+            let _ = writeln!(io::stderr(), "tandem: disk '{path}': last error: {error}");
+        }
     }
 }

@@ -78,9 +78,22 @@ impl Handle {
     /// # Errors
     /// Those of [`Disk::resize`].
     pub fn resize(&self, size: u64) -> Result<()> {
+        self.change_size(|disk| disk.resize(size))
+    }
+
+    /// Takes over the size that the file or device below the disk has now, and tells the guest.
+    /// Returns whether the disk has its size from there.
+    ///
+    /// # Errors
+    /// Those of [`Disk::follow_size`].
+    pub fn follow_size(&self) -> Result<bool> {
+        self.change_size(|disk| disk.follow_size())
+    }
+
+    fn change_size<T>(&self, change: impl FnOnce(&dyn Disk) -> Result<T>) -> Result<T> {
         // So that of two calls the guest is shown the later one's size.
         let _resizing = lock(&self.0.resizing);
-        let result = self.0.disk.resize(size);
+        let result = change(&*self.0.disk);
         // The size may have changed despite an error.
         let size = self.0.disk.size();
         let mut shown = lock(&self.0.shown);

@@ -18,6 +18,7 @@ use vm_memory::VolatileSlice;
 
 use crate::buffers::Buffers;
 use crate::disk::total_len;
+use crate::units::{PAGE, Units};
 use crate::vectored::{self, Direction};
 use crate::writers::Writers;
 use crate::{FileStorage, Storage};
@@ -27,9 +28,6 @@ const BOUNCE: u64 = 1 << 20;
 
 /// Alignment that is tried first where the system does not tell, and what is tried last.
 const PROBED: Range<u32> = 12..17;
-
-/// The page cache holds at least so many bytes together.
-const PAGE: u64 = 4096;
 
 /// A [`FileStorage`] whose reads and writes go past the page cache.
 #[derive(Debug)]
@@ -132,7 +130,8 @@ impl Direct {
         let _writing = if is_whole {
             self.writers.share(range.clone())
         } else {
-            self.writers.exclude(widened(&range, block.max(PAGE))?)
+            self.writers
+                .exclude(widened(&range, block.max(PAGE.into()))?)
         };
         let mut buffers = Buffers::new(bufs);
         buffers.take(start - range.start, |piece, distance| {
@@ -176,7 +175,7 @@ impl Direct {
     /// Keeps writers off the pages of a range.
     fn exclude(&self, offset: u64, len: u64) -> io::Result<crate::writers::Writing<'_>> {
         let end = offset.checked_add(len).ok_or(io::ErrorKind::InvalidInput)?;
-        let range = widened(&(offset..end), self.alignment.block.max(PAGE))?;
+        let range = widened(&(offset..end), self.alignment.block.max(PAGE.into()))?;
         Ok(self.writers.exclude(range))
     }
 }
@@ -243,6 +242,16 @@ impl Storage for Direct {
 
     fn capacity(&self) -> io::Result<Option<u64>> {
         self.file.capacity()
+    }
+
+    fn units(&self) -> Units {
+        let units = self.file.units();
+        // A smaller write reads the rest of its block.
+        let block = u32::try_from(self.alignment.block).unwrap_or(units.physical_block);
+        Units {
+            physical_block: units.physical_block.max(block),
+            ..units
+        }
     }
 }
 

@@ -13,6 +13,7 @@ use crate::cache_mode::CacheMode;
 use crate::direct::Direct;
 use crate::lock::{Access, Locking};
 use crate::preallocation::Preallocation;
+use crate::units::Units;
 use crate::{Error, FileStorage, Result, Storage};
 
 /// How the files of a disk are used: the image, its data file, and those below it.
@@ -38,12 +39,14 @@ pub(crate) struct ImageFile {
     /// A sync failed: what had been written before it may be lost, and no later sync can tell.
     sync_failed: Mutex<bool>,
     cache: CacheMode,
+    units: Units,
 }
 
 impl ImageFile {
     /// Storage that is called `path`. Of `cache`, only what is done above the storage counts.
     pub fn new(storage: Box<dyn Storage>, path: &Path, cache: CacheMode) -> Self {
         Self {
+            units: storage.units(),
             storage,
             path: path.to_owned(),
             sync_failed: Mutex::new(false),
@@ -109,6 +112,23 @@ impl ImageFile {
             .map_err(|e| Error::io_at(&self.path, "write to", offset, e))
     }
 
+    /// As [`Storage::try_read_at`].
+    pub fn try_read_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> Result<bool> {
+        self.storage
+            .try_read_at(bufs, offset)
+            .map_err(|e| Error::io_at(&self.path, "read", offset, e))
+    }
+
+    /// As [`Storage::try_write_at`]; if a write is to be durable when it completes, it waits.
+    pub fn try_write_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> Result<bool> {
+        if self.is_write_through() {
+            return Ok(false);
+        }
+        self.storage
+            .try_write_at(bufs, offset)
+            .map_err(|e| Error::io_at(&self.path, "write to", offset, e))
+    }
+
     pub fn read_bytes_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         self.storage
             .read_bytes_at(buf, offset)
@@ -144,6 +164,11 @@ impl ImageFile {
         self.storage
             .copy_from(source, from, offset, len)
             .map_err(|e| Error::io_at(&self.path, "write to", offset, e))
+    }
+
+    /// In which units it works best.
+    pub fn units(&self) -> Units {
+        self.units
     }
 
     /// Whether a write is to be durable when it completes.

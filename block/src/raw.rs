@@ -104,8 +104,13 @@ impl Disk for Raw {
     }
 
     fn limits(&self) -> Limits {
+        let units = self.file.units();
         Limits {
             write_cache: !self.file.is_write_through(),
+            physical_block_size: units.physical_block,
+            optimal_io_size: units.optimal_io,
+            discard_granularity: units.discard,
+            can_unmap: units.can_unmap && !self.read_only,
             ..Limits::new(512, self.read_only)
         }
     }
@@ -120,6 +125,17 @@ impl Disk for Raw {
         check_range(offset, total_len(bufs), self.size())?;
         self.file.write_at(bufs, offset)?;
         self.settle()
+    }
+
+    fn try_read_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> Result<bool> {
+        check_range(offset, total_len(bufs), self.size())?;
+        self.file.try_read_at(bufs, offset)
+    }
+
+    fn try_write_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> Result<bool> {
+        self.check_writable()?;
+        check_range(offset, total_len(bufs), self.size())?;
+        self.file.try_write_at(bufs, offset)
     }
 
     fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> Result<()> {
@@ -189,7 +205,8 @@ impl Disk for Raw {
             return Err(Error::Option(NOT_FOR_SHRINKING.to_owned()));
         }
         self.file.check_preallocation(preallocation)?;
-        if size != old && self.file.capacity()?.is_some() {
+        // A device has the length that it has; the disk follows, once that has changed.
+        if size != old && self.file.capacity()?.is_some_and(|length| size != length) {
             return Err(Error::Option("Cannot resize device files".to_owned()));
         }
         // From here on, no request begins behind the end.

@@ -6,12 +6,16 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::Path;
+use std::time::Instant;
 
 use rustix::fs::{FallocateFlags, SeekFrom};
 use rustix::io::Errno;
 use vm_memory::VolatileSlice;
 
+use crate::disk::total_len;
 use crate::lock::{self, Access};
+use crate::nowait::NoWait;
+use crate::units::{PAGE, Units};
 use crate::{Locking, Result, vectored};
 
 /// One host file below a disk: image metadata, guest data, or both.
@@ -104,6 +108,11 @@ pub trait Storage: Debug + Send + Sync {
     fn capacity(&self) -> io::Result<Option<u64>> {
         Ok(None)
     }
+
+    /// In which units it works best.
+    fn units(&self) -> Units {
+        Units::default()
+    }
 }
 
 /// A regular file or a host block device.
@@ -112,6 +121,8 @@ pub struct FileStorage {
     file: File,
     is_block_device: bool,
     is_locked: bool,
+    nowait: NoWait,
+    units: Units,
 }
 
 /// Zeros are written from a buffer of this many bytes where the file system cannot zero a range.
@@ -153,9 +164,16 @@ impl FileStorage {
                 "neither a regular file nor a block device",
             ));
         }
+        let is_block_device = kind.is_block_device();
         Ok(Self {
+            nowait: NoWait::new(&file, is_block_device),
+            units: if is_block_device {
+                Units::of_device(&file)
+            } else {
+                Units::of_file(&file)
+            },
             file,
-            is_block_device: kind.is_block_device(),
+            is_block_device,
             is_locked: false,
         })
     }
@@ -167,7 +185,30 @@ impl FileStorage {
         Ok(())
     }
 
+    /// Whether the pages that a write of `len` bytes at `offset` changes in part are in the page cache,
+    /// or lie behind the end of the file.
+    fn has_edges(&self, offset: u64, len: u64) -> io::Result<bool> {
+        let end = offset.checked_add(len).ok_or(io::ErrorKind::InvalidInput)?;
+        let mut byte = [0];
+        let byte = [VolatileSlice::from(&mut byte[..])];
+        for edge in [offset, end] {
+            let in_page = edge % u64::from(PAGE);
+            if in_page != 0 && !self.read_nowait(&byte, edge - in_page)? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    fn read_nowait(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> io::Result<bool> {
+        self.nowait.try_read(|| {
+            let direction = vectored::Direction::ReadNoWait;
+            vectored::transfer(self.file.as_fd(), bufs, offset, 1, direction)
+        })
+    }
+
     fn fallocate(&self, flags: FallocateFlags, offset: u64, len: u64) -> rustix::io::Result<()> {
+        let _blocking = self.nowait.block();
         rustix::io::retry_on_intr(|| rustix::fs::fallocate(&self.file, flags, offset, len))
     }
 
@@ -220,6 +261,25 @@ impl Storage for FileStorage {
             1,
             vectored::Direction::Write,
         )
+    }
+
+    fn try_read_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> io::Result<bool> {
+        if self.nowait.is_in_memory() {
+            return self.read_at(bufs, offset).map(|()| true);
+        }
+        self.read_nowait(bufs, offset)
+    }
+
+    fn try_write_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> io::Result<bool> {
+        let (len, begun) = (total_len(bufs), Instant::now());
+        if !self.nowait.may_write(begun)
+            || !self.nowait.is_in_memory() && !self.has_edges(offset, len)?
+        {
+            return Ok(false);
+        }
+        self.write_at(bufs, offset)?;
+        self.nowait.has_written(len, begun, begun.elapsed());
+        Ok(true)
     }
 
     fn read_bytes_at(&self, mut buf: &mut [u8], mut offset: u64) -> io::Result<()> {
@@ -313,6 +373,7 @@ impl Storage for FileStorage {
         mut offset: u64,
         mut len: u64,
     ) -> io::Result<bool> {
+        let _blocking = self.nowait.block();
         while len > 0 {
             let at = (Some(&mut from), Some(&mut offset));
             let some = usize::try_from(len).unwrap_or(usize::MAX);
@@ -331,6 +392,7 @@ impl Storage for FileStorage {
     }
 
     fn sync(&self) -> io::Result<()> {
+        let _blocking = self.nowait.block();
         Ok(rustix::io::retry_on_intr(|| {
             rustix::fs::fdatasync(&self.file)
         })?)
@@ -348,7 +410,10 @@ impl Storage for FileStorage {
         match self.capacity()? {
             Some(capacity) if len > capacity => Err(io::ErrorKind::StorageFull.into()),
             Some(_) => Ok(()),
-            None => self.file.set_len(len),
+            None => {
+                let _blocking = self.nowait.block();
+                self.file.set_len(len)
+            }
         }
     }
 
@@ -357,6 +422,10 @@ impl Storage for FileStorage {
             return self.size().map(Some);
         }
         Ok(None)
+    }
+
+    fn units(&self) -> Units {
+        self.units
     }
 }
 
@@ -405,6 +474,61 @@ mod tests {
         )
         .unwrap();
         assert_eq!((&a, &b), (b"bc", &[0; 4]));
+    }
+
+    /// Takes the file out of the page cache, as far as the system does so when it is asked.
+    fn evict(s: &FileStorage) {
+        s.sync().unwrap();
+        rustix::fs::fadvise(&s.file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+    }
+
+    /// What is cold is not read, nor read to be written in part; what is hot is.
+    #[test]
+    fn does_not_wait_for_what_is_cold() {
+        const LEN: u64 = 4 << 20;
+        let s = storage();
+        s.write_bytes_at(&vec![7; LEN as usize], 0).unwrap();
+        let read = |offset| {
+            let mut bytes = [0xee; 8192];
+            let done = s.try_read_at(&[VolatileSlice::from(&mut bytes[..])], offset);
+            done.unwrap().then_some(bytes)
+        };
+        let write = |offset| {
+            // However long this machine took for the last one.
+            s.nowait.resume();
+            let mut bytes = [9; 8192];
+            let done = s.try_write_at(&[VolatileSlice::from(&mut bytes[..])], offset);
+            done.unwrap()
+        };
+        if !write(0) {
+            eprintln!("skipped: nothing is known of the file system");
+            return;
+        }
+        if !s.nowait.is_in_memory() {
+            // Somebody may have a page in hand just when it is to go.
+            let attempts = || (0..100).map(|_| evict(&s));
+            assert!(attempts().any(|()| read(1 << 20).is_none()));
+            assert!(attempts().any(|()| !write((2 << 20) + 512)));
+            evict(&s);
+            assert!(write(3 << 20), "whole pages need not be read");
+        }
+        s.read_bytes_at(&mut [0; 65536], 1 << 20).unwrap();
+        assert_eq!(read((1 << 20) + 100), Some([7; 8192]));
+        assert!(write((1 << 20) + 512));
+        assert_eq!(read((1 << 20) + 512), Some([9; 8192]));
+        assert!(
+            write(LEN + 512),
+            "what lies behind the end need not be read"
+        );
+        let end = LEN + 512 + 8192;
+        assert_eq!(s.size().unwrap(), end);
+        let back = read(end - 100).unwrap();
+        assert_eq!(
+            (&back[..100], &back[100..]),
+            (&[9; 100][..], &[0; 8092][..])
+        );
+        let _blocking = s.nowait.block();
+        assert!(!write(0));
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! `preadv` and `pwritev` on volatile memory: the one place where guest memory meets the kernel.
+//! `preadv`, `pwritev` and `preadv2` on volatile memory: the one place where guest memory meets the kernel.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -21,6 +21,8 @@ const _: () = assert!(!std::mem::needs_drop::<PtrGuardMut>());
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Direction {
     Read,
+    /// As `Read`, but fails with `EAGAIN` where that would wait for the device.
+    ReadNoWait,
     Write,
 }
 
@@ -109,16 +111,19 @@ fn transfer_iov(
                 (Direction::Read, 1) => libc::pread(fd, first.iov_base, first.iov_len, position),
                 (Direction::Write, 1) => libc::pwrite(fd, first.iov_base, first.iov_len, position),
                 (Direction::Read, _) => libc::preadv(fd, iov.as_ptr(), count, position),
+                (Direction::ReadNoWait, _) => {
+                    libc::preadv2(fd, iov.as_ptr(), count, position, libc::RWF_NOWAIT)
+                }
                 (Direction::Write, _) => libc::pwritev(fd, iov.as_ptr(), count, position),
             }
         };
         match n {
-            0 if direction == Direction::Read => return Ok(len - left),
+            0 if direction != Direction::Write => return Ok(len - left),
             0 => return Err(io::ErrorKind::WriteZero.into()),
             n if n > 0 => {
                 left -= n as usize;
                 offset += n as u64;
-                if direction == Direction::Read && !offset.is_multiple_of(unit) {
+                if direction != Direction::Write && !offset.is_multiple_of(unit) {
                     return Ok(len - left);
                 }
                 iov = advance(iov, n as usize);

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use common::gated::{Gate, Gated, during};
 use common::{Memory, assert_clean, new_image, read, write};
 use tandem_block::qcow2::{CreateOptions, DataFileLayout, OpenOptions, Qcow2};
-use tandem_block::{Disk, Storage};
+use tandem_block::{Disk, Storage, VolatileSlice};
 
 const CLUSTER: u64 = 4096;
 /// What an L2 table maps.
@@ -97,5 +97,41 @@ fn a_read_delays_nobody() {
             write(disk, 0, CLUSTER, 6).unwrap();
         });
         assert_eq!(seen, [6; CLUSTER as usize]);
+    });
+}
+
+/// A cluster that loses its mapping while a transfer that does not wait has found it is not used by
+/// others before that has ended.
+#[test]
+fn what_is_tried_keeps_its_cluster() {
+    each_kind(|disk, gate| {
+        let reuse = || {
+            disk.discard(0, CLUSTER).unwrap();
+            for i in 10..20 {
+                disk.flush().unwrap();
+                write(disk, i * CLUSTER, CLUSTER, 9).unwrap();
+            }
+        };
+        write(disk, 0, CLUSTER, 1).unwrap();
+        let reader = || {
+            let mut bytes = [0xee; CLUSTER as usize];
+            let bufs = [VolatileSlice::from(&mut bytes[..])];
+            assert!(disk.try_read_at(&bufs, 0).unwrap());
+            bytes
+        };
+        let seen = during(gate, reader, reuse);
+        // An external data file has released the space already.
+        assert!([0, 1].map(|byte| [byte; CLUSTER as usize]).contains(&seen));
+
+        write(disk, 0, CLUSTER, 1).unwrap();
+        let writer = || {
+            let mut bytes = [2; CLUSTER as usize];
+            let bufs = [VolatileSlice::from(&mut bytes[..])];
+            assert!(disk.try_write_at(&bufs, 0).unwrap());
+        };
+        during(gate, writer, reuse);
+        for i in 10..20 {
+            assert!(read(disk, i * CLUSTER, CLUSTER) == [9; CLUSTER as usize]);
+        }
     });
 }

@@ -109,20 +109,23 @@ fn broken_ring_needs_a_reset() {
     });
 }
 
-/// A disk whose reads wait until they are let through.
+/// A disk whose reads wait until they are let through: on the queue's thread if it is hot, in the
+/// pool if it is cold.
 struct Gate {
     disk: MemoryDisk,
+    is_hot: bool,
     entered: mpsc::SyncSender<()>,
     pass: Mutex<mpsc::Receiver<()>>,
 }
 
 impl Gate {
     /// Also returns where a read says that it waits, and where to let it through.
-    fn new() -> (Self, mpsc::Receiver<()>, mpsc::Sender<()>) {
+    fn new(is_hot: bool) -> (Self, mpsc::Receiver<()>, mpsc::Sender<()>) {
         let (entered, has_entered) = mpsc::sync_channel(0);
         let (pass, wait) = mpsc::channel();
         let gate = Self {
             disk: MemoryDisk::new(16),
+            is_hot,
             entered,
             pass: Mutex::new(wait),
         };
@@ -136,6 +139,12 @@ impl Disk for Gate {
     }
     fn limits(&self) -> Limits {
         self.disk.limits()
+    }
+    fn try_read_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> Result<bool> {
+        if self.is_hot {
+            self.read_at(bufs, offset)?;
+        }
+        Ok(self.is_hot)
     }
     fn read_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> Result<()> {
         self.entered.send(()).unwrap();
@@ -156,52 +165,88 @@ impl Disk for Gate {
     }
 }
 
-/// A reset waits for the request under way and begins no other: afterwards the driver may use the
+/// A reset waits for the requests under way and begins no other: afterwards the driver may use the
 /// memory for something else.
 #[test]
 fn reset_waits_for_the_request_under_way() {
-    within_deadline(|| {
-        let (disk, has_entered, pass) = Gate::new();
-        let mem = guest_memory();
-        let machine = Arc::new(Machine::new(Arc::new(disk), &mem));
-        let mut ring = Ring::new(&mem, RING, SIZE);
-        start(&machine, &ring, 0);
-        header(&mem, READABLE, 0, 7);
-        ring.offer_chain(&[readable(READABLE, 16), writable(WRITABLE, 513)]);
-        ring.offer(0);
-        ring_doorbell(&machine);
-        has_entered.recv().unwrap();
+    for is_hot in [true, false] {
+        within_deadline(move || check_reset_waits(is_hot));
+    }
+}
 
-        let (reset, is_reset) = mpsc::channel();
-        let thread = thread::spawn({
-            let machine = Arc::clone(&machine);
-            move || {
-                write(&machine, 0x70, 0);
-                reset.send(()).unwrap();
-            }
-        });
-        // Registers that take no lock answer meanwhile.
-        assert_eq!(read(&machine, 0x60), 0);
-        thread::sleep(std::time::Duration::from_millis(20));
-        assert!(
-            is_reset.try_recv().is_err(),
-            "the disk still writes to guest memory"
-        );
-        pass.send(()).unwrap();
-        is_reset.recv().unwrap();
-        thread.join().unwrap();
-        assert_eq!(ring.used_idx(), 1, "the second request must not begin");
-        let mut data = [0; 513];
-        mem.read_slice(&mut data, GuestAddress(WRITABLE)).unwrap();
-        assert_eq!((&data[..512], data[512]), (&[7; 512][..], 0));
+fn check_reset_waits(is_hot: bool) {
+    let (disk, has_entered, pass) = Gate::new(is_hot);
+    let mem = guest_memory();
+    let machine = Arc::new(Machine::new(Arc::new(disk), &mem));
+    let mut ring = Ring::new(&mem, RING, SIZE);
+    start(&machine, &ring, 0);
+    header(&mem, READABLE, IN, 7);
+    let request = [readable(READABLE, 16), writable(WRITABLE, 513)];
+    ring.offer_chain(&request);
+    ring_doorbell(&machine);
+    has_entered.recv().unwrap();
+    if is_hot {
+        // The thread is busy, so that this one is not taken before it is told to stop.
+        write_table(&mem, ring.table, 2, &chain(2, &request));
+        ring.offer(2);
+    }
+
+    let (reset, is_reset) = mpsc::channel();
+    let thread = thread::spawn({
+        let machine = Arc::clone(&machine);
+        move || {
+            write(&machine, 0x70, 0);
+            reset.send(()).unwrap();
+        }
     });
+    // Registers that take no lock answer meanwhile.
+    assert_eq!(read(&machine, 0x60), 0);
+    thread::sleep(std::time::Duration::from_millis(20));
+    assert!(
+        is_reset.try_recv().is_err(),
+        "the disk still writes to guest memory"
+    );
+    pass.send(()).unwrap();
+    is_reset.recv().unwrap();
+    thread.join().unwrap();
+    assert_eq!(ring.used_idx(), 1, "the second request must not begin");
+    let mut data = [0; 513];
+    mem.read_slice(&mut data, GuestAddress(WRITABLE)).unwrap();
+    assert_eq!((&data[..512], data[512]), (&[7; 512][..], 0));
 }
 
 /// While it is at work it wants no doorbell; before it sleeps it looks once more.
 #[test]
 fn wants_no_doorbell_while_it_works() {
     within_deadline(|| {
-        let (disk, has_entered, pass) = Gate::new();
+        let (disk, has_entered, pass) = Gate::new(true);
+        let mem = guest_memory();
+        let machine = Machine::new(Arc::new(disk), &mem);
+        let mut ring = Ring::new(&mem, RING, SIZE);
+        start(&machine, &ring, 0);
+        header(&mem, READABLE, IN, 0);
+        let request = [readable(READABLE, 16), writable(WRITABLE, 513)];
+        ring.offer_chain(&request);
+        ring_doorbell(&machine);
+        has_entered.recv().unwrap();
+        assert_eq!(ring.used_flags(), 1);
+        // No doorbell for this one.
+        write_table(&mem, ring.table, 2, &chain(2, &request));
+        ring.offer(2);
+        pass.send(()).unwrap();
+        has_entered.recv().unwrap();
+        assert_eq!(ring.used_flags(), 1);
+        pass.send(()).unwrap();
+        wait_until(|| ring.used_idx() == 2 && ring.used_flags() == 0);
+    });
+}
+
+/// A request that waits elsewhere leaves the queue's thread nothing to do: it wants the doorbell for
+/// the next one.
+#[test]
+fn wants_the_doorbell_while_requests_wait() {
+    within_deadline(|| {
+        let (disk, has_entered, pass) = Gate::new(false);
         let mem = guest_memory();
         let machine = Machine::new(Arc::new(disk), &mem);
         let mut ring = Ring::new(&mem, RING, SIZE);
@@ -210,14 +255,10 @@ fn wants_no_doorbell_while_it_works() {
         ring.offer_chain(&[readable(READABLE, 16), writable(WRITABLE, 513)]);
         ring_doorbell(&machine);
         has_entered.recv().unwrap();
-        assert_eq!(ring.used_flags(), 1);
-        // No doorbell for this one.
-        ring.offer(0);
+        wait_until(|| ring.used_flags() == 0);
+        assert_eq!(ring.used_idx(), 0);
         pass.send(()).unwrap();
-        has_entered.recv().unwrap();
-        assert_eq!(ring.used_flags(), 1);
-        pass.send(()).unwrap();
-        wait_until(|| ring.used_idx() == 2 && ring.used_flags() == 0);
+        wait_until(|| ring.used_idx() == 1);
     });
 }
 
@@ -229,8 +270,12 @@ fn reset_comes_through_a_ring_that_never_runs_empty() {
         let machine = Machine::new(Arc::new(MemoryDisk::new(16)), &mem);
         let mut ring = Ring::new(&mem, RING, SIZE);
         start(&machine, &ring, 0);
-        header(&mem, READABLE, FLUSH, 0);
-        ring.offer_chain(&[readable(READABLE, 16), writable(WRITABLE, 1)]);
+        header(&mem, READABLE, IN, 0);
+        for head in (0..SIZE).step_by(2) {
+            let request = [readable(READABLE, 16), writable(WRITABLE, 1)];
+            write_table(&mem, ring.table, head, &chain(head, &request));
+        }
+        ring.offer(0);
         let is_over = Arc::new(AtomicBool::new(false));
         let feeder = thread::spawn({
             let is_over = Arc::clone(&is_over);
@@ -238,8 +283,8 @@ fn reset_comes_through_a_ring_that_never_runs_empty() {
                 let mut offered = 1u16;
                 while !is_over.load(Ordering::SeqCst) {
                     thread::yield_now();
-                    if offered.wrapping_sub(ring.used_idx()) < SIZE {
-                        ring.offer(0);
+                    if offered.wrapping_sub(ring.used_idx()) < SIZE / 2 {
+                        ring.offer(2 * (offered % (SIZE / 2)));
                         offered = offered.wrapping_add(1);
                     }
                 }
@@ -273,10 +318,13 @@ struct Attack {
     table: Vec<Desc>,
     indirect_table: Vec<Desc>,
     headers: Vec<(u32, u64)>,
-    heads: Vec<u16>,
-    /// What the available index says beyond `heads`.
+    /// Chains that are made available at once, the next ones when these have been answered.
+    rounds: Vec<Vec<u16>>,
+    /// What the available index says at last beyond `rounds`.
     excess: u16,
     event_idx: bool,
+    /// Reads and writes have to wait.
+    is_cold: bool,
 }
 
 fn any_desc() -> impl Strategy<Value = Desc> {
@@ -339,17 +387,30 @@ fn good_chain(n: u64, first: u16, (kind, _, sectors): (u32, u64, u32)) -> Vec<De
 /// replaced by anything.
 fn any_attack() -> impl Strategy<Value = Attack> {
     let change = || prop::collection::vec((0..usize::from(SIZE), any_desc()), 0..3);
-    let head = prop_oneof![20 => (0..6u16).prop_map(|n| 3 * n), 1 => any::<u16>()];
+    // Each chain once, but for a wrong or repeated one now and then.
+    let heads = || {
+        let good = Just([0, 3, 6, 9, 12, 15]).prop_shuffle();
+        let bad = prop_oneof![(0..SIZE + 1), any::<u16>()];
+        let bad = prop::option::weighted(0.1, (0..6usize, bad));
+        (good, 0..7usize, bad).prop_map(|(good, count, bad)| {
+            let mut heads = good[..count].to_vec();
+            if let Some((place, head)) = bad {
+                heads.insert(place.min(count), head);
+            }
+            heads
+        })
+    };
     (
         prop::array::uniform6(any_request()),
         change(),
         change(),
-        prop::collection::vec(head, 0..usize::from(SIZE)),
-        prop_oneof![9 => Just(0u16), 1 => any::<u16>()],
+        prop::collection::vec(heads(), 1..5),
+        prop_oneof![9 => Just(0u16), 1 => 0..3u16, 1 => any::<u16>()],
+        any::<bool>(),
         any::<bool>(),
     )
         .prop_map(
-            |(requests, changes, indirect_changes, heads, excess, event_idx)| {
+            |(requests, changes, indirect_changes, rounds, excess, event_idx, is_cold)| {
                 let mut table: Vec<_> = (0..5)
                     .flat_map(|n| good_chain(n, 3 * n as u16, requests[n as usize]))
                     .chain([indirect(TABLE, 48)])
@@ -367,9 +428,10 @@ fn any_attack() -> impl Strategy<Value = Attack> {
                     table,
                     indirect_table,
                     headers: requests.map(|(kind, sector, _)| (kind, sector)).to_vec(),
-                    heads,
+                    rounds,
                     excess,
                     event_idx,
+                    is_cold,
                 }
             },
         )
@@ -412,19 +474,38 @@ impl Attack {
         descs.is_sorted_by_key(|d| d.flags & WRITE) && total <= u64::from(u32::MAX)
     }
 
-    /// How many requests are answered, and whether the device then needs a reset.
-    fn expectation(&self) -> (u16, bool) {
-        let offered = (self.heads.len() as u16).wrapping_add(self.excess);
-        if offered > SIZE {
-            return (0, true);
+    /// How many requests are answered in each round, and whether the device then needs a reset. The
+    /// chains of a round are taken together, so that one that is named twice is always in use.
+    fn expectation(&self) -> Vec<(u16, bool)> {
+        let mut expectation = Vec::new();
+        let (mut entries, mut answered) = (vec![0; SIZE.into()], 0u16);
+        for (n, round) in self.rounds.iter().enumerate() {
+            let excess = if n + 1 == self.rounds.len() {
+                self.excess
+            } else {
+                0
+            };
+            let place = |i: u16| usize::from(answered.wrapping_add(i) % SIZE);
+            for (i, &head) in (0..).zip(round) {
+                entries[place(i)] = head;
+            }
+            let offered = (round.len() as u16).wrapping_add(excess);
+            if offered > SIZE {
+                expectation.push((answered, true));
+                break;
+            }
+            // Entries that the driver has not written hold what was there before.
+            let heads: Vec<u16> = (0..offered).map(|i| entries[place(i)]).collect();
+            let is_bad =
+                |i: usize| heads[..i].contains(&heads[i]) || !self.is_well_formed(heads[i]);
+            let bad = (0..heads.len()).find(|&i| is_bad(i));
+            answered += bad.unwrap_or(heads.len()) as u16;
+            expectation.push((answered, bad.is_some()));
+            if bad.is_some() {
+                break;
+            }
         }
-        let mut heads = self.heads.clone();
-        // Ring entries that the driver has not written are zero.
-        heads.resize(offered.into(), 0);
-        match heads.iter().position(|&head| !self.is_well_formed(head)) {
-            Some(answered) => (answered as u16, true),
-            None => (offered, false),
-        }
+        expectation
     }
 
     fn run(&self) -> std::result::Result<(), TestCaseError> {
@@ -435,23 +516,32 @@ impl Attack {
         let mut ring = Ring::new(&mem, RING, SIZE);
         write_table(&mem, ring.table, 0, &self.table);
         write_table(&mem, TABLE, 0, &self.indirect_table);
-        for &head in &self.heads {
-            ring.offer(head);
-        }
-        ring.set_avail_idx((self.heads.len() as u16).wrapping_add(self.excess));
-        let before = untouchable(&mem, &ring);
-
-        let machine = Machine::new(Arc::new(MemoryDisk::new(16)), &mem);
+        let disk = MemoryDisk::new(16);
+        disk.is_cold.store(self.is_cold, Ordering::SeqCst);
+        let machine = Machine::new(Arc::new(disk), &mem);
         let features = if self.event_idx { FEATURE_EVENT_IDX } else { 0 };
         start(&machine, &ring, features);
-        let (answered, needs_reset) = self.expectation();
-        let is_broken = || read(&machine, 0x70) & NEEDS_RESET != 0;
-        wait_until(|| is_broken() || (!needs_reset && ring.used_idx() == answered));
-        let is_broken = is_broken();
-        machine.device.shutdown();
 
-        prop_assert_eq!((ring.used_idx(), is_broken), (answered, needs_reset));
-        prop_assert!(before == untouchable(&mem, &ring), "stray writes");
+        let expectation = self.expectation();
+        for (n, (round, &(answered, needs_reset))) in
+            self.rounds.iter().zip(&expectation).enumerate()
+        {
+            let excess = if n + 1 == self.rounds.len() {
+                self.excess
+            } else {
+                0
+            };
+            ring.offer_beyond(round, excess);
+            let before = untouchable(&mem, &ring);
+            ring_doorbell(&machine);
+            let is_broken = || read(&machine, 0x70) & NEEDS_RESET != 0;
+            wait_until(|| is_broken() || (!needs_reset && ring.used_idx() == answered));
+            prop_assert_eq!((ring.used_idx(), is_broken()), (answered, needs_reset));
+            prop_assert!(before == untouchable(&mem, &ring), "stray writes");
+        }
+        machine.device.shutdown();
+        let answered = expectation.last().map(|&(answered, _)| answered);
+        prop_assert_eq!(Some(ring.used_idx()), answered);
         Ok(())
     }
 }

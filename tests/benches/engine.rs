@@ -5,12 +5,17 @@
 //! nanoseconds a request takes above that, and what part of its time the bare call would take. All
 //! three do the same in the same run, in turns of up to 20,000 requests; figures are medians of the
 //! turns. The last column is Tandem's engine on storage that does nothing with data: what it takes
-//! itself, without the noise of the system calls. imago drops the promise of raw data files (`data_file_raw`) when it opens them.
+//! itself, without the noise of the system calls. imago drops the promise of raw data files
+//! (`data_file_raw`) when it opens them.
+//!
+//! Work that is tried does not wait, where an engine can tell. The bare call of such a read is
+//! `preadv2` with `RWF_NOWAIT`, and `pread` on file systems in memory, which do not have that.
 //!
 //! The files lie in `TANDEM_BENCH_DIR` (default `/dev/shm`), in the page cache.
 
 use std::fs::File;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -35,6 +40,9 @@ enum Kind {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Work {
     Read,
+    /// Without waiting.
+    TryRead,
+    TryOverwrite,
     Overwrite,
     Allocate,
 }
@@ -58,6 +66,8 @@ fn main() {
     for (work, random, len) in [
         (Work::Read, true, 4096),
         (Work::Read, false, 4096),
+        (Work::TryRead, true, 4096),
+        (Work::TryOverwrite, true, 4096),
         (Work::Overwrite, true, 4096),
         (Work::Overwrite, false, 4096),
         (Work::Read, true, 1 << 20),
@@ -84,6 +94,14 @@ trait Target {
     fn read(&self, buffer: &mut [u8], at: u64);
     fn write(&self, buffer: &mut [u8], at: u64);
     fn flush(&self);
+    /// [`read`](Self::read), without waiting, if the target knows that.
+    fn try_read(&self, buffer: &mut [u8], at: u64) {
+        self.read(buffer, at);
+    }
+    /// [`write`](Self::write), without waiting, if the target knows that.
+    fn try_write(&self, buffer: &mut [u8], at: u64) {
+        self.write(buffer, at);
+    }
 }
 
 impl Target for File {
@@ -96,6 +114,21 @@ impl Target for File {
     fn flush(&self) {
         self.sync_data().unwrap();
     }
+    fn try_read(&self, buffer: &mut [u8], at: u64) {
+        let iov = libc::iovec {
+            iov_base: buffer.as_mut_ptr().cast(),
+            iov_len: buffer.len(),
+        };
+        // SAFETY: the one buffer that `iov` describes is valid for the kernel to write to.
+        let n = unsafe { libc::preadv2(self.as_raw_fd(), &iov, 1, at as i64, libc::RWF_NOWAIT) };
+        if n != buffer.len() as isize {
+            assert_eq!(
+                io::Error::last_os_error().raw_os_error(),
+                Some(libc::EOPNOTSUPP)
+            );
+            self.read(buffer, at);
+        }
+    }
 }
 
 impl Target for Qcow2 {
@@ -107,6 +140,22 @@ impl Target for Qcow2 {
     }
     fn flush(&self) {
         Disk::flush(self).unwrap();
+    }
+    fn try_read(&self, buffer: &mut [u8], at: u64) {
+        if !self
+            .try_read_at(&[VolatileSlice::from(&mut *buffer)], at)
+            .unwrap()
+        {
+            self.read(buffer, at);
+        }
+    }
+    fn try_write(&self, buffer: &mut [u8], at: u64) {
+        if !self
+            .try_write_at(&[VolatileSlice::from(&mut *buffer)], at)
+            .unwrap()
+        {
+            self.write(buffer, at);
+        }
     }
 }
 
@@ -147,6 +196,12 @@ impl Storage for NoData {
     }
     fn write_at(&self, _: &[VolatileSlice<'_>], _: u64) -> io::Result<()> {
         Ok(())
+    }
+    fn try_read_at(&self, _: &[VolatileSlice<'_>], _: u64) -> io::Result<bool> {
+        Ok(true)
+    }
+    fn try_write_at(&self, _: &[VolatileSlice<'_>], _: u64) -> io::Result<bool> {
+        Ok(true)
     }
     fn read_bytes_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
         self.0.read_bytes_at(buf, offset)
@@ -220,6 +275,8 @@ fn measure(name: &str, dir: &Path, kind: Kind, work: Work, random: bool, len: us
                 let buffer = &mut buffer[..len];
                 match work {
                     Work::Read => target.read(buffer, at),
+                    Work::TryRead => target.try_read(buffer, at),
+                    Work::TryOverwrite => target.try_write(buffer, at),
                     _ => target.write(buffer, at),
                 }
             }));

@@ -26,8 +26,23 @@ impl Disk for Qcow2 {
     }
 
     fn limits(&self) -> Limits {
+        let g = self.geometry;
+        let units = self.data().units();
+        // The place of a cluster in a data file of the standard layout is of use to nobody else, unless
+        // the file system takes it back.
+        let (discard_granularity, can_unmap) = match &self.placement {
+            Placement::Raw(..) => (units.discard, units.can_unmap),
+            Placement::External(_) => {
+                (g.cluster_size() as u32, units.can_unmap && self.can_unmap())
+            }
+            _ => (g.cluster_size() as u32, self.can_unmap()),
+        };
         Limits {
             write_cache: !self.image.is_write_through(),
+            physical_block_size: units.physical_block,
+            optimal_io_size: g.cluster_size() as u32,
+            discard_granularity,
+            can_unmap: can_unmap && !self.read_only,
             ..Limits::new(512, self.read_only)
         }
     }
@@ -69,6 +84,19 @@ impl Disk for Qcow2 {
             };
         }
         self.with_space(|| self.write_mapped(bufs, offset, len))
+    }
+
+    fn try_read_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> Result<bool> {
+        let len = total_len(bufs);
+        check_range(offset, len, self.size())?;
+        self.try_read(bufs, offset, len)
+    }
+
+    fn try_write_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> Result<bool> {
+        self.check_writable()?;
+        let len = total_len(bufs);
+        check_range(offset, len, self.size())?;
+        self.try_write(bufs, offset, len)
     }
 
     fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> Result<()> {

@@ -120,6 +120,19 @@ impl Place {
     }
 }
 
+/// `first`, at `offset`, and what `look` finds behind it, as far as that is data that lies behind it
+/// in the file, too.
+fn follow(first: Run, offset: u64, len: u64, look: impl Fn(u64, u64) -> Option<Run>) -> Run {
+    let mut run = first;
+    while run.len < len && matches!(run.kind, Kind::Data(_)) {
+        match look(offset + run.len, len - run.len) {
+            Some(next) if next.kind == run.kind.advanced(run.len) => run.len += next.len,
+            _ => break,
+        }
+    }
+    run
+}
+
 impl Qcow2 {
     /// The file that holds guest data.
     pub(super) fn data(&self) -> &ImageFile {
@@ -142,15 +155,17 @@ impl Qcow2 {
     /// Only data is followed beyond an L2 slice, for the sake of long transfers; whoever changes
     /// mappings goes on slice by slice, and must not look at what follows again each time.
     pub(super) fn run(&self, offset: u64, len: u64) -> Result<Run> {
-        let mut run = self.run_in_slice(offset, len)?;
-        while run.len < len && matches!(run.kind, Kind::Data(_)) {
-            // What is wrong further on is for the request that reaches it.
-            match self.look(offset + run.len, len - run.len) {
-                Ok(Ok(next)) if next.kind == run.kind.advanced(run.len) => run.len += next.len,
-                _ => break,
-            }
-        }
-        Ok(run)
+        let first = self.run_in_slice(offset, len)?;
+        // What is wrong further on is for the request that reaches it.
+        let next = |offset, len| self.look(offset, len).ok()?.ok();
+        Ok(follow(first, offset, len, next))
+    }
+
+    /// As [`run`](Self::run), if what it needs to look at is in the cache, and not bad.
+    pub(super) fn run_in_cache(&self, offset: u64, len: u64) -> Option<Run> {
+        let look = |offset, len| self.look_in_cache(offset, len)?.ok();
+        let first = look(offset, len)?;
+        Some(follow(first, offset, len, look))
     }
 
     /// As [`run`](Self::run), but not past the end of the L2 slice.
@@ -161,28 +176,27 @@ impl Qcow2 {
     /// As [`run_in_slice`](Self::run_in_slice), for somebody who is not about to use what is there: a
     /// bad entry does the image no harm yet.
     pub(super) fn look(&self, offset: u64, len: u64) -> Result<std::result::Result<Run, BadEntry>> {
-        let g = self.geometry;
-        let cluster = g.cluster(offset);
-        let slice = g.slice(cluster);
-        let len = len.min(g.slice_end(offset) - offset);
-        if self.l1.get(g.l1_index(cluster)).offset() == 0 {
-            return Ok(Ok(Run {
-                kind: Kind::Unallocated(None),
-                len,
-            }));
-        }
-        let scan = |words: &[AtomicU64]| {
-            if g.extended_l2 {
-                self.scan_subclusters(words, offset, len)
-            } else {
-                self.scan(words, offset, len)
-            }
-        };
-        if let Some(found) = self.l2.read(slice, scan) {
+        if let Some(found) = self.look_in_cache(offset, len) {
             return Ok(found);
         }
+        let slice = self.geometry.slice(self.geometry.cluster(offset));
         let fill = |words: &[AtomicU64]| self.fill_slice(slice, words);
+        let scan = |words: &[AtomicU64]| self.scan(words, offset, len);
         self.retry_when_full(|| self.l2.load(slice, fill, scan))
+    }
+
+    /// As [`look`](Self::look), if the slice is in the cache, or there is no table.
+    fn look_in_cache(&self, offset: u64, len: u64) -> Option<std::result::Result<Run, BadEntry>> {
+        let g = self.geometry;
+        let cluster = g.cluster(offset);
+        if self.l1.get(g.l1_index(cluster)).offset() == 0 {
+            return Some(Ok(Run {
+                kind: Kind::Unallocated(None),
+                len: len.min(g.slice_end(offset) - offset),
+            }));
+        }
+        let scan = |words: &[AtomicU64]| self.scan(words, offset, len);
+        self.l2.read(g.slice(cluster), scan)
     }
 
     /// How the bytes from `offset` on are stored.
@@ -216,8 +230,24 @@ impl Qcow2 {
         })
     }
 
-    /// The run that starts at `offset` in the `entries` of its slice.
+    /// The run that starts at `offset` in the `words` of its slice, and does not leave it.
     fn scan(
+        &self,
+        words: &[AtomicU64],
+        offset: u64,
+        len: u64,
+    ) -> std::result::Result<Run, BadEntry> {
+        let g = self.geometry;
+        let len = len.min(g.slice_end(offset) - offset);
+        if g.extended_l2 {
+            self.scan_subclusters(words, offset, len)
+        } else {
+            self.scan_clusters(words, offset, len)
+        }
+    }
+
+    /// As [`scan`](Self::scan), of entries that are not extended.
+    fn scan_clusters(
         &self,
         entries: &[AtomicU64],
         offset: u64,

@@ -9,6 +9,7 @@
 //! | `open` | from files to a [`Qcow2`] |
 //! | `mapping`, `remap` | guest offset → place, and changing it |
 //! | `io` | reads and writes on top of that |
+//! | `nowait` | those that wait for nothing |
 //! | `compressed`, `compress` | compressed clusters: reading them, and writing them |
 //! | `zeroes` | writing zeroes, and discarding |
 //! | `resize`, `preallocate` | growing and shrinking the disk |
@@ -71,6 +72,7 @@ mod io;
 mod l1;
 mod mapping;
 mod measure;
+mod nowait;
 mod open;
 mod overlap;
 mod packed;

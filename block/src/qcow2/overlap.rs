@@ -124,6 +124,14 @@ impl Qcow2 {
         self.check_clusters(offset, len, |_| Ok(false))
     }
 
+    /// Whether [`check_overlap`](Self::check_overlap) would have to ask the exact list.
+    pub(super) fn may_overlap(&self, offset: u64, len: u64) -> bool {
+        let g = self.geometry;
+        let mut clusters = g.cluster(offset)..g.clusters(offset + len);
+        let filter = self.metadata.as_ref();
+        filter.is_some_and(|filter| clusters.any(|cluster| filter.may_contain(cluster)))
+    }
+
     /// As [`check_overlap`](Self::check_overlap), of a place that is about to lose its mapping, and
     /// is not written. Metadata may lie there if that has references of its own, as after a repair.
     pub(super) fn check_leaving(&self, offset: u64, len: u64) -> Result<()> {

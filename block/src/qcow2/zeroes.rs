@@ -119,7 +119,7 @@ impl Qcow2 {
 
     /// Whether a cluster can lose its place and read as zero: version 2 has no flag for that, and the
     /// backing file would show.
-    fn can_unmap(&self) -> bool {
+    pub(super) fn can_unmap(&self) -> bool {
         self.version >= 3 || self.backing.is_none()
     }
 

@@ -12,12 +12,12 @@ use tandem_block::qcow2::{CreateOptions, OpenOptions, Qcow2, check_storage, crea
 use tandem_block::{Disk, Result, Storage};
 use vm_memory::VolatileSlice;
 
-/// A file in memory, or a device of a fixed size, that counts what is done to it. Clones are the
+/// A file in memory, or a device that nobody but [`extend`](Self::extend) makes longer, that counts what is done to it. Clones are the
 /// same file.
 #[derive(Clone, Debug, Default)]
 pub struct Memory {
     bytes: Arc<Mutex<Vec<u8>>>,
-    capacity: Option<u64>,
+    is_device: bool,
     calls: Arc<Calls>,
 }
 
@@ -47,7 +47,7 @@ impl Memory {
     /// A device whose bytes are all `0xdd`.
     pub fn device(size: u64) -> Self {
         Self {
-            capacity: Some(size),
+            is_device: true,
             ..Self::new(vec![0xdd; size as usize])
         }
     }
@@ -137,7 +137,7 @@ impl Memory {
     fn put(&self, buf: &[u8], offset: u64) -> io::Result<()> {
         let mut bytes = self.bytes.lock().unwrap();
         let end = offset as usize + buf.len();
-        if self.capacity.is_some_and(|capacity| end as u64 > capacity) {
+        if self.is_device && end > bytes.len() {
             return Err(io::ErrorKind::StorageFull.into());
         }
         if end > bytes.len() {
@@ -213,17 +213,14 @@ impl Storage for Memory {
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {
-        match self.capacity {
-            Some(_) => Ok(()),
-            None => {
-                self.bytes.lock().unwrap().resize(len as usize, 0);
-                Ok(())
-            }
+        if !self.is_device {
+            self.bytes.lock().unwrap().resize(len as usize, 0);
         }
+        Ok(())
     }
 
     fn capacity(&self) -> io::Result<Option<u64>> {
-        Ok(self.capacity)
+        Ok(self.is_device.then(|| self.len()))
     }
 }
 

@@ -12,7 +12,9 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::interrupt::InterruptLine;
 use super::queue_setup::QueueSetup;
-use super::{Activation, FEATURE_EVENT_IDX, FEATURE_VERSION_1, Interrupt, VirtioDevice};
+use super::{
+    Activation, FEATURE_EVENT_IDX, FEATURE_RING_RESET, FEATURE_VERSION_1, Interrupt, VirtioDevice,
+};
 use crate::GuestMemory;
 use crate::bus::BusDevice;
 
@@ -47,6 +49,7 @@ mod reg {
     pub const QUEUE_DEVICE_HIGH: u64 = 0xa4;
     pub const SHM_LEN_LOW: u64 = 0xb0;
     pub const SHM_BASE_HIGH: u64 = 0xbc;
+    pub const QUEUE_RESET: u64 = 0xc0;
     pub const CONFIG_GENERATION: u64 = 0xfc;
     pub const CONFIG: u64 = 0x100;
 }
@@ -150,6 +153,7 @@ impl VirtioMmio {
             QUEUE_NOTIFY => self.ring(value),
             reg::INTERRUPT_ACK => self.interrupt.acknowledge(value),
             reg::STATUS => self.write_status(value),
+            reg::QUEUE_READY if value & 1 == 1 => self.enable_queue(),
             _ => self.lock().write_register(offset, value),
         }
     }
@@ -197,6 +201,24 @@ impl VirtioMmio {
         Ok(())
     }
 
+    /// The driver has set up the selected queue: before it starts the device, or anew after it has
+    /// reset the queue. Then it is served at once.
+    fn enable_queue(&self) {
+        let mut state = self.lock();
+        if !state.queue_ready() || !state.is_active() {
+            return;
+        }
+        let index = state.queue_sel;
+        let Some(doorbell) = self.doorbells.get(index as usize) else {
+            return;
+        };
+        if state.start_queue(index as u16, doorbell).is_err() {
+            self.interrupt.needs_reset();
+        }
+        // The driver may have made buffers available before.
+        self.ring(index);
+    }
+
     fn reset(&self, state: &mut State) {
         state.device.reset();
         // After that no worker is left that could set a bit again.
@@ -228,6 +250,8 @@ impl State {
             reg::QUEUE_SIZE_MAX => self.queue().map_or(0, |q| q.max_size.into()),
             reg::QUEUE_READY => self.queue().map_or(0, |q| q.ready.into()),
             reg::STATUS => self.status,
+            // A reset of a queue is over when the write that asks for it returns, and accesses from
+            // elsewhere wait for that: nobody sees a 1 in `QueueReset`.
             _ => 0,
         }
     }
@@ -239,8 +263,8 @@ impl State {
             reg::DRIVER_FEATURES_SEL => self.driver_features_sel = value,
             reg::DRIVER_FEATURES => self.write_driver_features(value),
             reg::QUEUE_SEL => self.queue_sel = value,
-            reg::QUEUE_READY if value & 1 == 1 => self.queue_ready(),
             reg::QUEUE_READY => self.stop_queue(),
+            reg::QUEUE_RESET if value & 1 == 1 => self.reset_queue(),
             _ => self.write_queue_register(offset, value),
         }
     }
@@ -263,8 +287,13 @@ impl State {
 
     /// The selected queue, while the driver may still set it up.
     fn queue_in_setup(&mut self) -> Option<&mut QueueSetup> {
-        let is_setup = self.status & (FEATURES_OK | DRIVER_OK) == FEATURES_OK;
+        let (is_active, has_features) = (self.is_active(), self.status & FEATURES_OK != 0);
         let queue = self.queues.get_mut(self.queue_sel as usize)?;
+        let is_setup = if is_active {
+            queue.is_reset
+        } else {
+            has_features
+        };
         (is_setup && !queue.ready).then_some(queue)
     }
 
@@ -284,13 +313,16 @@ impl State {
         }
     }
 
-    /// A queue that cannot be used stays not ready, as the driver can read back.
-    fn queue_ready(&mut self) {
+    /// A queue that cannot be used stays not ready, as the driver can read back. Returns whether the
+    /// selected queue has become ready.
+    fn queue_ready(&mut self) -> bool {
         let mem = self.mem.clone();
-        if let Some(queue) = self.queue_in_setup() {
-            queue.ready = true;
-            queue.ready = queue.build(&mem, false).is_ok();
-        }
+        let Some(queue) = self.queue_in_setup() else {
+            return false;
+        };
+        queue.ready = true;
+        queue.ready = queue.build(&mem, false).is_ok();
+        queue.ready
     }
 
     /// Has the device serve a queue that the driver has set up.
@@ -316,6 +348,19 @@ impl State {
             self.device.stop_queue(self.queue_sel as u16);
         }
         queue.ready = false;
+    }
+
+    /// Forgets all about the selected queue, when its requests have been completed: the driver may set
+    /// it up anew (virtio 1.3, section 2.6.1).
+    fn reset_queue(&mut self) {
+        if self.driver_features & FEATURE_RING_RESET == 0 || !self.is_active() {
+            return;
+        }
+        self.stop_queue();
+        if let Some(queue) = self.queues.get_mut(self.queue_sel as usize) {
+            *queue = QueueSetup::new(queue.max_size);
+            queue.is_reset = true;
+        }
     }
 
     /// Adds the bits of `value` that are legal now. Drivers may set several at once. A driver never

@@ -15,7 +15,7 @@ pub mod vhost_user;
 use std::io;
 use std::sync::Arc;
 
-use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::bindings::virtio_config::{VIRTIO_F_RING_RESET, VIRTIO_F_VERSION_1};
 use virtio_bindings::bindings::virtio_ring::{
     VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
 };
@@ -30,6 +30,9 @@ pub const FEATURE_VERSION_1: u64 = 1 << VIRTIO_F_VERSION_1;
 pub const FEATURE_INDIRECT_DESC: u64 = 1 << VIRTIO_RING_F_INDIRECT_DESC;
 /// Notifications are suppressed by ring index instead of by flag (`VIRTIO_F_EVENT_IDX`).
 pub const FEATURE_EVENT_IDX: u64 = 1 << VIRTIO_RING_F_EVENT_IDX;
+/// The driver can reset a single queue, and set it up anew (`VIRTIO_F_RING_RESET`). A device that
+/// offers it has its queues started and stopped at any time.
+pub const FEATURE_RING_RESET: u64 = 1 << VIRTIO_F_RING_RESET;
 
 /// A virtio device as a transport sees it (virtio 1.3, section 2).
 ///

@@ -249,6 +249,21 @@ mod tests {
     }
 
     #[test]
+    fn head_that_has_not_been_answered() {
+        let mem = guest_memory();
+        let mut ring = Ring::new(&mem, 0, SIZE);
+        let mut queue = ActiveQueue::new(&mem, ring.queue(false));
+        let mut buffers = Buffers::new();
+        ring.offer_chain(&[readable(DATA, 1)]);
+        assert_eq!(queue.take(&mut buffers), Ok(Some(0)));
+        queue.complete(0, 0).unwrap();
+        ring.offer(0);
+        assert_eq!(queue.take(&mut buffers), Ok(Some(0)), "once more");
+        ring.offer(0);
+        assert_eq!(queue.take(&mut buffers), Err(RingError::HeadInUse(0)));
+    }
+
+    #[test]
     fn available_index_too_far_ahead() {
         for index in [SIZE + 1, u16::MAX] {
             let result = take(|_, ring| ring.set_avail_idx(index));

@@ -28,6 +28,8 @@ pub(super) struct QueueSetup {
     pub used_ring: u64,
     /// The driver has finished and the values have been found good.
     pub ready: bool,
+    /// The driver has reset the queue while it was using the device, and may set it up anew.
+    pub is_reset: bool,
 }
 
 impl QueueSetup {
@@ -39,6 +41,7 @@ impl QueueSetup {
             avail_ring: 0,
             used_ring: 0,
             ready: false,
+            is_reset: false,
         }
     }
 

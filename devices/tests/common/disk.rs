@@ -17,6 +17,8 @@ pub struct MemoryDisk {
     limits: Limits,
     /// While set, every call fails as if the host's disk were full.
     pub is_failing: AtomicBool,
+    /// While set, no read or write is done without waiting.
+    pub is_cold: AtomicBool,
     /// Calls of `flush` so far.
     pub flushes: AtomicU64,
     /// Calls of `write_at` so far.
@@ -52,10 +54,18 @@ impl MemoryDisk {
             data: Mutex::new((0..sectors).flat_map(|n| [n; 512]).collect()),
             limits,
             is_failing: AtomicBool::new(false),
+            is_cold: AtomicBool::new(false),
             flushes: AtomicU64::new(0),
             writes: AtomicU64::new(0),
             discards: Mutex::default(),
         }
+    }
+
+    /// As [`new`](Self::new), with reads and writes that have to wait.
+    pub fn cold(sectors: u8) -> Self {
+        let disk = Self::new(sectors);
+        disk.is_cold.store(true, Ordering::SeqCst);
+        disk
     }
 
     pub fn content(&self) -> Vec<u8> {
@@ -118,6 +128,20 @@ impl Disk for MemoryDisk {
         Ok(())
     }
 
+    fn try_read_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> Result<bool> {
+        if self.is_cold.load(Ordering::SeqCst) {
+            return Ok(false);
+        }
+        self.read_at(bufs, offset).map(|()| true)
+    }
+
+    fn try_write_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> Result<bool> {
+        if self.is_cold.load(Ordering::SeqCst) {
+            return Ok(false);
+        }
+        self.write_at(bufs, offset).map(|()| true)
+    }
+
     fn write_zeroes(&self, offset: u64, len: u64, _unmap: bool) -> Result<()> {
         let range = self.range(len as usize, offset)?;
         self.data.lock().unwrap()[range].fill(0);
@@ -127,6 +151,12 @@ impl Disk for MemoryDisk {
     fn discard(&self, offset: u64, len: u64) -> Result<()> {
         self.range(len as usize, offset)?;
         self.discards.lock().unwrap().push((offset, len));
+        Ok(())
+    }
+
+    fn resize(&self, size: u64) -> Result<()> {
+        self.range(0, 0)?;
+        self.data.lock().unwrap().resize(size as usize, 0);
         Ok(())
     }
 

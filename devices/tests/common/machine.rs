@@ -24,9 +24,19 @@ pub struct Machine {
 
 impl Machine {
     pub fn new(disk: Arc<dyn Disk>, mem: &GuestMemory) -> Self {
+        Self::with_options(disk, mem, |_| {})
+    }
+
+    /// A machine whose disk is offered with other options.
+    pub fn with_options(
+        disk: Arc<dyn Disk>,
+        mem: &GuestMemory,
+        change: impl FnOnce(&mut Options),
+    ) -> Self {
         let serial = std::str::from_utf8(SERIAL).unwrap().parse().unwrap();
         let mut options = Options::default();
         options.serial = Some(serial);
+        change(&mut options);
         let block = Block::new(disk, options);
         let handle = block.handle();
         let irq = EventFd::new(EFD_NONBLOCK).unwrap();
@@ -37,6 +47,11 @@ impl Machine {
             stats: handle.stats(),
             handle,
         }
+    }
+
+    /// How many edges of the interrupt line there were since the last call.
+    pub fn take_interrupts(&self) -> u64 {
+        self.irq.read().unwrap_or(0)
     }
 
     /// Waits for an edge of the interrupt line.

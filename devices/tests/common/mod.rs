@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "no test uses all of it")]
 
 pub mod disk;
+pub mod gate;
 pub mod ring;
 
 use vm_memory::{GuestAddress, GuestMemoryMmap};

@@ -115,9 +115,22 @@ impl Ring {
 
     /// Makes the chain that begins at `head` available.
     pub fn offer(&mut self, head: u16) {
-        let slot = u64::from(self.next_avail % self.size);
-        self.store(self.avail + 4 + 2 * slot, head);
-        self.set_avail_idx(self.next_avail.wrapping_add(1));
+        self.offer_all(&[head]);
+    }
+
+    /// Makes the chains that begin at `heads` available, all at once.
+    pub fn offer_all(&mut self, heads: &[u16]) {
+        self.offer_beyond(heads, 0);
+    }
+
+    /// As [`offer_all`](Self::offer_all), with an available index that is too far ahead by `excess`.
+    pub fn offer_beyond(&mut self, heads: &[u16], excess: u16) {
+        for (n, &head) in (0..).zip(heads) {
+            let slot = u64::from(self.next_avail.wrapping_add(n) % self.size);
+            self.store(self.avail + 4 + 2 * slot, head);
+        }
+        let offered = (heads.len() as u16).wrapping_add(excess);
+        self.set_avail_idx(self.next_avail.wrapping_add(offered));
     }
 
     pub fn set_avail_idx(&mut self, index: u16) {
@@ -128,6 +141,11 @@ impl Ring {
     /// `VIRTQ_AVAIL_F_NO_INTERRUPT` or nothing.
     pub fn set_avail_flags(&self, flags: u16) {
         self.store(self.avail, flags);
+    }
+
+    /// The available index that the driver has shown.
+    pub fn avail_idx(&self) -> u16 {
+        self.next_avail
     }
 
     /// The used index after which the driver wants an interrupt.

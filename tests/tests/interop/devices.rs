@@ -17,7 +17,7 @@ const SIZE: u64 = 4 << 20;
 /// A loop device that goes away with this.
 struct LoopDevice {
     path: PathBuf,
-    _dir: TempDir,
+    dir: TempDir,
 }
 
 impl LoopDevice {
@@ -36,7 +36,7 @@ impl LoopDevice {
                 let path = String::from_utf8(output.stdout).unwrap();
                 Some(Self {
                     path: path.trim().into(),
-                    _dir: dir,
+                    dir,
                 })
             }
             other => {
@@ -49,6 +49,15 @@ impl LoopDevice {
                 None
             }
         }
+    }
+
+    /// Makes the device `size` bytes long; what it gains is zero.
+    fn resize(&self, size: u64) {
+        let file = self.dir.path().join("backing");
+        let file = fs::File::options().write(true).open(file).unwrap();
+        file.set_len(size).unwrap();
+        let status = Command::new("losetup").arg("-c").arg(&self.path).status();
+        assert!(status.unwrap().success());
     }
 
     fn content(&self) -> Vec<u8> {
@@ -272,4 +281,122 @@ fn raw_disks() {
 #[test]
 fn raw_disks_with_direct_io() {
     raw_disk(CacheMode::None);
+}
+
+/// A device that grows while it is in use, and gets smaller again.
+#[test]
+fn raw_disks_follow_their_device() {
+    for cache in [CacheMode::Writeback, CacheMode::None] {
+        let Some(device) = LoopDevice::new(SIZE) else {
+            return;
+        };
+        let files = FileOptions {
+            cache,
+            ..FileOptions::default()
+        };
+        let disk = Raw::open_with(&device.path, false, files).unwrap();
+        let refused = |size| {
+            let error = disk.resize(size).unwrap_err().to_string();
+            assert!(error.contains("Cannot resize device files"), "{error}");
+        };
+        refused(2 * SIZE);
+        device.resize(2 * SIZE);
+        assert_eq!(disk.size(), SIZE);
+        refused(2 * SIZE - 512);
+        disk.resize(2 * SIZE).unwrap();
+        assert_eq!(disk.size(), 2 * SIZE);
+        assert_same(
+            &read(&disk, SIZE, 4096),
+            &[0; 4096],
+            "what the disk has gained",
+        );
+        write(&disk, 2 * SIZE - 4096, 4096, 7);
+        disk.flush().unwrap();
+        assert_same(
+            &device.content()[2 * SIZE as usize - 4096..],
+            &[7; 4096],
+            "the end",
+        );
+        device.resize(SIZE / 2);
+        refused(SIZE);
+        disk.resize(SIZE / 2).unwrap();
+        assert_same(&read_all(&disk), &vec![0xdd; SIZE as usize / 2], "the disk");
+    }
+}
+
+#[test]
+fn images_grow_on_a_device_that_has_grown() {
+    for raw in [false, true] {
+        let Some(device) = LoopDevice::new(SIZE) else {
+            return;
+        };
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("image");
+        let create_options = CreateOptions {
+            size: SIZE,
+            data_file: Some(device.path.clone()),
+            data_file_raw: raw,
+            ..CreateOptions::default()
+        };
+        create(&path, &create_options).unwrap();
+        let options = OpenOptions {
+            data_file: Some(device.path.clone()),
+            ..OpenOptions::default()
+        };
+        let disk = Qcow2::open(&path, &options).unwrap();
+        write(&disk, SIZE - CLUSTER, CLUSTER as usize, 5);
+        let error = disk.resize(2 * SIZE).unwrap_err().to_string();
+        assert!(error.contains("Cannot grow device files"), "{error}");
+        device.resize(2 * SIZE);
+        disk.resize(2 * SIZE).unwrap();
+        write(&disk, 2 * SIZE - 4096, 4096, 7);
+        let model = read_all(&disk);
+        assert_eq!(model.len() as u64, 2 * SIZE);
+        assert_same(
+            &model[SIZE as usize..][..4096],
+            &[0; 4096],
+            "what the disk has gained",
+        );
+        disk.close().unwrap();
+        drop(disk);
+        qemu_img(&["check", "-q", path.to_str().unwrap()]);
+        let converted = dir.path().join("converted");
+        let converted = converted.to_str().unwrap();
+        qemu_img(&["convert", "-O", "raw", path.to_str().unwrap(), converted]);
+        assert_same(&fs::read(converted).unwrap(), &model, "qemu-img convert");
+    }
+}
+
+/// What the system tells of the device.
+#[test]
+fn limits() {
+    let Some(device) = LoopDevice::new(SIZE) else {
+        return;
+    };
+    let name = device.path.file_name().unwrap().to_str().unwrap();
+    let queue = |limit: &str| -> u64 {
+        let text = fs::read_to_string(format!("/sys/block/{name}/queue/{limit}"));
+        text.unwrap().trim().parse().unwrap()
+    };
+    let limits = Raw::open(&device.path, false).unwrap().limits();
+    let told = [
+        limits.physical_block_size,
+        limits.optimal_io_size,
+        limits.discard_granularity,
+    ];
+    let expected = [
+        queue("physical_block_size"),
+        queue("optimal_io_size"),
+        queue("discard_granularity").max(512),
+    ];
+    assert_eq!(told.map(u64::from), expected);
+    assert_eq!(limits.can_unmap, queue("write_zeroes_max_bytes") > 0);
+    let direct = FileOptions {
+        cache: CacheMode::None,
+        ..FileOptions::default()
+    };
+    let direct = Raw::open_with(&device.path, false, direct)
+        .unwrap()
+        .limits();
+    assert!(direct.physical_block_size >= limits.physical_block_size);
 }

@@ -316,6 +316,18 @@ impl Qcow2 {
         Ok(())
     }
 
+    /// As [`track`](Self::track), if the bitmaps are in memory. Returns whether they are.
+    pub(super) fn try_track(&self, offset: u64, len: u64) -> bool {
+        let Some(bitmaps) = self.bitmaps.as_ref().filter(|_| len > 0) else {
+            return true;
+        };
+        let has_started = bitmaps.started.load(Ordering::Acquire);
+        if has_started {
+            bitmaps.mark(offset, len);
+        }
+        has_started
+    }
+
     fn start_bitmaps(&self, bitmaps: &Bitmaps) -> Result<()> {
         if bitmaps.started.load(Ordering::Acquire) {
             return Ok(());

@@ -34,7 +34,7 @@ pub(super) struct Engine {
 /// A queue that is served.
 struct Running {
     stop: Arc<Stop>,
-    /// Gives the queue back when its worker has ended; without it if the worker has panicked.
+    /// Gives the queue back when its worker has ended, unless it cannot be served any more.
     ended: Receiver<Source>,
 }
 
@@ -58,10 +58,13 @@ impl Engine {
         })
     }
 
-    /// Starts serving a queue, which is not being served.
+    /// Starts serving a queue.
+    ///
+    /// # Errors
+    /// There is no such queue, it is being served, or its thread cannot be started.
     pub(super) fn start(&mut self, source: Source) -> io::Result<()> {
         let place = self.queues.get_mut(usize::from(source.index));
-        let (Some(place), Some(starts)) = (place, &self.starts) else {
+        let (Some(place @ None), Some(starts)) = (place, &self.starts) else {
             return Err(io::ErrorKind::InvalidInput.into());
         };
         let stop = Arc::new(Stop::new()?);
@@ -77,6 +80,11 @@ impl Engine {
         started.recv().map_err(io::Error::other)??;
         *place = Some(Running { stop, ended });
         Ok(())
+    }
+
+    /// Whether there is such a queue, and it is not being served.
+    pub(super) fn can_start(&self, index: u16) -> bool {
+        matches!(self.queues.get(usize::from(index)), Some(None))
     }
 
     /// Stops serving a queue, and returns it when its requests have been completed. `None` if it was
@@ -116,17 +124,21 @@ fn hold(context: &Context, max_threads: usize, starts: &Receiver<Start>) {
             context,
             pool: &pool,
         };
-        let mut workers = Vec::new();
+        let mut workers: Vec<ScopedJoinHandle<'_, ()>> = Vec::new();
         for start in starts {
             // A driver may start and stop a queue any number of times.
-            workers.retain(|worker: &ScopedJoinHandle<'_, ()>| !worker.is_finished());
+            let has_ended = |worker: &mut ScopedJoinHandle<'_, ()>| worker.is_finished();
+            workers.extract_if(.., has_ended).for_each(end);
             workers.extend(spawn(threads, start));
         }
-        for worker in workers {
-            let _ = worker.join();
-        }
+        workers.into_iter().for_each(end);
         pool.close();
     });
+}
+
+/// Waits for a worker. If it has panicked, that has been dealt with on the thread itself.
+fn end(worker: ScopedJoinHandle<'_, ()>) {
+    let _ = worker.join();
 }
 
 /// Starts a worker and tells the engine how that went.
@@ -144,9 +156,10 @@ fn spawn<'scope, 'env, 'm: 'scope>(
     let thread = thread::Builder::new()
         .name(name)
         .spawn_scoped(threads.scope, move || {
-            let source = worker::run(threads, source, &stop);
-            // Nobody may be waiting.
-            let _ = ended.send(source);
+            if let Some(source) = worker::run(threads, source, &stop) {
+                // Nobody may be waiting.
+                let _ = ended.send(source);
+            }
         });
     let (thread, result) = match thread {
         Ok(thread) => (Some(thread), Ok(())),

@@ -8,7 +8,9 @@ use virtio_bindings::bindings::virtio_blk::{
 
 use tandem_block::Limits;
 
-use crate::virtio::{FEATURE_EVENT_IDX, FEATURE_INDIRECT_DESC, FEATURE_VERSION_1};
+use crate::virtio::{
+    FEATURE_EVENT_IDX, FEATURE_INDIRECT_DESC, FEATURE_RING_RESET, FEATURE_VERSION_1,
+};
 
 pub(super) const SEG_MAX: u64 = 1 << VIRTIO_BLK_F_SEG_MAX;
 pub(super) const GEOMETRY: u64 = 1 << VIRTIO_BLK_F_GEOMETRY;
@@ -27,6 +29,7 @@ pub(super) fn offered(limits: &Limits) -> u64 {
     FEATURE_VERSION_1
         | FEATURE_INDIRECT_DESC
         | FEATURE_EVENT_IDX
+        | FEATURE_RING_RESET
         | SEG_MAX
         | GEOMETRY
         | BLK_SIZE

@@ -10,6 +10,7 @@ use virtio_queue::QueueT;
 
 use super::config::Config;
 use super::engine::{Engine, Source};
+use super::features::FLUSH;
 use super::rate::Limiter;
 use super::target::Target;
 use super::worker::Context;
@@ -36,9 +37,29 @@ pub(super) struct Shared {
 }
 
 /// What the guest has been told, and how to tell it more.
+///
+/// A guest reads the size in two halves, and the configuration generation before and after. Where the
+/// device has not been started there is no way to change that, so the size stays the same.
 struct Shown {
     size: u64,
+    /// Of a device that has been started.
     interrupt: Option<Arc<dyn Interrupt>>,
+}
+
+impl Shown {
+    /// Shows the size that `disk` has now.
+    fn update(&mut self, disk: &dyn Disk) {
+        let Some(interrupt) = &self.interrupt else {
+            return;
+        };
+        let size = disk.size();
+        if self.size != size {
+            self.size = size;
+            // The guest reads the size under the lock that our caller holds, and the generation
+            // without: it must not find the new size with the old generation.
+            interrupt.signal_config();
+        }
+    }
 }
 
 /// The threads that serve the guest.
@@ -73,7 +94,8 @@ impl Handle {
         self.0.disk.flush()
     }
 
-    /// Changes the size of the disk to `size` bytes, and tells the guest.
+    /// Changes the size of the disk to `size` bytes, and tells the guest. One that is still looking
+    /// at the device is told when it has started it.
     ///
     /// # Errors
     /// Those of [`Disk::resize`].
@@ -95,16 +117,7 @@ impl Handle {
         let _resizing = lock(&self.0.resizing);
         let result = change(&*self.0.disk);
         // The size may have changed despite an error.
-        let size = self.0.disk.size();
-        let mut shown = lock(&self.0.shown);
-        if shown.size != size {
-            shown.size = size;
-            // The guest reads the size under this lock, and the generation without: it must not find
-            // the new size with the old generation.
-            if let Some(interrupt) = &shown.interrupt {
-                interrupt.signal_config();
-            }
-        }
+        lock(&self.0.shown).update(&*self.0.disk);
         result
     }
 
@@ -117,7 +130,7 @@ impl Handle {
     /// Goes on after a [`pause`](Self::pause).
     ///
     /// # Errors
-    /// A thread could not be started; its queue is not served until the guest resets the device.
+    /// Threads could not be started; their queues are not served until the guest resets the device.
     pub fn resume(&self) -> io::Result<()> {
         self.0.threads().resume()
     }
@@ -150,12 +163,13 @@ impl Shared {
 
     /// What the guest may know of the disk.
     pub(super) fn config(&self) -> Config {
+        let limits = self.disk.limits();
         Config {
             size: lock(&self.shown).size,
-            limits: self.disk.limits(),
+            limits,
             seg_max: SEG_MAX,
             queues: self.options.queues,
-            writeback: self.writeback.load(Ordering::SeqCst),
+            writeback: limits.write_cache && self.writeback.load(Ordering::SeqCst),
         }
     }
 
@@ -163,9 +177,11 @@ impl Shared {
     pub(super) fn set_writeback(&self, writeback: bool) {
         let before = self.writeback.swap(writeback, Ordering::SeqCst);
         if before && !writeback && self.disk.limits().write_cache {
-            // From now on it takes completed writes for durable, the earlier ones too.
+            // From now on it takes completed writes for durable, the earlier ones too. Where they
+            // are not, it reads back that the switch has not happened.
             if let Err(error) = self.disk.flush() {
                 self.stats.note_error(&error);
+                self.writeback.store(true, Ordering::SeqCst);
             }
         }
     }
@@ -196,38 +212,54 @@ impl Shared {
             self.options.queues,
             self.options.threads,
         )?);
-        lock(&self.shown).interrupt = Some(interrupt);
+        if features & FLUSH == 0 {
+            // Where the driver can choose, this is what it must find (virtio 1.3, section 5.2.5.2).
+            self.writeback.store(false, Ordering::SeqCst);
+        }
+        let mut shown = lock(&self.shown);
+        shown.interrupt = Some(interrupt);
+        shown.update(&*self.disk);
         Ok(())
     }
 
     /// On return no thread accesses guest memory.
     pub(super) fn reset(&self) {
         self.threads().clear();
-        lock(&self.shown).interrupt = None;
+        let mut shown = lock(&self.shown);
+        shown.interrupt = None;
+        shown.size = self.disk.size();
+        drop(shown);
         self.writeback.store(true, Ordering::SeqCst);
     }
 }
 
 impl Threads {
     pub(super) fn start(&mut self, source: Source) -> io::Result<()> {
+        let is_waiting = self.find_paused(source.index).is_some();
         let Some(engine) = &mut self.engine else {
             return Err(io::ErrorKind::NotConnected.into());
         };
-        if self.is_paused {
-            self.paused.push(source);
-            return Ok(());
+        if !self.is_paused {
+            return engine.start(source);
         }
-        engine.start(source)
+        if is_waiting || !engine.can_start(source.index) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        self.paused.push(source);
+        Ok(())
     }
 
     /// Returns the index in the available ring that comes next.
     pub(super) fn stop(&mut self, index: u16) -> Option<u16> {
-        let paused = self.paused.iter().position(|source| source.index == index);
-        let source = match paused {
+        let source = match self.find_paused(index) {
             Some(place) => Some(self.paused.swap_remove(place)),
             None => self.engine.as_mut()?.stop(index),
         };
         source.map(|source| source.queue.next_avail())
+    }
+
+    fn find_paused(&self, index: u16) -> Option<usize> {
+        self.paused.iter().position(|source| source.index == index)
     }
 
     fn clear(&mut self) {
@@ -247,12 +279,14 @@ impl Threads {
         let Some(engine) = &mut self.engine else {
             return Ok(());
         };
-        while let Some(source) = self.paused.pop() {
-            // It may have been rung meanwhile, or before and not been heard to the end.
-            source.doorbell.write(1)?;
-            engine.start(source)?;
+        let mut result = Ok(());
+        for source in self.paused.drain(..) {
+            // What the driver has offered before may not have been looked at. This cannot fail:
+            // nobody has rung 2^64 - 2 times.
+            let _ = source.doorbell.write(1);
+            result = result.and(engine.start(source));
         }
-        Ok(())
+        result
     }
 }
 

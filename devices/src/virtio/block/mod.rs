@@ -170,3 +170,10 @@ impl VirtioDevice for Block {
         self.shared.reset();
     }
 }
+
+impl Drop for Block {
+    /// Handles live on, threads do not.
+    fn drop(&mut self) {
+        self.shared.reset();
+    }
+}

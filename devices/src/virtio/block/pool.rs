@@ -165,10 +165,12 @@ impl<'m> Completions<'m> {
         let mut state = lock(&self.state);
         state.slots.push(slot);
         state.in_pool -= 1;
-        if state.in_pool == 0 {
+        let (is_first, is_last) = (state.slots.len() == 1, state.in_pool == 0);
+        drop(state);
+        if is_last {
             self.idle.notify_all();
         }
-        if state.slots.len() == 1 {
+        if is_first {
             self.wake();
         }
     }

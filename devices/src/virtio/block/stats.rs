@@ -113,10 +113,10 @@ impl Stats {
         }
     }
 
-    /// Counts a request of queue `index` that is handed to another thread.
-    pub(super) fn count_handed_on(&self, index: u16) {
+    /// Counts requests of queue `index` that are handed to another thread.
+    pub(super) fn count_handed_on(&self, index: u16, requests: u64) {
         if let Some(queue) = self.queues.get(usize::from(index)) {
-            add(&queue.counters.handed_on, 1);
+            add(&queue.counters.handed_on, requests);
         }
     }
 

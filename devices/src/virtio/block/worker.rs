@@ -93,22 +93,33 @@ pub(super) struct Threads<'scope, 'env, 'm> {
 }
 
 /// Serves a queue until it is to stop, and returns it with all requests completed that have been
-/// taken from it.
-pub(super) fn run(threads: Threads<'_, '_, '_>, source: Source, stop: &Stop) -> Source {
+/// taken from it. `None` if it cannot be served any more.
+pub(super) fn run(threads: Threads<'_, '_, '_>, source: Source, stop: &Stop) -> Option<Source> {
     let Source {
         index,
         queue,
         doorbell,
     } = source;
     let mut queue = ActiveQueue::new(&threads.context.mem, queue);
-    if let Err(error) = serve(threads, index, &mut queue, &doorbell, stop) {
-        fail(threads.context, &error);
+    match serve(threads, index, &mut queue, &doorbell, stop) {
+        Ok(Outcome::Stopped) => Some(Source {
+            index,
+            queue: queue.into_inner(),
+            doorbell,
+        }),
+        Ok(Outcome::Failed) => None,
+        Err(error) => {
+            fail(threads.context, &error);
+            None
+        }
     }
-    Source {
-        index,
-        queue: queue.into_inner(),
-        doorbell,
-    }
+}
+
+/// How it ended.
+enum Outcome {
+    Stopped,
+    /// The driver has been told before.
+    Failed,
 }
 
 fn serve<'m>(
@@ -117,10 +128,10 @@ fn serve<'m>(
     queue: &mut ActiveQueue<'m>,
     doorbell: &EventFd,
     stop: &Stop,
-) -> Result<(), WorkerError> {
+) -> Result<Outcome, WorkerError> {
     let done = Arc::new(Completions::new()?);
-    // Dropped last, when nothing touches the queue any more.
-    let _guard = PanicGuard {
+    // Dropped last, when nothing here touches the queue any more.
+    let _guard = Guard {
         context: threads.context,
         done: &done,
     };
@@ -161,9 +172,10 @@ fn serve<'m>(
     }
     let mut server = manager.remove_subscriber(id)?;
     if server.has_failed {
-        return Ok(());
+        return Ok(Outcome::Failed);
     }
-    server.finish()
+    server.finish()?;
+    Ok(Outcome::Stopped)
 }
 
 /// Tells the driver that its requests stay without an answer.
@@ -175,17 +187,17 @@ fn fail(context: &Context, error: &WorkerError) {
     context.interrupt.needs_reset();
 }
 
-/// Tells the driver when the thread ends in a panic: it would wait for its requests for ever. What
-/// the pool has of the queue still uses guest memory, so the thread ends after it.
-struct PanicGuard<'a, 'm> {
+/// What the pool has of the queue uses guest memory, so the thread ends after it, however it ends.
+/// Tells the driver if that is in a panic: it would wait for its requests for ever.
+struct Guard<'a, 'm> {
     context: &'m Context,
     done: &'a Completions<'m>,
 }
 
-impl Drop for PanicGuard<'_, '_> {
+impl Drop for Guard<'_, '_> {
     fn drop(&mut self) {
+        self.done.wait_until_idle();
         if thread::panicking() {
-            self.done.wait_until_idle();
             fail(self.context, &WorkerError::Panicked);
         }
     }
@@ -308,7 +320,8 @@ impl<'m> Server<'_, '_, '_, 'm> {
             pool,
         } = self.threads;
         if !context.target.try_now(&mut slot, &mut self.gather) {
-            context.stats.count_handed_on(self.index);
+            let requests = 1 + slot.joined.len() as u64;
+            context.stats.count_handed_on(self.index, requests);
             self.in_pool += 1;
             pool.submit(scope, slot, &self.done);
             return Ok(());
@@ -327,7 +340,13 @@ impl<'m> Server<'_, '_, '_, 'm> {
         }
         let now = Instant::now();
         let mut finished = std::mem::take(&mut self.finished);
+        let mut completed = Ok(());
         for mut slot in finished.drain(..) {
+            // A panic costs the requests of its call their answers, and the others nothing.
+            if let Err(RequestError::Panicked) = slot.result {
+                completed = Err(WorkerError::Panicked);
+                continue;
+            }
             self.complete(&mut slot, now)?;
             let mut joined = std::mem::take(&mut slot.joined);
             for mut slot in joined.drain(..) {
@@ -341,15 +360,12 @@ impl<'m> Server<'_, '_, '_, 'm> {
         if self.queue.publish()? && self.queue.wants_interrupt()? {
             self.threads.context.interrupt.signal_queue(self.index);
         }
-        Ok(())
+        completed
     }
 
-    fn complete(&mut self, slot: &mut Slot<'m>, now: Instant) -> Result<(), WorkerError> {
+    fn complete(&mut self, slot: &mut Slot<'m>, now: Instant) -> Result<(), RingError> {
         let stats = &self.threads.context.stats;
         if let Err(error) = &slot.result {
-            if let RequestError::Panicked = error {
-                return Err(WorkerError::Panicked);
-            }
             stats.note_failure(error);
         }
         let written = slot.answer();
@@ -365,9 +381,11 @@ impl<'m> Server<'_, '_, '_, 'm> {
             queue,
             done,
             stop,
+            in_pool,
             ..
         } = self;
-        poll.run(|| Ok(queue.available()? > 0 || done.has_any() || stop.is_requested()))
+        let is_done = || *in_pool > 0 && done.has_any();
+        poll.run(|| Ok(queue.available()? > 0 || is_done() || stop.is_requested()))
     }
 
     /// Completes what has been handed to the pool. Nothing more is taken.
@@ -403,121 +421,4 @@ impl MutEventSubscriber for Server<'_, '_, '_, '_> {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::sync::mpsc;
-    use std::time::Duration;
-
-    use tandem_block::{Disk, Limits, Result};
-    use vm_memory::{Bytes, GuestAddress, VolatileSlice};
-
-    use super::super::engine::Engine;
-    use super::*;
-    use crate::test_common::disk::MemoryDisk;
-    use crate::test_common::guest_memory;
-    use crate::test_common::ring::{Ring, readable, writable};
-
-    /// Panics on the queue's thread or on one of the pool.
-    struct PanickingDisk {
-        disk: MemoryDisk,
-        is_inline: bool,
-    }
-
-    impl Disk for PanickingDisk {
-        fn size(&self) -> u64 {
-            self.disk.size()
-        }
-
-        fn limits(&self) -> Limits {
-            self.disk.limits()
-        }
-
-        fn try_read_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> Result<bool> {
-            if self.is_inline {
-                self.read_at(bufs, offset)?;
-            }
-            Ok(false)
-        }
-
-        fn read_at(&self, _: &[VolatileSlice<'_>], _: u64) -> Result<()> {
-            panic!("a bug in the disk");
-        }
-
-        fn write_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> Result<()> {
-            self.disk.write_at(bufs, offset)
-        }
-
-        fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> Result<()> {
-            self.disk.write_zeroes(offset, len, unmap)
-        }
-
-        fn discard(&self, offset: u64, len: u64) -> Result<()> {
-            self.disk.discard(offset, len)
-        }
-
-        fn flush(&self) -> Result<()> {
-            self.disk.flush()
-        }
-    }
-
-    #[derive(Debug, PartialEq)]
-    enum Signal {
-        Queue,
-        Config,
-        NeedsReset,
-    }
-
-    impl Interrupt for mpsc::SyncSender<Signal> {
-        fn signal_queue(&self, _index: u16) {
-            self.send(Signal::Queue).unwrap();
-        }
-
-        fn signal_config(&self) {
-            self.send(Signal::Config).unwrap();
-        }
-
-        fn needs_reset(&self) {
-            self.send(Signal::NeedsReset).unwrap();
-        }
-    }
-
-    #[test]
-    fn panic_needs_a_reset() {
-        for is_inline in [true, false] {
-            let mem = guest_memory();
-            let mut ring = Ring::new(&mem, 0, 16);
-            // A header of zeroes: a read at the start of the disk.
-            mem.write_slice(&[0; 16], GuestAddress(0x1_0000)).unwrap();
-            ring.offer_chain(&[readable(0x1_0000, 16), writable(0x2_0000, 513)]);
-            let doorbell = EventFd::new(EFD_NONBLOCK).unwrap();
-            doorbell.write(1).unwrap();
-            let (sender, signals) = mpsc::sync_channel(8);
-            let stats = Arc::new(Stats::new(1));
-            let disk = PanickingDisk {
-                disk: MemoryDisk::new(1),
-                is_inline,
-            };
-            let writeback = Arc::new(AtomicBool::new(true));
-            let context = Context {
-                mem,
-                interrupt: Arc::new(sender),
-                target: Target::new(Arc::new(disk), None, writeback, 0),
-                stats: Arc::clone(&stats),
-                limiter: None,
-                poll: Duration::ZERO,
-            };
-            let mut engine = Engine::new(context, 1, 4).unwrap();
-            let source = Source {
-                index: 0,
-                queue: ring.queue(false),
-                doorbell,
-            };
-            engine.start(source).unwrap();
-            let signal = signals.recv_timeout(Duration::from_secs(60));
-            assert_eq!(signal, Ok(Signal::NeedsReset));
-            drop(engine);
-            assert_eq!(signals.recv(), Err(mpsc::RecvError));
-            assert_eq!(ring.used_idx(), 0);
-            assert!(stats.last_error().unwrap().contains("panicked"));
-        }
-    }
-}
+mod tests;

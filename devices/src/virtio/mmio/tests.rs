@@ -8,7 +8,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::*;
 use crate::test_common::{REGION, guest_memory};
 
-const FEATURES: u64 = FEATURE_VERSION_1 | FEATURE_EVENT_IDX | 1 << 5;
+const FEATURES: u64 = FEATURE_VERSION_1 | FEATURE_EVENT_IDX | FEATURE_RING_RESET | 1 << 5;
 const READY: u32 = ACKNOWLEDGE | DRIVER | FEATURES_OK;
 
 /// What the transport has done with the device.
@@ -57,6 +57,9 @@ impl VirtioDevice for Recorder {
     }
 
     fn start_queue(&mut self, index: u16, queue: Queue, doorbell: EventFd) -> io::Result<()> {
+        if self.0.refuses.load(Ordering::SeqCst) {
+            return Err(io::ErrorKind::OutOfMemory.into());
+        }
         let mut started = self.0.started_queues.lock().unwrap();
         started.push((index, queue, doorbell));
         Ok(())
@@ -209,7 +212,7 @@ fn configuration_space_takes_any_width() {
 #[test]
 fn offers_features_in_two_halves() {
     let bench = Bench::new();
-    for (select, expected) in [(0, FEATURES as u32), (1, 1), (2, 0), (u32::MAX, 0)] {
+    for (select, expected) in [(0, FEATURES as u32), (1, 0x101), (2, 0), (u32::MAX, 0)] {
         bench.write(reg::DEVICE_FEATURES_SEL, select);
         assert_eq!(bench.read(reg::DEVICE_FEATURES), expected);
     }
@@ -263,7 +266,7 @@ fn features_must_be_offered_and_modern() {
         0,
         FEATURES & !FEATURE_VERSION_1,
         FEATURES | 1,
-        FEATURES | 1 << 40,
+        FEATURES | 1 << 41,
     ] {
         let bench = Bench::new();
         bench.status(ACKNOWLEDGE | DRIVER);
@@ -384,6 +387,96 @@ fn stopping_a_queue() {
     assert_eq!(bench.read(reg::QUEUE_READY), 0);
     assert_eq!(*bench.record.stopped_queues.lock().unwrap(), [0]);
     assert!(!bench.set_up(0, 16, GOOD), "only a reset brings it back");
+}
+
+#[test]
+fn queue_that_is_reset_can_be_set_up_anew() {
+    let bench = Bench::new();
+    bench.start();
+    let anew = [0x4000, 0x5000, 0x6000];
+    assert!(bench.set_up(0, 32, anew), "ready, but not that");
+    assert_eq!(bench.record.started_queues.lock().unwrap().len(), 1);
+    bench.write(reg::QUEUE_RESET, 0);
+    assert_eq!(bench.read(reg::QUEUE_READY), 1);
+
+    bench.write(reg::QUEUE_RESET, 1);
+    assert_eq!(bench.read(reg::QUEUE_RESET), 0);
+    assert_eq!(bench.read(reg::QUEUE_READY), 0);
+    assert_eq!(*bench.record.stopped_queues.lock().unwrap(), [0]);
+    // All that the driver had written is forgotten.
+    bench.write(reg::QUEUE_READY, 1);
+    {
+        let started = bench.record.started_queues.lock().unwrap();
+        let (_, queue, _) = &started[1];
+        assert_eq!((queue.size(), queue.desc_table()), (256, 0));
+    }
+    bench.write(reg::QUEUE_RESET, 1);
+    assert!(!bench.set_up(0, 3, anew), "of a bad size");
+
+    bench.device.doorbells()[0].read().unwrap();
+    assert!(bench.set_up(0, 32, anew));
+    let started = bench.record.started_queues.lock().unwrap();
+    let (index, queue, _) = &started[2];
+    assert_eq!((*index, queue.size(), started.len()), (0, 32, 3));
+    let addresses = [queue.desc_table(), queue.avail_ring(), queue.used_ring()];
+    assert_eq!(addresses, anew);
+    assert!(queue.event_idx_enabled());
+    assert_eq!((queue.next_avail(), queue.next_used()), (0, 0));
+    assert_eq!(bench.device.doorbells()[0].read().unwrap(), 1, "rung once");
+    drop(started);
+
+    // Again, and a device reset ends it.
+    bench.write(reg::QUEUE_RESET, 1);
+    bench.status(0);
+    bench.negotiate();
+    assert_eq!(bench.status(READY | DRIVER_OK), READY | DRIVER_OK);
+    assert!(!bench.set_up(0, 16, GOOD));
+}
+
+#[test]
+fn queues_are_reset_only_by_drivers_that_have_accepted_it() {
+    let bench = Bench::new();
+    bench.status(ACKNOWLEDGE | DRIVER);
+    bench.accept(FEATURES & !FEATURE_RING_RESET);
+    bench.status(READY);
+    assert!(bench.set_up(0, 16, GOOD));
+    bench.status(READY | DRIVER_OK);
+    bench.write(reg::QUEUE_RESET, 1);
+    assert_eq!(bench.read(reg::QUEUE_READY), 1);
+    assert!(bench.record.stopped_queues.lock().unwrap().is_empty());
+}
+
+#[test]
+fn reset_of_a_queue_that_is_not_served() {
+    let bench = Bench::new();
+    bench.negotiate();
+    // Too early: it stays as it has been set up.
+    assert!(bench.set_up(0, 16, GOOD));
+    bench.write(reg::QUEUE_RESET, 1);
+    assert_eq!(bench.read(reg::QUEUE_READY), 1);
+    bench.status(READY | DRIVER_OK);
+    // One that does not exist, one that has not been set up, and one that has been stopped.
+    bench.write(reg::QUEUE_SEL, 2);
+    bench.write(reg::QUEUE_RESET, 1);
+    bench.write(reg::QUEUE_SEL, 1);
+    bench.write(reg::QUEUE_RESET, 1);
+    bench.write(reg::QUEUE_SEL, 0);
+    bench.write(reg::QUEUE_READY, 0);
+    bench.write(reg::QUEUE_RESET, 1);
+    assert_eq!(*bench.record.stopped_queues.lock().unwrap(), [0]);
+    for queue in [0, 1] {
+        assert!(bench.set_up(queue, 16, GOOD));
+    }
+}
+
+#[test]
+fn queue_that_cannot_be_started_anew_needs_a_reset() {
+    let bench = Bench::new();
+    bench.start();
+    bench.write(reg::QUEUE_RESET, 1);
+    bench.record.refuses.store(true, Ordering::SeqCst);
+    bench.set_up(0, 16, GOOD);
+    assert_eq!(bench.read(reg::STATUS), READY | DRIVER_OK | NEEDS_RESET);
 }
 
 #[test]

@@ -146,6 +146,7 @@ impl Session {
             avail_ring,
             used_ring,
             ready: true,
+            is_reset: false,
         };
         let event_idx = self.features & FEATURE_EVENT_IDX != 0;
         let queue = setup.build(mem, event_idx);

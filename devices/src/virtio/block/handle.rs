@@ -14,7 +14,7 @@ use super::features::FLUSH;
 use super::rate::Limiter;
 use super::target::Target;
 use super::worker::Context;
-use super::{Options, SEG_MAX, Stats};
+use super::{Options, Stats};
 use crate::virtio::{Activation, Interrupt};
 
 /// The means to operate a device while a guest uses it. Cloning is cheap: clones share the device.
@@ -167,7 +167,7 @@ impl Shared {
         Config {
             size: lock(&self.shown).size,
             limits,
-            seg_max: SEG_MAX,
+            seg_max: u32::from(self.options.queue_size) - 2,
             queues: self.options.queues,
             writeback: limits.write_cache && self.writeback.load(Ordering::SeqCst),
         }

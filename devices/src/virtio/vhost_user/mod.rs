@@ -9,19 +9,20 @@
 //! # What is offered
 //! Protocol features `MQ`, `CONFIG`, `REPLY_ACK`, `RESET_DEVICE` and `CONFIGURE_MEM_SLOTS`; rings of
 //! up to 1024 descriptors. Not offered are the log of dirty memory (live migration), which would have
-//! to be kept by the device, and in-flight tracking: a back end that ends in an orderly way has
-//! completed all requests, and a front end that reconnects goes on from there, but after a crash
-//! requests under way are lost. A change of the configuration (a resize) cannot be told to the
-//! front end, as the crate `vhost` has no such message; the front end sees it when it reads the
-//! configuration again.
+//! to be kept by the device; resets of single rings, for which there is no message; and in-flight
+//! tracking: a back end that ends in an orderly way has completed all requests, and a front end that
+//! reconnects goes on from there, but after a crash requests under way are lost. A change of the
+//! configuration (a resize) cannot be told to the front end, as the crate `vhost` has no such message;
+//! the front end sees it when it reads the configuration again.
 //!
 //! # What a front end cannot do
 //! Whatever it sends, the process lives, and the next front end is served. When a ring is stopped
 //! (`GET_VRING_BASE`, a change of the memory table, the end of the connection), all requests that
 //! were taken from it are complete before the answer, and no thread accesses its memory afterwards.
-//! That is why the device's own threads serve the rings: those of the crate `vhost-user-backend`
-//! give a device no say before a ring stops, so requests that are still under way elsewhere would
-//! write to memory that its owner has put to other use.
+//! That is why the device's own threads serve the rings: the crate `vhost-user-backend` (0.24) has a
+//! device complete its requests for `GET_VRING_BASE` alone. When a ring is disabled or the connection
+//! ends it does not ask, and of new memory it tells when the old is gone already, so requests that are
+//! still under way elsewhere would write to memory that its owner has put to other use.
 //!
 //! A front end that truncates the file behind its memory while the device uses it ends this process
 //! (`SIGBUS`). It cannot when the file is sealed against that, as QEMU's memory files are.
@@ -35,16 +36,12 @@ use std::net::Shutdown;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
 use vhost::vhost_user::{BackendReqHandler, Error as ProtocolError};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::VirtioDevice;
 use session::Session;
-
-/// A message that has begun must be complete after so long, or the front end is given up.
-const MESSAGE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Why a front end is served no more.
 #[derive(Debug, thiserror::Error)]
@@ -151,13 +148,12 @@ impl Backend {
         let failed = |action| move |source| Error::Socket { action, source };
         let prepared = connection
             .set_nonblocking(false)
-            .and_then(|()| connection.set_read_timeout(Some(MESSAGE_TIMEOUT)))
-            .and_then(|()| connection.set_write_timeout(Some(MESSAGE_TIMEOUT)))
             .and_then(|()| connection.try_clone());
         let watched = prepared.map_err(failed("prepare"))?;
         let mut handler = BackendReqHandler::from_stream(connection, Arc::clone(&self.session));
         *lock(&self.stop.connection) = Some(watched.try_clone().map_err(failed("prepare"))?);
-        // Only a message that has begun is waited for in the handler.
+        // Only the rest of a message that has begun is waited for in the handler, where the end of the
+        // connection is what a stop shows as.
         while self.wait_for(&watched).map_err(failed("wait for"))? {
             match handler.handle_request() {
                 Ok(()) => {}

@@ -16,13 +16,16 @@ use vhost::vhost_user::{
     VhostUserVirtioFeatures,
 };
 use virtio_queue::{Queue, QueueT};
+use vm_memory::{Address, Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::calls::Calls;
 use super::memory::{MAX_REGIONS, MemoryTable};
 use crate::GuestMemory;
 use crate::virtio::queue_setup::QueueSetup;
-use crate::virtio::{Activation, FEATURE_EVENT_IDX, FEATURE_VERSION_1, Interrupt, VirtioDevice};
+use crate::virtio::{
+    Activation, FEATURE_EVENT_IDX, FEATURE_RING_RESET, FEATURE_VERSION_1, Interrupt, VirtioDevice,
+};
 
 /// Descriptors that a ring may have.
 const MAX_RING_SIZE: u16 = 1024;
@@ -91,6 +94,11 @@ impl Session {
         self.rings.fill_with(Ring::new);
     }
 
+    /// What the front end may accept. There is no message by which it could reset a single ring.
+    fn offered(&self) -> u64 {
+        self.device.features() & !FEATURE_RING_RESET | PROTOCOL_FEATURES
+    }
+
     fn ring(&mut self, index: u32) -> Result<&mut Ring> {
         let index = usize::try_from(index).map_err(|_| Error::InvalidParam)?;
         self.rings.get_mut(index).ok_or(Error::InvalidParam)
@@ -107,8 +115,9 @@ impl Session {
 
     /// Serves the ring if all has been told that is needed.
     fn start(&mut self, index: u16) -> Result<()> {
+        let has_features = self.features & FEATURE_VERSION_1 != 0;
         let ring = self.ring(index.into())?;
-        let is_ready = ring.is_enabled && !ring.is_served;
+        let is_ready = has_features && ring.is_enabled && !ring.is_served;
         let (Some(addresses), Some(kick), true) = (ring.addresses, &ring.kick, is_ready) else {
             return Ok(());
         };
@@ -151,8 +160,7 @@ impl Session {
         let event_idx = self.features & FEATURE_EVENT_IDX != 0;
         let queue = setup.build(mem, event_idx);
         let mut queue = queue.map_err(|e| Error::ReqHandlerError(std::io::Error::other(e)))?;
-        let used = queue.used_idx(mem, Ordering::Acquire);
-        queue.set_next_used(used.map_err(|_| Error::InvalidParam)?.0);
+        queue.set_next_used(used_index(mem, used_ring).ok_or(Error::InvalidParam)?);
         queue.set_next_avail(base);
         Ok(queue)
     }
@@ -172,11 +180,19 @@ impl Session {
     fn stop(&mut self, index: u16) -> Result<()> {
         if self.ring(index.into())?.is_served {
             let base = self.device.stop_queue(index);
+            // One that has failed goes on behind what has been answered.
+            let base = base.or_else(|| self.answered(index));
             let ring = self.ring(index.into())?;
             ring.is_served = false;
             ring.base = base.unwrap_or(ring.base);
         }
         Ok(())
+    }
+
+    /// How many requests of a ring have been answered, as its used ring tells.
+    fn answered(&self, index: u16) -> Option<u16> {
+        let [_, _, used_ring] = self.rings.get(usize::from(index))?.addresses?;
+        used_index(self.mem.as_ref()?, self.table.guest_address(used_ring)?)
     }
 
     /// Lets `change` alter what all rings depend on, with none of them served meanwhile.
@@ -204,6 +220,12 @@ impl Session {
             Ok(())
         })
     }
+}
+
+/// The index in a used ring, which the device goes on from.
+fn used_index(mem: &GuestMemory, used_ring: u64) -> Option<u16> {
+    let place = GuestAddress(used_ring).checked_add(2)?;
+    mem.load(place, Ordering::Acquire).ok().map(u16::from_le)
 }
 
 /// What no front end needs that has accepted the features offered.
@@ -234,12 +256,11 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn get_features(&mut self) -> Result<u64> {
-        Ok(self.device.features() | PROTOCOL_FEATURES)
+        Ok(self.offered())
     }
 
     fn set_features(&mut self, features: u64) -> Result<()> {
-        let offered = self.device.features() | PROTOCOL_FEATURES;
-        if features & !offered != 0 || features & FEATURE_VERSION_1 == 0 {
+        if features & !self.offered() != 0 || features & FEATURE_VERSION_1 == 0 {
             return Err(Error::FeatureMismatch);
         }
         self.with_rings_stopped(|session| {
@@ -431,7 +452,7 @@ impl VhostUserBackendReqHandlerMut for Session {
 
 /// The eventfd that a front end has sent. Of no other kind of file is it known that what is done with
 /// it here does not block.
-fn event(file: File) -> Result<EventFd> {
+pub(super) fn event(file: File) -> Result<EventFd> {
     let link = format!("/proc/self/fd/{}", file.as_raw_fd());
     let kind = std::fs::read_link(link).map_err(Error::ReqHandlerError)?;
     if kind.as_os_str() != "anon_inode:[eventfd]" {

@@ -47,11 +47,11 @@ fn open_qcow2(config: &DiskConfig) -> Result<Arc<dyn Disk>> {
     }
 }
 
-/// How the disk of `config` is offered to a guest with `cpus` CPUs.
-fn options(config: &DiskConfig, cpus: u8) -> Options {
+/// How the disk of `config` is offered to a guest, on so many queues.
+pub fn options(config: &DiskConfig, queues: u16) -> Options {
     let mut options = Options::default();
     options.serial = config.serial;
-    options.queues = config.queue_count(cpus);
+    options.queues = queues;
     options.threads = config.threads.map_or(options.threads, usize::from);
     options.rate = config.rate;
     options.poll = config.poll;
@@ -89,7 +89,10 @@ impl Attached {
         disk: Arc<dyn Disk>,
     ) -> Result<Self> {
         let base = u64::from(place.base);
-        let block = Box::new(Block::new(disk.clone(), options(config, cpus)));
+        let block = Box::new(Block::new(
+            disk.clone(),
+            options(config, config.queue_count(cpus)),
+        ));
         let stats = block.handle().stats();
         let irq = interrupts::line(vm, place.gsi)?;
         let transport = VirtioMmio::new(block, mem.clone(), irq).host("set up a disk")?;

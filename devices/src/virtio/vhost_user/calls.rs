@@ -1,10 +1,11 @@
 //! Interrupts, as eventfds of the front end.
 
+use std::os::fd::AsRawFd;
 use std::sync::Mutex;
 
 use vmm_sys_util::eventfd::EventFd;
 
-use super::lock;
+use super::{lock, poll, pollfd};
 use crate::virtio::Interrupt;
 
 /// The front end can exchange an eventfd at any time, also while the device signals it.
@@ -14,8 +15,8 @@ pub(super) struct Calls {
 
 #[derive(Default)]
 struct QueueCalls {
-    used: Mutex<Option<EventFd>>,
-    broken: Mutex<Option<EventFd>>,
+    used: Mutex<Option<Call>>,
+    broken: Mutex<Option<Call>>,
 }
 
 impl Calls {
@@ -30,7 +31,7 @@ impl Calls {
     pub(super) fn set_used(&self, index: usize, event: Option<EventFd>) -> bool {
         let queue = self.queues.get(index);
         queue.is_some_and(|queue| {
-            *lock(&queue.used) = event;
+            *lock(&queue.used) = event.map(Call::new);
             true
         })
     }
@@ -39,7 +40,7 @@ impl Calls {
     pub(super) fn set_broken(&self, index: usize, event: Option<EventFd>) -> bool {
         let queue = self.queues.get(index);
         queue.is_some_and(|queue| {
-            *lock(&queue.broken) = event;
+            *lock(&queue.broken) = event.map(Call::new);
             true
         })
     }
@@ -71,9 +72,39 @@ impl Interrupt for Calls {
     }
 }
 
-fn signal(event: &Mutex<Option<EventFd>>) {
-    if let Some(event) = &*lock(event) {
+fn signal(call: &Mutex<Option<Call>>) {
+    if let Some(call) = &*lock(call) {
+        call.signal();
+    }
+}
+
+struct Call {
+    event: EventFd,
+    /// A write waits while the counter is full.
+    may_block: bool,
+}
+
+impl Call {
+    fn new(event: EventFd) -> Self {
+        // SAFETY: the descriptor is open, and the call takes no pointer.
+        let flags = unsafe { libc::fcntl(event.as_raw_fd(), libc::F_GETFL) };
+        Self {
+            may_block: flags & libc::O_NONBLOCK == 0,
+            event,
+        }
+    }
+
+    fn signal(&self) {
+        if self.may_block && !self.has_room() {
+            // As if it did not block: so many earlier signals still wait.
+            return;
+        }
         // Fails only if nobody has taken 2^64 - 2 earlier signals, which then still wait.
-        let _ = event.write(1);
+        let _ = self.event.write(1);
+    }
+
+    fn has_room(&self) -> bool {
+        let mut fds = [pollfd(&self.event, libc::POLLOUT)];
+        poll(&mut fds, 0).is_ok() && fds[0].revents & libc::POLLOUT != 0
     }
 }

@@ -24,6 +24,10 @@
 //! ends it does not ask, and of new memory it tells when the old is gone already, so requests that are
 //! still under way elsewhere would write to memory that its owner has put to other use.
 //!
+//! Signals go to an eventfd only while it takes them: one that blocks and whose counter is full does not
+//! stop the device. What remains to a front end that means harm is to fill such a counter between the
+//! look and the signal.
+//!
 //! A front end that truncates the file behind its memory while the device uses it ends this process
 //! (`SIGBUS`). It cannot when the file is sealed against that, as QEMU's memory files are.
 
@@ -166,25 +170,35 @@ impl Backend {
 
     /// Waits until `socket` can be read. Returns whether it can; if not, the end has come.
     fn wait_for(&self, socket: &impl AsRawFd) -> io::Result<bool> {
-        let entry = |fd| libc::pollfd {
-            fd,
-            events: libc::POLLIN,
-            revents: 0,
-        };
         let mut fds = [
-            entry(self.stop.event.as_raw_fd()),
-            entry(socket.as_raw_fd()),
+            pollfd(&self.stop.event, libc::POLLIN),
+            pollfd(socket, libc::POLLIN),
         ];
-        loop {
-            // SAFETY: a valid array of two entries, which outlives the call.
-            let n = unsafe { libc::poll(fds.as_mut_ptr(), 2, -1) };
-            if n >= 0 {
-                return Ok(fds[0].revents == 0);
-            }
-            let error = io::Error::last_os_error();
-            if error.kind() != io::ErrorKind::Interrupted {
-                return Err(error);
-            }
+        poll(&mut fds, -1)?;
+        Ok(fds[0].revents == 0)
+    }
+}
+
+fn pollfd(file: &impl AsRawFd, events: i16) -> libc::pollfd {
+    libc::pollfd {
+        fd: file.as_raw_fd(),
+        events,
+        revents: 0,
+    }
+}
+
+/// Waits until something happens to one of `fds`, for `timeout` milliseconds at the most unless it is
+/// negative.
+fn poll(fds: &mut [libc::pollfd], timeout: i32) -> io::Result<()> {
+    loop {
+        // SAFETY: a valid array of as many entries, which outlives the call.
+        let n = unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, timeout) };
+        if n >= 0 {
+            return Ok(());
+        }
+        let error = io::Error::last_os_error();
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error);
         }
     }
 }

@@ -119,7 +119,7 @@ impl Client {
             0 => target.flush(request),
             1 => {
                 self.content[block] = 0;
-                target.write_zeroes(offset, len, fill % 2 == 0, request)
+                target.write_zeroes(offset, len, fill.is_multiple_of(2), request)
             }
             2..8 => {
                 self.content[block] = fill;

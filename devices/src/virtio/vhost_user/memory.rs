@@ -143,7 +143,7 @@ mod tests {
 
     #[test]
     fn regions_that_cannot_be() {
-        for bad in [
+        let bad = [
             region(0, 0, 0, 0),
             region(0, 0, 0x5000, 0),
             region(0, 0, 0x1000, 0x4000),
@@ -152,18 +152,20 @@ mod tests {
             region(0, u64::MAX - 0x800, 0x1000, 0),
             region(0, 0, 0x1000, 0x800),
             region(0, 0, u64::MAX, 0),
-        ] {
+        ];
+        for (n, bad) in bad.into_iter().enumerate() {
             let table = MemoryTable::new(&[bad], vec![file()]);
-            assert!(table.is_err(), "{bad:?}");
+            assert!(table.is_err(), "region {n}");
         }
         // Of one guest address, or of one address of the front end, there cannot be two.
         let first = region(0x1000, 0x9000, 0x1000, 0);
-        for second in [
+        let second = [
             region(0x1800, 0x20_0000, 0x1000, 0),
             region(0x20_0000, 0x9000, 0x1000, 0),
-        ] {
+        ];
+        for (n, second) in second.into_iter().enumerate() {
             let table = MemoryTable::new(&[first, second], vec![file(), file()]);
-            assert!(table.is_err(), "{second:?}");
+            assert!(table.is_err(), "region {n}");
         }
     }
 

@@ -359,6 +359,11 @@ impl VhostUserBackendReqHandlerMut for Session {
         if !self.calls.set_used(index.into(), call) {
             return Err(Error::InvalidParam);
         }
+        if self.ring(index.into())?.is_served {
+            // What has been signalled since the message was sent went to where nobody may look any
+            // more. One interrupt too many does no harm.
+            self.calls.signal_queue(index.into());
+        }
         Ok(())
     }
 

@@ -1,5 +1,8 @@
 //! Disks that `tandem serve` offers to a guest under QEMU's emulator.
 
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::thread;
@@ -8,7 +11,7 @@ use std::time::{Duration, Instant};
 use crate::cases::roundtrip::{FILL, VERIFY};
 use crate::disk::{Image, Kind, Maker};
 use crate::error::{Context, Error, Result};
-use crate::guest::{Boot, initrd};
+use crate::guest::{Boot, initrd, values};
 use crate::lab::Kernel;
 use crate::suite::{Bench, Case};
 
@@ -21,10 +24,12 @@ pub fn cases() -> Vec<Case> {
         ("served::external_raw", Kind::ExternalRaw),
         ("served::internal", Kind::Internal),
     ];
-    kinds
+    let mut cases: Vec<_> = kinds
         .into_iter()
-        .map(|(name, kind)| Case::new(name, move |bench| served(bench, kind)).without_kvm())
-        .collect()
+        .map(|(name, kind)| Case::new(name, move |bench| served(bench, kind)))
+        .collect();
+    cases.push(Case::new("served::stopped_and_reset", stopped_and_reset));
+    cases.into_iter().map(Case::without_kvm).collect()
 }
 
 /// Two guests, one after another, are served by one process.
@@ -48,6 +53,58 @@ fn served(bench: &Bench, kind: Kind) -> Result<()> {
     service.end()?;
     image.check()?;
     image.assert_sha256(kind, second.value("sha256"))
+}
+
+/// QEMU stops the machine while requests are under way, which stops the rings, has it go on, and resets
+/// it once.
+fn stopped_and_reset(bench: &Bench) -> Result<()> {
+    let kind = Kind::ExternalRaw;
+    let image = Image::create(bench, "disk.qcow2", kind, Maker::QemuImg, "", "32M")?;
+    let service = Service::new(bench, &image.path)?;
+    let mut qemu = qemu(
+        bench,
+        r#"
+        for round in 1 2 3 4 5 6; do
+            writers=
+            for part in 0 1 2 3; do
+                at=$((part * 2000 + round))
+                dd if=/seed of=/dev/vda bs=4k seek=$at oflag=direct 2>/dev/null &
+                writers="$writers $!"
+            done
+            for writer in $writers; do wait $writer; done
+            echo "@ round $round"
+            echo 3 >/proc/sys/vm/drop_caches
+            for part in 0 1 2 3; do
+                at=$((part * 2000 + round))
+                dd if=/dev/vda bs=4k skip=$at count=256 2>/dev/null | cmp - /seed
+            done
+        done
+        echo "@ sha256 $(sha256sum </dev/vda | cut -d' ' -f1)"
+        "#,
+    )?;
+    qemu.args(["-monitor", "unix:monitor.sock,server=on,wait=off"]);
+    let (mut monitor, mut seen) = (None, 0);
+    let boot = Boot::watch(bench, qemu, |console, _| {
+        let rounds = values(console, "round").count();
+        if rounds == seen {
+            return;
+        }
+        seen = rounds;
+        let connect = || UnixStream::connect(bench.scratch("monitor.sock")).expect("a monitor");
+        let monitor = monitor.get_or_insert_with(connect);
+        if rounds == 3 {
+            monitor.write_all(b"system_reset\n").expect("a reset");
+        } else {
+            monitor.write_all(b"stop\n").expect("a stop");
+            thread::sleep(Duration::from_millis(100));
+            monitor.write_all(b"cont\n").expect("going on");
+        }
+    })?
+    .succeeded();
+    assert!(seen >= 9, "{seen} rounds: it has not been reset");
+    service.end()?;
+    image.check()?;
+    image.assert_sha256(kind, boot.value("sha256"))
 }
 
 /// `tandem serve`.
@@ -85,13 +142,9 @@ impl<'a> Service<'a> {
         let status = self.child.wait().context("waiting for tandem serve")?;
         let mut said = String::new();
         if let Some(mut stderr) = self.child.stderr.take() {
-            std::io::Read::read_to_string(&mut stderr, &mut said).context("reading")?;
+            stderr.read_to_string(&mut said).context("reading")?;
         }
-        assert_eq!(
-            std::os::unix::process::ExitStatusExt::signal(&status),
-            Some(libc::SIGTERM),
-            "{said}"
-        );
+        assert_eq!(status.signal(), Some(libc::SIGTERM), "{said}");
         assert_eq!(said, "");
         assert!(!self.bench.scratch(SOCKET).exists());
         Ok(())
@@ -108,9 +161,15 @@ impl Drop for Service<'_> {
 
 /// Runs `script` in a guest under QEMU.
 fn boot(bench: &Bench, script: &str) -> Result<Boot> {
+    let mut qemu = qemu(bench, script)?;
+    qemu.arg("-no-reboot");
+    Ok(Boot::watch(bench, qemu, |_, _| ())?.succeeded())
+}
+
+fn qemu(bench: &Bench, script: &str) -> Result<Command> {
     let mut qemu: Command = bench.tool("qemu-system-x86_64");
     qemu.args(["-machine", "q35", "-accel", "tcg", "-cpu", "max"])
-        .args(["-smp", "2", "-m", "256", "-no-reboot"])
+        .args(["-smp", "2", "-m", "256"])
         .args(["-nodefaults", "-display", "none", "-serial", "stdio"])
         .args(["-object", "memory-backend-memfd,id=mem,size=256M,share=on"])
         .args(["-numa", "node,memdev=mem"])
@@ -122,5 +181,5 @@ fn boot(bench: &Bench, script: &str) -> Result<Boot> {
         .arg("-initrd")
         .arg(initrd(bench, script)?)
         .args(["-append", "console=ttyS0 quiet panic=-1 mitigations=off"]);
-    Ok(Boot::watch(bench, qemu, |_, _| ())?.succeeded())
+    Ok(qemu)
 }

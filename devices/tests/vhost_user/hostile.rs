@@ -8,10 +8,12 @@ use std::os::unix::net::UnixStream;
 
 use tandem_devices::virtio::FEATURE_VERSION_1;
 use tandem_devices::virtio::vhost_user::Error;
+use vhost::VhostBackend;
+use vhost::vhost_user::VhostUserFrontend;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
-use crate::front_end::{FEATURE_PROTOCOL, Service};
+use crate::front_end::{FEATURE_PROTOCOL, FrontEnd, Service};
 use crate::machine::within_deadline;
 
 /// Numbers of messages (the vhost-user protocol, "Front-end message types").
@@ -296,6 +298,42 @@ fn rings_that_cannot_be() {
             assert_given_up(&service, what);
         }
         service.assert_serves();
+    });
+}
+
+/// The flag belongs to the open file, which the front end has, too: it can have a signal wait that did not
+/// when the eventfd was sent.
+#[test]
+fn an_interrupt_that_comes_to_block() {
+    type Way = fn(&Service, &mut FrontEnd);
+    let ways: [Way; 4] = [
+        |service, front| {
+            front.disconnect();
+            service.wait_for_end().unwrap();
+        },
+        |_, front| assert_eq!(front.link.get_vring_base(0).unwrap(), 1),
+        |_, front| front.link.reset_device().unwrap(),
+        |_, front| {
+            let other = EventFd::new(EFD_NONBLOCK).unwrap();
+            front.link.set_vring_call(0, &other).unwrap();
+            front.assert_reads(0, 3);
+        },
+    ];
+    within_deadline(move || {
+        for way in ways {
+            let service = Service::new(1);
+            let mut front = FrontEnd::new(&service, 1);
+            front.start(0, 0);
+            let call = front.calls[0].try_clone().unwrap();
+            // SAFETY: the descriptor is open, and the call takes no pointer.
+            let result = unsafe { libc::fcntl(call.as_raw_fd(), libc::F_SETFL, libc::O_RDWR) };
+            assert_eq!(result, 0);
+            call.write(u64::MAX - 1).unwrap();
+            front.assert_reads(0, 2);
+            // The device's thread waits now, or will.
+            way(&service, &mut front);
+            drop(front);
+        }
     });
 }
 

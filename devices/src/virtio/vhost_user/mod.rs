@@ -24,9 +24,7 @@
 //! ends it does not ask, and of new memory it tells when the old is gone already, so requests that are
 //! still under way elsewhere would write to memory that its owner has put to other use.
 //!
-//! Signals go to an eventfd only while it takes them: one that blocks and whose counter is full does not
-//! stop the device. What remains to a front end that means harm is to fill such a counter between the
-//! look and the signal.
+//! An eventfd that blocks and whose counter is full takes no signal, and does not stop the device.
 //!
 //! A front end that truncates the file behind its memory while the device uses it ends this process
 //! (`SIGBUS`). It cannot when the file is sealed against that, as QEMU's memory files are.

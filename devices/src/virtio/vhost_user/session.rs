@@ -86,7 +86,7 @@ impl Session {
 
     /// Forgets the front end. On return no thread accesses its memory.
     pub(super) fn end(&mut self) {
-        self.device.reset();
+        self.calls.keep_going(|| self.device.reset());
         self.calls.clear();
         self.features = 0;
         self.table = MemoryTable::default();
@@ -179,7 +179,7 @@ impl Session {
     /// Stops serving a ring: on return its requests have been completed.
     fn stop(&mut self, index: u16) -> Result<()> {
         if self.ring(index.into())?.is_served {
-            let base = self.device.stop_queue(index);
+            let base = self.calls.keep_going(|| self.device.stop_queue(index));
             // One that has failed goes on behind what has been answered.
             let base = base.or_else(|| self.answered(index));
             let ring = self.ring(index.into())?;
@@ -362,7 +362,8 @@ impl VhostUserBackendReqHandlerMut for Session {
         if self.ring(index.into())?.is_served {
             // What has been signalled since the message was sent went to where nobody may look any
             // more. One interrupt too many does no harm.
-            self.calls.signal_queue(index.into());
+            let calls = &self.calls;
+            calls.keep_going(|| calls.signal_queue(index.into()));
         }
         Ok(())
     }

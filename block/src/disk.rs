@@ -224,6 +224,15 @@ pub trait Disk: Send + Sync {
         Err(Error::Option(reason))
     }
 
+    /// Takes over the size that the file or device below has now, where that is the size of the disk:
+    /// another program may have changed it. Returns whether that is so.
+    ///
+    /// # Errors
+    /// The size cannot be told; the disk has its old size then.
+    fn follow_size(&self) -> Result<bool> {
+        Ok(false)
+    }
+
     /// Makes everything that was written before the call durable.
     ///
     /// # Errors

@@ -225,6 +225,16 @@ impl Disk for Raw {
         self.file.sync()
     }
 
+    fn follow_size(&self) -> Result<bool> {
+        let _resizing = lock(&self.resizing);
+        // What a file cannot have is left alone.
+        let size = self.file.size()?.checked_next_multiple_of(512);
+        if let Some(size) = size {
+            self.size.store(size, Ordering::Release);
+        }
+        Ok(true)
+    }
+
     fn flush(&self) -> Result<()> {
         if self.read_only {
             return Ok(());
@@ -357,6 +367,17 @@ mod tests {
             assert_eq!(raw().flush().is_err(), flush_syncs, "{cache:?}");
             assert_eq!(raw().limits().write_cache, !change_syncs, "{cache:?}");
         }
+    }
+
+    #[test]
+    fn follows_the_size_of_its_file() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(4096).unwrap();
+        let disk = Raw::open(file.path(), true).unwrap();
+        file.as_file().set_len(8000).unwrap();
+        assert_eq!(disk.size(), 4096);
+        assert!(disk.follow_size().unwrap());
+        assert_eq!(disk.size(), 8192);
     }
 
     #[test]

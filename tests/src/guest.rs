@@ -7,7 +7,7 @@
 
 use std::ffi::OsString;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
@@ -20,8 +20,8 @@ use crate::tree::Tree;
 /// How long a guest may take; far more than any needs, even in the emulated machine.
 const LIMIT: Duration = Duration::from_secs(300);
 
-/// The modules that a guest needs for its disks.
-const MODULES: [&str; 3] = ["virtio_mmio", "virtio_blk", "ext4"];
+/// The modules that a guest needs for its disks: under `tandem run`, and under QEMU.
+const MODULES: [&str; 4] = ["virtio_mmio", "virtio_pci", "virtio_blk", "ext4"];
 
 const INIT: &str = r#"#!/bin/sh
 export PATH=/bin
@@ -149,26 +149,14 @@ impl<'a> Guest<'a> {
 
     /// Like [`boot`](Guest::boot), and calls `watch` with all the console has shown whenever it
     /// shows more. The child's standard input is a pipe.
-    pub fn watch(self, script: &str, mut watch: impl FnMut(&str, &mut Child)) -> Result<Boot> {
+    pub fn watch(self, script: &str, watch: impl FnMut(&str, &mut Child)) -> Result<Boot> {
         let mut tandem = self.tandem(script)?;
         tandem.stdin(Stdio::piped());
-        let mut shown = String::new();
-        let ended = process::watch(&mut tandem, LIMIT, |piece, child| {
-            shown.push_str(&String::from_utf8_lossy(piece));
-            watch(&shown, child);
-        })?;
-        self.bench
-            .log(&format!("$ {}\n{}", process::shown(&tandem), ended.output));
-        Ok(Boot { ended })
+        Boot::watch(self.bench, tandem, watch)
     }
 
     fn tandem(&self, script: &str) -> Result<Command> {
-        let mut initrd = fs::read(self.bench.base_initrd()).context("reading the base initrd")?;
-        let mut tree = Tree::default();
-        tree.file("/script", script);
-        initrd.extend(tree.cpio()?);
-        let path = self.bench.scratch("initrd");
-        fs::write(&path, initrd).context("writing the initrd")?;
+        let path = initrd(self.bench, script)?;
         let mut tandem = command(self.bench.tandem());
         tandem
             .args(["run", "--kernel"])
@@ -181,22 +169,49 @@ impl<'a> Guest<'a> {
     }
 }
 
+/// The initrd of a guest that runs `script`.
+pub fn initrd(bench: &Bench, script: &str) -> Result<PathBuf> {
+    let mut initrd = fs::read(bench.base_initrd()).context("reading the base initrd")?;
+    let mut tree = Tree::default();
+    tree.file("/script", script);
+    initrd.extend(tree.cpio()?);
+    let path = bench.scratch("initrd");
+    fs::write(&path, initrd).context("writing the initrd")?;
+    Ok(path)
+}
+
 impl Boot {
-    /// The console, and what `tandem` said on standard error.
+    /// Runs `monitor`, which boots a guest with an [`initrd`], to its end. Calls `watch` with all the
+    /// console has shown whenever it shows more.
+    pub fn watch(
+        bench: &Bench,
+        mut monitor: Command,
+        mut watch: impl FnMut(&str, &mut Child),
+    ) -> Result<Self> {
+        let mut shown = String::new();
+        let ended = process::watch(&mut monitor, LIMIT, |piece, child| {
+            shown.push_str(&String::from_utf8_lossy(piece));
+            watch(&shown, child);
+        })?;
+        bench.log(&format!("$ {}\n{}", process::shown(&monitor), ended.output));
+        Ok(Self { ended })
+    }
+
+    /// The console, and what the monitor said on standard error.
     pub fn output(&self) -> &str {
         &self.ended.output
     }
 
-    /// How `tandem` ended. Panics if it had to be killed.
+    /// How the monitor ended. Panics if it had to be killed.
     pub fn status(&self) -> ExitStatus {
         self.ended
             .status
-            .expect("tandem did not end by itself in time")
+            .expect("the monitor did not end by itself in time")
     }
 
-    /// Panics unless the script succeeded and `tandem` ended with status 0.
+    /// Panics unless the script succeeded and the monitor ended with status 0.
     pub fn succeeded(self) -> Self {
-        assert!(self.status().success(), "tandem: {}", self.status());
+        assert!(self.status().success(), "the monitor: {}", self.status());
         assert_eq!(
             self.value("script"),
             "0",

@@ -15,7 +15,8 @@
 //! Where the machine's `/dev/kvm` is missing or cannot run a stock kernel, the same program runs in
 //! an [emulated machine](emulated): QEMU's TCG emulates an AMD processor with nested paging, and
 //! the kernel in it offers a `/dev/kvm` with the semantics of the real one. Which way is taken is
-//! decided by [trying](guest::probe).
+//! decided by [trying](guest::probe). Cases of `tandem serve` [need no KVM](suite::Case::without_kvm):
+//! their guests run under QEMU's emulator, outside of that machine.
 //!
 //! | module | what it has |
 //! | --- | --- |

@@ -20,6 +20,7 @@ use crate::process;
 pub struct Case {
     name: String,
     run: Box<Test>,
+    needs_kvm: bool,
 }
 
 type Test = dyn Fn(&Bench) -> Result<()> + Send;
@@ -33,7 +34,21 @@ impl Case {
         Case {
             name: name.into(),
             run: Box::new(run),
+            needs_kvm: true,
         }
+    }
+
+    /// The same case, whose guests run without KVM.
+    pub fn without_kvm(self) -> Self {
+        Case {
+            needs_kvm: false,
+            ..self
+        }
+    }
+
+    /// Whether its guests need KVM: it runs in the emulated machine where there is none.
+    pub fn needs_kvm(&self) -> bool {
+        self.needs_kvm
     }
 
     /// Its name.

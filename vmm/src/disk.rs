@@ -79,11 +79,11 @@ fn open_qcow2(config: &DiskConfig) -> Result<Qcow2> {
     })
 }
 
-/// How the disk of `config` is offered to a guest with `cpus` CPUs.
-pub fn options(config: &DiskConfig, cpus: u8) -> Options {
+/// How the disk of `config` is offered to a guest, on so many queues.
+pub fn options(config: &DiskConfig, queues: u16) -> Options {
     let mut options = Options::default();
     options.serial = config.serial;
-    options.queues = config.queue_count(cpus);
+    options.queues = queues;
     options.threads = config.threads.map_or(options.threads, usize::from);
     options.rate = config.rate;
     options.poll = config.poll;
@@ -119,7 +119,8 @@ impl Attached {
         cpus: u8,
     ) -> Result<Self> {
         let base = u64::from(place.base);
-        let block = Box::new(Block::new(image.disk.clone(), options(config, cpus)));
+        let options = options(config, config.queue_count(cpus));
+        let block = Box::new(Block::new(image.disk.clone(), options));
         let handle = block.handle();
         let irq = interrupts::line(vm, place.gsi)?;
         let transport = VirtioMmio::new(block, mem.clone(), irq).host("set up a disk")?;

@@ -72,6 +72,18 @@ pub enum Error {
         path: PathBuf,
     },
 
+    /// The name of a socket to make belongs to a file of another kind.
+    #[error("'{}' is there already, and is no socket", .0.display())]
+    NotASocket(PathBuf),
+
+    /// The name of a socket to make belongs to one that is in use.
+    #[error("'{}' is in use: another process listens on it", .0.display())]
+    SocketInUse(PathBuf),
+
+    /// Front ends can no longer be waited for.
+    #[error(transparent)]
+    FrontEnds(#[from] tandem_devices::virtio::vhost_user::Error),
+
     /// A file could not be used.
     #[error("could not {action} '{}': {source}", file.display())]
     File {

@@ -4,7 +4,7 @@
 use std::fs::File;
 use std::io::{self, Read};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd};
 
 use vmm_sys_util::signal;
 
@@ -61,6 +61,12 @@ impl Signals {
 impl AsRawFd for Signals {
     fn as_raw_fd(&self) -> i32 {
         self.file.as_raw_fd()
+    }
+}
+
+impl AsFd for Signals {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
     }
 }
 

@@ -9,6 +9,8 @@ mod interrupt;
 pub mod mmio;
 mod queue;
 mod queue_setup;
+#[cfg(feature = "vhost-user")]
+pub mod vhost_user;
 
 use std::io;
 use std::sync::Arc;

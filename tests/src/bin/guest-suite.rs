@@ -19,7 +19,8 @@ use tandem_tests::tree::Tree;
 const LIMIT: Duration = Duration::from_secs(45 * 60);
 
 /// Runs the tests that boot stock Linux guests under `tandem run`: on this machine's KVM if it
-/// can run a stock kernel, else in an emulated AMD machine.
+/// can run a stock kernel, else in an emulated AMD machine. Those of `tandem serve` boot under QEMU,
+/// without KVM.
 #[derive(Parser)]
 #[command(after_help = "Examples:
   guest-suite                     every case
@@ -97,15 +98,27 @@ fn run(arguments: &Arguments) -> Result<bool> {
             programs: "/bin".into(),
         },
     };
-    if arguments.sh.is_none() && run_here(arguments, &setting)? {
-        let runner = Runner {
-            setting,
-            scratch: arguments.scratch.clone(),
-            jobs: arguments.jobs,
-        };
-        return Ok(runner.run(cases, others.len()));
+    if arguments.sh.is_some() {
+        return run_emulated(arguments, &setting);
     }
-    run_emulated(arguments, &setting)
+    let runner = Runner {
+        setting: setting.clone(),
+        scratch: arguments.scratch.clone(),
+        jobs: arguments.jobs,
+    };
+    let (with_kvm, without): (Vec<_>, Vec<_>) = cases.into_iter().partition(Case::needs_kvm);
+    if arguments.initrd.is_some() {
+        // In the emulated machine. The others run outside.
+        return Ok(runner.run(with_kvm, others.len() + without.len()));
+    }
+    if !with_kvm.is_empty() && !run_here(arguments, &setting)? {
+        let passed = without.is_empty() || runner.run(without, others.len() + with_kvm.len());
+        return Ok(run_emulated(arguments, &setting)? && passed);
+    }
+    Ok(runner.run(
+        [with_kvm, without].into_iter().flatten().collect(),
+        others.len(),
+    ))
 }
 
 fn run_here(arguments: &Arguments, setting: &Setting) -> Result<bool> {

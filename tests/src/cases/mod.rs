@@ -4,6 +4,7 @@ mod abrupt;
 mod disks;
 mod machine;
 mod roundtrip;
+mod served;
 
 use crate::suite::Case;
 
@@ -11,6 +12,7 @@ use crate::suite::Case;
 pub fn all() -> Vec<Case> {
     [
         roundtrip::cases(),
+        served::cases(),
         disks::cases(),
         abrupt::cases(),
         machine::cases(),

@@ -8,7 +8,7 @@ use crate::lab::Kernel;
 use crate::suite::{Bench, Case};
 
 /// Makes a file system, fills it with files that differ, several at a time, and removes some.
-const FILL: &str = r#"
+pub const FILL: &str = r#"
 /bin/mke2fs -q -t ext4 -b 4096 /dev/vda
 mount -t ext4 /dev/vda /mnt
 mkdir /mnt/d
@@ -24,7 +24,7 @@ echo "@ sha256 $(sha256sum </dev/vda | cut -d' ' -f1)"
 "#;
 
 /// Verifies the files of [`FILL`], and changes some in place.
-const VERIFY: &str = r#"
+pub const VERIFY: &str = r#"
 mount -t ext4 /dev/vda /mnt
 cd /mnt/d
 for i in 1 2 5 6; do

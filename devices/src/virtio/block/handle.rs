@@ -14,7 +14,7 @@ use super::features::FLUSH;
 use super::rate::Limiter;
 use super::target::Target;
 use super::worker::Context;
-use super::{Options, SEG_MAX, Stats};
+use super::{Options, Stats};
 use crate::virtio::{Activation, Interrupt};
 
 /// The means to operate a device while a guest uses it. Cloning is cheap: clones share the device.
@@ -100,9 +100,22 @@ impl Handle {
     /// # Errors
     /// Those of [`Disk::resize`].
     pub fn resize(&self, size: u64) -> Result<()> {
+        self.change_size(|disk| disk.resize(size))
+    }
+
+    /// Takes over the size that the file or device below the disk has now, and tells the guest.
+    /// Returns whether the disk has its size from there.
+    ///
+    /// # Errors
+    /// Those of [`Disk::follow_size`].
+    pub fn follow_size(&self) -> Result<bool> {
+        self.change_size(|disk| disk.follow_size())
+    }
+
+    fn change_size<T>(&self, change: impl FnOnce(&dyn Disk) -> Result<T>) -> Result<T> {
         // So that of two calls the guest is shown the later one's size.
         let _resizing = lock(&self.0.resizing);
-        let result = self.0.disk.resize(size);
+        let result = change(&*self.0.disk);
         // The size may have changed despite an error.
         lock(&self.0.shown).update(&*self.0.disk);
         result
@@ -154,7 +167,7 @@ impl Shared {
         Config {
             size: lock(&self.shown).size,
             limits,
-            seg_max: SEG_MAX,
+            seg_max: u32::from(self.options.queue_size) - 2,
             queues: self.options.queues,
             writeback: limits.write_cache && self.writeback.load(Ordering::SeqCst),
         }
@@ -268,9 +281,6 @@ impl Threads {
         };
         let mut result = Ok(());
         for source in self.paused.drain(..) {
-            // What the driver has offered before may not have been looked at. This cannot fail:
-            // nobody has rung 2^64 - 2 times.
-            let _ = source.doorbell.write(1);
             result = result.and(engine.start(source));
         }
         result

@@ -115,8 +115,6 @@ pub use stats::{Counters, LATENCY_BUCKETS, Stats};
 
 const DEVICE_TYPE: u32 = 2;
 const QUEUE_SIZE: u16 = 256;
-/// A chain of as many descriptors as the queue has, without the request's header and status.
-const SEG_MAX: u32 = QUEUE_SIZE as u32 - 2;
 
 /// How a disk is offered to a guest.
 #[derive(Clone, Debug)]
@@ -127,6 +125,9 @@ pub struct Options {
     /// Number of queues, each with a thread of its own: 1 to 256, best as many as the guest has
     /// vCPUs.
     pub queues: u16,
+    /// Number of descriptors in a queue: a power of two, 4 to 256. The driver is told that a request
+    /// has as many buffers at the most as fit into one beside its header and status.
+    pub queue_size: u16,
     /// Threads for requests that have to wait for the host's disk: so many of them are under way at
     /// once, in all queues together. They are started as they are needed.
     pub threads: usize,
@@ -142,6 +143,7 @@ impl Default for Options {
         Self {
             serial: None,
             queues: 1,
+            queue_size: QUEUE_SIZE,
             threads: 16,
             rate: RateLimits::default(),
             poll: Duration::ZERO,
@@ -159,9 +161,15 @@ impl Block {
     /// A device for `disk`.
     pub fn new(disk: Arc<dyn Disk>, options: Options) -> Self {
         let queues = options.queues.clamp(1, 256);
+        let queue_size = options.queue_size.clamp(4, QUEUE_SIZE).next_power_of_two();
+        let options = Options {
+            queues,
+            queue_size,
+            ..options
+        };
         Self {
-            queue_sizes: vec![QUEUE_SIZE; queues.into()],
-            shared: Arc::new(Shared::new(disk, Options { queues, ..options })),
+            queue_sizes: vec![queue_size; queues.into()],
+            shared: Arc::new(Shared::new(disk, options)),
         }
     }
 

@@ -171,9 +171,14 @@ impl<'m> Completions<'m> {
             self.idle.notify_all();
         }
         if is_first {
-            // Cannot fail: nobody has signalled it 2^64 - 2 times.
-            let _ = self.event.write(1);
+            self.wake();
         }
+    }
+
+    /// Signals the event.
+    pub(super) fn wake(&self) {
+        // Cannot fail: nobody has signalled it 2^64 - 2 times.
+        let _ = self.event.write(1);
     }
 }
 

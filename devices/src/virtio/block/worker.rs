@@ -171,6 +171,8 @@ fn serve<'m>(
     if let Some(fd) = timer_fd {
         events.add(Events::with_data_raw(fd, TIMER, edge))?;
     }
+    // There may be requests already, without a signal still to come.
+    done.wake();
     while !stop.is_requested() {
         manager.run()?;
     }

@@ -1,6 +1,8 @@
 //! The program `tandem`.
 
+mod disk_keys;
 mod run;
+mod serve;
 
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -9,8 +11,9 @@ use clap::{Parser, Subcommand};
 use tandem_vmm::{Error, ExitReason, signals};
 
 use run::Run;
+use serve::Serve;
 
-/// Runs Linux guests whose disks are qcow2 images.
+/// Runs Linux guests whose disks are qcow2 images, and offers such disks to other machines.
 #[derive(Parser)]
 #[command(version, arg_required_else_help = true)]
 struct Cli {
@@ -22,11 +25,16 @@ struct Cli {
 enum Command {
     /// Run a guest until it powers off
     Run(Run),
+    /// Offer a disk to other virtual machine monitors (vhost-user-blk)
+    Serve(Serve),
 }
 
 fn main() -> ExitCode {
-    let Command::Run(run) = Cli::parse().command;
-    match run.execute() {
+    let outcome = match Cli::parse().command {
+        Command::Run(run) => run.execute(),
+        Command::Serve(serve) => serve.execute(),
+    };
+    match outcome {
         Ok(ExitReason::Signal(number)) => {
             signals::die_of(number);
             ExitCode::from(128 + number as u8)

@@ -15,9 +15,11 @@ use tandem_vmm::{
     MetricsTarget, Result, SerialConfig, Vmm,
 };
 
+use crate::disk_keys::{DISK_KEYS, disk_parser};
+
 /// What to run.
 #[derive(Args)]
-#[command(after_help = EXAMPLES, after_long_help = DETAILS)]
+#[command(after_help = EXAMPLES, after_long_help = details())]
 pub struct Run {
     /// Kernel: a distribution's vmlinuz (bzImage) or an uncompressed vmlinux (ELF)
     #[arg(long, value_name = "FILE")]
@@ -85,35 +87,9 @@ Examples:
 
 --help tells the disk keys, the console's keys and the exit status.";
 
-const DETAILS: &str = "\
-Disk keys:
-  format=qcow2|raw   Format of the image (default qcow2). It is never guessed: a guest can write a
-                     qcow2 header into its raw disk.
-  readonly=on|off    Keep the guest from writing (default off)
-  cache=MODE         Caches between the guest and the medium: writeback (default; the host's page cache),
-                     none (O_DIRECT), writethrough and directsync (the same, and each write is durable
-                     when it completes), unsafe (nothing is ever synced)
-  locking=on|force-share|off
-                     Keep other programs off the disk's files, QEMU's among them (default on); read it
-                     though others may write; or take no locks
-  data-file=PATH     External data file, instead of the one that the qcow2 header names
-  follow=WHERE       Where the names of a data file or a backing file in a qcow2 image may lead:
-                     image-directory (default), and what is below it; anywhere; or nothing
-  backing-format=raw|qcow2
-                     Format of the backing file, where the image does not tell it
-  l2-cache-size=SIZE Memory for L2 tables of a qcow2 image, as in 16M (default 4M, which maps 32 GiB
-                     in clusters of 64 KiB); taken as it is needed
-  serial=ID          Serial number that the guest sees: 1 to 20 printable ASCII characters
-  queues=N           Queues, each with a thread of its own: 1 to 32 (default one for each CPU, up to 16)
-  threads=N          Threads for requests that wait for the host's disk, in all queues together:
-                     1 to 256 (default 16); they are started as they are needed
-  iops=N             Requests in a second, on average; those beyond wait
-  iops-burst=N       Requests at once after a pause (default a tenth of iops)
-  bw=SIZE            Bytes read and written in a second, on average, as in 100M; requests beyond wait
-  bw-burst=SIZE      Bytes at once after a pause (default a tenth of bw)
-  poll=MICROSECONDS  How long a queue's thread looks for requests before it waits to be called: 0 to
-                     10000 (default 0: not at all). That is quicker, and costs processor time
-  A comma that belongs to a path is written twice: 'a,,b.qcow2' is the file a,b.qcow2.
+fn details() -> String {
+    format!(
+        "{DISK_KEYS}
 
 Root disk:
   Nothing is added to the command line for a disk. A kernel whose initrd does not know better finds
@@ -154,10 +130,8 @@ Examples:
 
   An image whose data file has moved, not to be written:
     tandem run --kernel vmlinuz --initrd initrd.img \\
-        --disk image.qcow2,data-file=/srv/data.raw,readonly=on";
-
-fn disk_parser() -> impl TypedValueParser<Value = DiskConfig> {
-    OsStringValueParser::new().try_map(|text: OsString| DiskConfig::parse(&text))
+        --disk image.qcow2,data-file=/srv/data.raw,readonly=on"
+    )
 }
 
 fn metrics_parser() -> impl TypedValueParser<Value = MetricsTarget> {

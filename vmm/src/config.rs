@@ -1,18 +1,17 @@
 //! What to run, and how its parts are written on a command line.
 
+mod disk;
+
 use std::ffi::OsStr;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use tandem_block::qcow2::{BackingFormat, Follow};
-use tandem_block::{CacheMode, FileOptions, Locking};
-use tandem_devices::virtio::block::{InvalidSerial, Serial};
+use tandem_devices::virtio::block::InvalidSerial;
 
 use crate::layout;
 
-/// Most memory for the L2 tables of a disk: it would hold those of 256 TiB in clusters of 64 KiB.
-const MAX_L2_CACHE: usize = 32 << 30;
+pub use disk::{DiskConfig, DiskFormat};
 
 /// A virtual machine to build.
 #[derive(Debug, Clone)]
@@ -94,40 +93,6 @@ impl Config {
     }
 }
 
-/// A disk to attach.
-#[derive(Debug, Clone, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct DiskConfig {
-    /// The image.
-    pub path: PathBuf,
-    /// Its format.
-    pub format: DiskFormat,
-    /// Whether the guest is kept from writing.
-    pub read_only: bool,
-    /// External data file to use instead of the one that a qcow2 header names.
-    pub data_file: Option<PathBuf>,
-    /// Where the names of files in a qcow2 image may lead; `None` is the engine's default.
-    pub follow: Option<Follow>,
-    /// Format of the backing file, where a qcow2 image does not tell it.
-    pub backing_format: Option<BackingFormat>,
-    /// What the guest reads as the disk's serial number.
-    pub serial: Option<Serial>,
-    /// Bytes of memory for the L2 tables of a qcow2 image; `None` is the engine's default.
-    pub l2_cache_size: Option<usize>,
-    /// Whether the disk's files are locked, and which caches lie before the medium.
-    pub files: FileOptions,
-}
-
-/// How a disk image is laid out.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum DiskFormat {
-    /// qcow2, version 2 or 3.
-    #[default]
-    Qcow2,
-    /// The file is the disk. Never guessed: a guest can write a qcow2 header into its raw disk.
-    Raw,
-}
-
 /// Where the guest's serial console goes.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub enum SerialConfig {
@@ -138,6 +103,15 @@ pub enum SerialConfig {
     None,
     /// Output into a file, which is created or emptied; no input.
     File(PathBuf),
+}
+
+/// Where a VM's metrics go.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum MetricsTarget {
+    /// To the end of a file, which may be a named pipe.
+    File(PathBuf),
+    /// Into a file descriptor that this process was started with.
+    Descriptor(i32),
 }
 
 /// What is wrong with a [`Config`] or with one of its written forms.
@@ -177,7 +151,8 @@ pub enum Error {
     /// A key that disks do not have.
     #[error(
         "unknown disk key '{0}'; known are readonly, format, cache, locking, data-file, follow, \
-         backing-format, serial and l2-cache-size"
+         backing-format, l2-cache-size, serial, queues, threads, poll, iops, iops-burst, bw and \
+         bw-burst"
     )]
     DiskKey(String),
     /// A key that is there twice.
@@ -191,14 +166,20 @@ pub enum Error {
         /// The value.
         value: String,
         /// What the key takes.
-        expected: &'static str,
+        expected: String,
     },
+    /// A burst without a rate.
+    #[error("disk key {0} has no meaning without {1}")]
+    DiskBurst(&'static str, &'static str),
     /// A serial number that a disk cannot have.
     #[error(transparent)]
     DiskSerial(InvalidSerial),
     /// A key that only qcow2 disks have, for a raw one.
     #[error("{0} belongs to format=qcow2; a raw disk has no such thing")]
     RawDisk(&'static str),
+    /// Metrics into no file.
+    #[error("'{0}' is neither a file nor fd=N")]
+    Metrics(String),
     /// A serial console that there is not.
     #[error("'{0}' is not stdio, none or file=PATH")]
     Serial(String),
@@ -225,125 +206,6 @@ pub fn parse_memory(text: &str) -> Result<u64, Error> {
     number.checked_mul(1 << shift).ok_or_else(error)
 }
 
-impl DiskConfig {
-    /// A writable qcow2 disk.
-    pub fn new(path: impl Into<PathBuf>) -> Self {
-        Self {
-            path: path.into(),
-            format: DiskFormat::default(),
-            read_only: false,
-            data_file: None,
-            follow: None,
-            backing_format: None,
-            serial: None,
-            l2_cache_size: None,
-            files: FileOptions::default(),
-        }
-    }
-
-    /// Reads `PATH[,key=value...]`. A comma that belongs to the path or to a value is written twice.
-    pub fn parse(text: &OsStr) -> Result<Self, Error> {
-        let mut parts = split_commas(text.as_bytes()).into_iter();
-        let path = parts.next().filter(|path| !path.is_empty());
-        let mut disk = Self::new(os_path(path.ok_or(Error::DiskPath)?));
-        let mut seen: Vec<Vec<u8>> = Vec::new();
-        for part in parts {
-            let at = part
-                .iter()
-                .position(|b| *b == b'=')
-                .ok_or_else(|| Error::DiskOption(lossy(&part)))?;
-            let (key, value) = (&part[..at], &part[at + 1..]);
-            disk.set(key, value)?;
-            if seen.iter().any(|k| k == key) {
-                return Err(Error::DiskKeyTwice(lossy(key)));
-            }
-            seen.push(key.to_owned());
-        }
-        let qcow2_only = [
-            (disk.data_file.is_some(), "data-file"),
-            (disk.follow.is_some(), "follow"),
-            (disk.backing_format.is_some(), "backing-format"),
-            (disk.l2_cache_size.is_some(), "l2-cache-size"),
-        ];
-        match qcow2_only.into_iter().find(|(is_given, _)| *is_given) {
-            Some((_, key)) if disk.format == DiskFormat::Raw => Err(Error::RawDisk(key)),
-            _ => Ok(disk),
-        }
-    }
-
-    fn set(&mut self, key: &[u8], value: &[u8]) -> Result<(), Error> {
-        let error = |key, expected| Error::DiskValue {
-            key,
-            value: lossy(value),
-            expected,
-        };
-        match key {
-            b"readonly" => {
-                self.read_only = match value {
-                    b"on" => true,
-                    b"off" => false,
-                    _ => return Err(error("readonly", "on or off")),
-                }
-            }
-            b"format" => {
-                self.format = match value {
-                    b"qcow2" => DiskFormat::Qcow2,
-                    b"raw" => DiskFormat::Raw,
-                    _ => return Err(error("format", "qcow2 or raw")),
-                }
-            }
-            b"cache" => {
-                self.files.cache = CacheMode::from_name(&lossy(value)).ok_or_else(|| {
-                    error(
-                        "cache",
-                        "writeback, none, writethrough, directsync or unsafe",
-                    )
-                })?;
-            }
-            b"locking" => {
-                self.files.locking = match value {
-                    b"on" => Locking::On,
-                    b"force-share" => Locking::ForceShare,
-                    b"off" => Locking::Off,
-                    _ => return Err(error("locking", "on, force-share or off")),
-                };
-            }
-            b"data-file" if value.is_empty() => {
-                return Err(error("data-file", "the path of a file"));
-            }
-            b"data-file" => self.data_file = Some(os_path(value.to_owned())),
-            b"follow" => {
-                self.follow = Some(match value {
-                    b"nothing" => Follow::Nothing,
-                    b"image-directory" => Follow::ImageDirectory,
-                    b"anywhere" => Follow::Anywhere,
-                    _ => return Err(error("follow", "nothing, image-directory or anywhere")),
-                });
-            }
-            b"backing-format" => {
-                self.backing_format = Some(match value {
-                    b"raw" => BackingFormat::Raw,
-                    b"qcow2" => BackingFormat::Qcow2,
-                    _ => return Err(error("backing-format", "raw or qcow2")),
-                });
-            }
-            b"serial" => {
-                self.serial = Some(lossy(value).parse().map_err(Error::DiskSerial)?);
-            }
-            b"l2-cache-size" => {
-                let size = parse_memory(&lossy(value)).ok();
-                let size = size.and_then(|size| usize::try_from(size).ok());
-                self.l2_cache_size =
-                    Some(size.filter(|size| *size <= MAX_L2_CACHE).ok_or_else(|| {
-                        error("l2-cache-size", "a size of up to 32G with a unit, as in 4M")
-                    })?);
-            }
-            _ => return Err(Error::DiskKey(lossy(key))),
-        }
-        Ok(())
-    }
-}
-
 impl SerialConfig {
     /// Reads `stdio`, `none` or `file=PATH`.
     pub fn parse(text: &OsStr) -> Result<Self, Error> {
@@ -366,26 +228,24 @@ impl FromStr for SerialConfig {
     }
 }
 
-impl FromStr for DiskConfig {
-    type Err = Error;
-
-    fn from_str(text: &str) -> Result<Self, Error> {
-        Self::parse(OsStr::new(text))
-    }
-}
-
-/// Splits at single commas; two commas stand for one that belongs to the part.
-fn split_commas(text: &[u8]) -> Vec<Vec<u8>> {
-    let mut parts = vec![Vec::new()];
-    let mut bytes = text.iter().copied().peekable();
-    while let Some(byte) = bytes.next() {
-        if byte == b',' && bytes.next_if_eq(&b',').is_none() {
-            parts.push(Vec::new());
-        } else if let Some(part) = parts.last_mut() {
-            part.push(byte);
+impl MetricsTarget {
+    /// Reads `FILE` or `fd=N`.
+    pub fn parse(text: &OsStr) -> Result<Self, Error> {
+        let error = || Error::Metrics(lossy(text.as_bytes()));
+        match text.as_bytes().strip_prefix(b"fd=") {
+            None if text.is_empty() => Err(error()),
+            None => Ok(Self::File(text.into())),
+            Some(digits) => {
+                let number = lossy(digits);
+                let number = number.parse().ok().filter(|number| *number >= 0);
+                let is_digits = digits.iter().all(u8::is_ascii_digit);
+                number
+                    .filter(|_| is_digits)
+                    .map(Self::Descriptor)
+                    .ok_or_else(error)
+            }
         }
     }
-    parts
 }
 
 fn os_path(bytes: Vec<u8>) -> PathBuf {
@@ -419,91 +279,23 @@ mod tests {
     }
 
     #[test]
-    fn disks() {
-        let disk: DiskConfig = "a.qcow2".parse().unwrap();
-        assert_eq!(disk, DiskConfig::new("a.qcow2"));
-
-        let disk: DiskConfig = "x=1,,2.img,readonly=on,data-file=d,,d.raw,serial=A1"
-            .parse()
-            .unwrap();
-        assert_eq!(
-            disk,
-            DiskConfig {
-                path: "x=1,2.img".into(),
-                format: DiskFormat::Qcow2,
-                read_only: true,
-                data_file: Some("d,d.raw".into()),
-                follow: None,
-                backing_format: None,
-                serial: Some("A1".parse().unwrap()),
-                l2_cache_size: None,
-                files: FileOptions::default(),
-            }
-        );
-        let disk: DiskConfig = "a,l2-cache-size=512K".parse().unwrap();
-        assert_eq!(disk.l2_cache_size, Some(512 << 10));
-        let disk: DiskConfig = "a,follow=anywhere,backing-format=raw".parse().unwrap();
-        assert_eq!(disk.follow, Some(Follow::Anywhere));
-        assert_eq!(disk.backing_format, Some(BackingFormat::Raw));
-        let disk: DiskConfig = "a,cache=none,locking=off".parse().unwrap();
-        assert_eq!(
-            (disk.files.cache, disk.files.locking),
-            (CacheMode::None, Locking::Off)
-        );
-        let disk: DiskConfig = "a,format=raw,readonly=off".parse().unwrap();
-        assert_eq!((disk.format, disk.read_only), (DiskFormat::Raw, false));
-
-        let not_utf8 = OsStr::from_bytes(b"\xff.img,format=raw");
-        let disk = DiskConfig::parse(not_utf8).unwrap();
-        assert_eq!(disk.path.as_os_str().as_bytes(), b"\xff.img");
-    }
-
-    #[test]
-    fn disk_errors() {
-        let error = |text: &str| text.parse::<DiskConfig>().unwrap_err();
-        assert_eq!(error(""), Error::DiskPath);
-        assert_eq!(error(",readonly=on"), Error::DiskPath);
-        assert_eq!(error("a,ro"), Error::DiskOption("ro".into()));
-        assert_eq!(error("a,"), Error::DiskOption(String::new()));
-        assert_eq!(error("a,aio=native"), Error::DiskKey("aio".into()));
-        assert_eq!(
-            error("a,readonly=on,readonly=on"),
-            Error::DiskKeyTwice("readonly".into())
-        );
-        assert_eq!(
-            error("a,format=raw,data-file=b"),
-            Error::RawDisk("data-file")
-        );
-        assert_eq!(
-            error("a,l2-cache-size=1M,format=raw"),
-            Error::RawDisk("l2-cache-size")
-        );
-        for text in [
-            "a,readonly=yes",
-            "a,format=vmdk",
-            "a,data-file=",
-            "a,follow=me",
-            "a,cache=",
-            "a,locking=auto",
-            "a,backing-format=vmdk",
-            "a,l2-cache-size=1000",
-            "a,l2-cache-size=1T",
-        ] {
-            assert!(matches!(error(text), Error::DiskValue { .. }), "{text}");
-        }
-        for serial in ["", "123456789012345678901", "\u{e9}"] {
-            let text = format!("a,serial={serial}");
-            assert!(matches!(error(&text), Error::DiskSerial(_)), "{text}");
-        }
-    }
-
-    #[test]
     fn serial_console() {
         assert_eq!("stdio".parse(), Ok(SerialConfig::Stdio));
         assert_eq!("none".parse(), Ok(SerialConfig::None));
         assert_eq!("file=a,b".parse(), Ok(SerialConfig::File("a,b".into())));
         for text in ["", "file", "file=", "tty"] {
             assert!(text.parse::<SerialConfig>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn metrics_targets() {
+        let parse = |text: &str| MetricsTarget::parse(OsStr::new(text));
+        assert_eq!(parse("a=b"), Ok(MetricsTarget::File("a=b".into())));
+        assert_eq!(parse("fd=3"), Ok(MetricsTarget::Descriptor(3)));
+        assert_eq!(parse("./fd=x"), Ok(MetricsTarget::File("./fd=x".into())));
+        for text in ["", "fd=", "fd=-1", "fd=+1", "fd=x", "fd=99999999999"] {
+            assert_eq!(parse(text), Err(Error::Metrics(text.into())), "{text}");
         }
     }
 

@@ -47,6 +47,17 @@ fn open_qcow2(config: &DiskConfig) -> Result<Arc<dyn Disk>> {
     }
 }
 
+/// How the disk of `config` is offered to a guest with `cpus` CPUs.
+fn options(config: &DiskConfig, cpus: u8) -> Options {
+    let mut options = Options::default();
+    options.serial = config.serial;
+    options.queues = config.queue_count(cpus);
+    options.threads = config.threads.map_or(options.threads, usize::from);
+    options.rate = config.rate;
+    options.poll = config.poll;
+    options
+}
+
 /// Where the guest finds disk number `index`.
 pub fn place(index: usize) -> VirtioDevice {
     // There are at most `layout::MAX_DISKS`.
@@ -74,12 +85,11 @@ impl Attached {
         mmio: &mut Bus,
         place: VirtioDevice,
         config: &DiskConfig,
+        cpus: u8,
         disk: Arc<dyn Disk>,
     ) -> Result<Self> {
         let base = u64::from(place.base);
-        let mut options = Options::default();
-        options.serial = config.serial;
-        let block = Box::new(Block::new(disk.clone(), options));
+        let block = Box::new(Block::new(disk.clone(), options(config, cpus)));
         let stats = block.handle().stats();
         let irq = interrupts::line(vm, place.gsi)?;
         let transport = VirtioMmio::new(block, mem.clone(), irq).host("set up a disk")?;

@@ -38,7 +38,7 @@ mod terminal;
 mod vcpu;
 mod vmm;
 
-pub use config::{Config, DiskConfig, DiskFormat, SerialConfig};
+pub use config::{Config, DiskConfig, DiskFormat, MetricsTarget, SerialConfig};
 pub use error::{Error, Result};
 pub use exit::ExitReason;
 pub use kernel::KernelError;

@@ -78,8 +78,11 @@ impl Vmm {
         let exit = Arc::new(Exit::new()?);
         let mut mmio = Bus::new();
         let mut disks = Vec::new();
-        for ((config, image), place) in config.disks.iter().zip(images).zip(places) {
-            disks.push(Attached::new(&vm, &mem, &mut mmio, place, config, image)?);
+        for ((disk, image), place) in config.disks.iter().zip(images).zip(places) {
+            let cpus = config.cpus;
+            disks.push(Attached::new(
+                &vm, &mem, &mut mmio, place, disk, cpus, image,
+            )?);
         }
         let (ports, input) = build_ports(&vm, config, &exit)?;
         let vcpus = build_vcpus(&kvm, &vm, &mem, config.cpus, entry)?;

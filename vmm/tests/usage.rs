@@ -30,8 +30,8 @@ fn wrong_arguments_end_with_status_2() {
         (&["--cpus=33"], "1..=32"),
         (
             &["--disk=a,aio=native"],
-            "known are readonly, format, cache, locking, data-file, follow, backing-format, serial \
-             and l2-cache-size",
+            "known are readonly, format, cache, locking, data-file, follow, backing-format, \
+             l2-cache-size, serial, queues, threads, poll, iops, iops-burst, bw and bw-burst",
         ),
         (
             &["--disk=a,cache=no"],
@@ -42,6 +42,22 @@ fn wrong_arguments_end_with_status_2() {
             "a raw disk has no such thing",
         ),
         (&["--disk=a,serial=123456789012345678901"], "1 to 20"),
+        (
+            &["--disk=a,queues=64"],
+            "disk key queues: '64' is not a whole number from 1 to 32",
+        ),
+        (
+            &["--disk=a,iops=0"],
+            "disk key iops: '0' is not a whole number from 1 to",
+        ),
+        (
+            &["--disk=a,bw=100"],
+            "disk key bw: '100' is not a size from 1K to 8192T with a unit, as in 100M",
+        ),
+        (
+            &["--disk=a,iops-burst=10"],
+            "disk key iops-burst has no meaning without iops",
+        ),
         (&["--serial=tty"], "stdio, none or file=PATH"),
         (&["--bogus"], "unexpected argument"),
     ] {
@@ -101,6 +117,13 @@ fn help_tells_everything_there_is() {
     for text in [
         "data-file=PATH",
         "serial=ID",
+        "queues=N",
+        "threads=N",
+        "iops=N",
+        "iops-burst=N",
+        "bw=SIZE",
+        "bw-burst=SIZE",
+        "poll=MICROSECONDS",
         "cache=MODE",
         "locking=on|force-share|off",
         "Ctrl-A X",

@@ -126,6 +126,7 @@ pub(crate) use create::{NewFiles, begin};
 pub use info::Info;
 pub use measure::{bitmaps_size, full_size};
 pub use open::OpenOptions;
+pub use placement::DataFile;
 pub use policy::Follow;
 pub use rebase::{BackingName, NewBacking, set_backing_name};
 pub use snapshot::{SnapshotInfo, SnapshotName};

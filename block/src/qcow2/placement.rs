@@ -4,6 +4,7 @@ use crate::sync::Mutex;
 use crate::sync::atomic::Ordering;
 use std::collections::HashMap;
 use std::ops::Range;
+use std::path::PathBuf;
 
 use super::geometry::ENTRY_SIZE;
 use super::header::MAX_L1_SIZE;
@@ -184,7 +185,33 @@ impl Passthrough {
     }
 }
 
+/// The external data file of an open image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct DataFile {
+    /// Where it was found.
+    pub path: PathBuf,
+    /// How guest data lies in it.
+    pub layout: DataFileLayout,
+    /// Whether it is a faithful raw image of the disk (`data_file_raw`).
+    pub is_raw: bool,
+}
+
 impl Qcow2 {
+    /// The external data file, if there is one.
+    pub fn data_file(&self) -> Option<DataFile> {
+        let file = match &self.placement {
+            Placement::Internal => return None,
+            Placement::External(external) | Placement::Raw(external, _) => &external.file,
+            Placement::Packed(packed) => &packed.file,
+        };
+        Some(DataFile {
+            path: file.path.clone(),
+            layout: self.placement.data_file_layout()?,
+            is_raw: matches!(self.placement, Placement::Raw(..)),
+        })
+    }
+
     /// The data file, if the bytes of the range lie there at their guest offset, every one of
     /// them, and always will. The range lies within the disk.
     pub(super) fn passthrough(&self, offset: u64, len: u64) -> Result<Option<&ImageFile>> {

@@ -1,33 +1,19 @@
-//! The program `tandem`.
+//! `tandem run`.
 
 use std::ffi::OsString;
 use std::io::{self, Write};
 use std::path::PathBuf;
-use std::process::ExitCode;
 
+use clap::Args;
 use clap::builder::{OsStringValueParser, TypedValueParser};
-use clap::{Args, Parser, Subcommand};
 use tandem_vmm::config::parse_memory;
-use tandem_vmm::signals::{self, Signals};
-use tandem_vmm::{Config, DiskConfig, Error, ExitReason, Result, SerialConfig, Vmm};
+use tandem_vmm::signals::Signals;
+use tandem_vmm::{Config, DiskConfig, ExitReason, Result, SerialConfig, Vmm};
 
-/// Runs Linux guests whose disks are qcow2 images.
-#[derive(Parser)]
-#[command(version, arg_required_else_help = true)]
-struct Cli {
-    #[command(subcommand)]
-    command: Command,
-}
-
-#[derive(Subcommand)]
-enum Command {
-    /// Run a guest until it powers off
-    #[command(after_help = EXAMPLES, after_long_help = DETAILS)]
-    Run(Run),
-}
-
+/// What to run.
 #[derive(Args)]
-struct Run {
+#[command(after_help = EXAMPLES, after_long_help = DETAILS)]
+pub struct Run {
     /// Kernel: a distribution's vmlinuz (bzImage) or an uncompressed vmlinux (ELF)
     #[arg(long, value_name = "FILE")]
     kernel: PathBuf,
@@ -89,9 +75,18 @@ Disk keys:
                      image-directory (default), and what is below it; anywhere; or nothing
   backing-format=raw|qcow2
                      Format of the backing file, where the image does not tell it
-  serial=ID          Serial number that the guest sees: 1 to 20 printable ASCII characters
   l2-cache-size=SIZE Memory for L2 tables of a qcow2 image, as in 16M (default 4M, which maps 32 GiB
                      in clusters of 64 KiB); taken as it is needed
+  serial=ID          Serial number that the guest sees: 1 to 20 printable ASCII characters
+  queues=N           Queues, each with a thread of its own: 1 to 32 (default one for each CPU, up to 16)
+  threads=N          Threads for requests that wait for the host's disk, in all queues together:
+                     1 to 256 (default 16); they are started as they are needed
+  iops=N             Requests in a second, on average; those beyond wait
+  iops-burst=N       Requests at once after a pause (default a tenth of iops)
+  bw=SIZE            Bytes read and written in a second, on average, as in 100M; requests beyond wait
+  bw-burst=SIZE      Bytes at once after a pause (default a tenth of bw)
+  poll=MICROSECONDS  How long a queue's thread looks for requests before it waits to be called: 0 to
+                     10000 (default 0: not at all). That is quicker, and costs processor time
   A comma that belongs to a path is written twice: 'a,,b.qcow2' is the file a,b.qcow2.
 
 Root disk:
@@ -134,26 +129,9 @@ fn serial_parser() -> impl TypedValueParser<Value = SerialConfig> {
     OsStringValueParser::new().try_map(|text: OsString| SerialConfig::parse(&text))
 }
 
-fn main() -> ExitCode {
-    let Command::Run(run) = Cli::parse().command;
-    match run.execute() {
-        Ok(ExitReason::Signal(number)) => {
-            signals::die_of(number);
-            ExitCode::from(128 + number as u8)
-        }
-        Ok(_) => ExitCode::SUCCESS,
-        Err(error) => {
-            let _ = writeln!(io::stderr(), "tandem: {error}");
-            match error {
-                Error::Config(_) => ExitCode::from(2),
-                _ => ExitCode::FAILURE,
-            }
-        }
-    }
-}
-
 impl Run {
-    fn execute(self) -> Result<ExitReason> {
+    /// Runs the guest to its end.
+    pub fn execute(self) -> Result<ExitReason> {
         // Before there is a second thread.
         let signals = Signals::block()?;
         let mut config = Config::new(self.kernel);

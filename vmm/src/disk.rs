@@ -4,32 +4,65 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use kvm_ioctls::VmFd;
-use tandem_block::qcow2::{OpenOptions, Qcow2};
+use tandem_block::qcow2::{DataFileLayout, OpenOptions, Qcow2};
 use tandem_block::{Disk, Raw};
 use tandem_devices::GuestMemory;
 use tandem_devices::bus::Bus;
-use tandem_devices::virtio::block::{Block, Options, Stats};
+use tandem_devices::virtio::block::{Block, Handle, Options};
 use tandem_devices::virtio::mmio::{self, VirtioMmio};
 
 use crate::acpi::VirtioDevice;
 use crate::config::{DiskConfig, DiskFormat};
+use crate::control::Operated;
 use crate::error::{Error, HostContext, Result};
 use crate::interrupts;
 use crate::layout;
 
+/// An image that is open.
+#[derive(Clone)]
+pub struct Image {
+    /// Where it is.
+    pub path: PathBuf,
+    /// Its format.
+    pub format: DiskFormat,
+    /// Where the guest's data is.
+    pub kind: &'static str,
+    /// The external data file.
+    pub data_file: Option<PathBuf>,
+    /// The guest's disk.
+    pub disk: Arc<dyn Disk>,
+}
+
 /// Opens the image of `config`.
-pub fn open(config: &DiskConfig) -> Result<Arc<dyn Disk>> {
+pub fn open(config: &DiskConfig) -> Result<Image> {
+    let image = |kind, data_file, disk| Image {
+        path: config.path.clone(),
+        format: config.format,
+        kind,
+        data_file,
+        disk,
+    };
     match config.format {
-        DiskFormat::Raw => Ok(Arc::new(Raw::open_with(
-            &config.path,
-            config.read_only,
-            config.files,
-        )?)),
-        DiskFormat::Qcow2 => open_qcow2(config),
+        DiskFormat::Raw => {
+            let disk = Raw::open_with(&config.path, config.read_only, config.files)?;
+            Ok(image("raw", None, Arc::new(disk)))
+        }
+        DiskFormat::Qcow2 => {
+            let disk = open_qcow2(config)?;
+            let data_file = disk.data_file();
+            let kind = match &data_file {
+                None => "internal",
+                Some(file) if file.layout == DataFileLayout::Packed => "packed",
+                Some(file) if file.is_raw => "external-raw",
+                Some(_) => "external",
+            };
+            let path = data_file.map(|file| file.path);
+            Ok(image(kind, path, Arc::new(disk)))
+        }
     }
 }
 
-fn open_qcow2(config: &DiskConfig) -> Result<Arc<dyn Disk>> {
+fn open_qcow2(config: &DiskConfig) -> Result<Qcow2> {
     let default = OpenOptions::default();
     let options = OpenOptions {
         read_only: config.read_only,
@@ -40,15 +73,14 @@ fn open_qcow2(config: &DiskConfig) -> Result<Arc<dyn Disk>> {
         files: config.files,
         ..default
     };
-    match Qcow2::open(&config.path, &options) {
-        Ok(disk) => Ok(Arc::new(disk)),
-        Err(tandem_block::Error::NotQcow2 { file, .. }) => Err(Error::NotQcow2 { path: file }),
-        Err(error) => Err(error.into()),
-    }
+    Qcow2::open(&config.path, &options).map_err(|error| match error {
+        tandem_block::Error::NotQcow2 { file, .. } => Error::NotQcow2 { path: file },
+        error => error.into(),
+    })
 }
 
 /// How the disk of `config` is offered to a guest with `cpus` CPUs.
-fn options(config: &DiskConfig, cpus: u8) -> Options {
+pub fn options(config: &DiskConfig, cpus: u8) -> Options {
     let mut options = Options::default();
     options.serial = config.serial;
     options.queues = config.queue_count(cpus);
@@ -71,26 +103,24 @@ pub fn place(index: usize) -> VirtioDevice {
 
 /// A disk that is attached to the guest.
 pub struct Attached {
-    path: PathBuf,
-    disk: Arc<dyn Disk>,
-    stats: Arc<Stats>,
+    image: Image,
+    handle: Handle,
     transport: Arc<VirtioMmio>,
 }
 
 impl Attached {
-    /// Attaches `disk` at `place`.
+    /// Attaches the disk of `config`, which is `image`, at `place`.
     pub fn new(
         vm: &VmFd,
         mem: &GuestMemory,
         mmio: &mut Bus,
         place: VirtioDevice,
-        config: &DiskConfig,
+        (config, image): (&DiskConfig, Image),
         cpus: u8,
-        disk: Arc<dyn Disk>,
     ) -> Result<Self> {
         let base = u64::from(place.base);
-        let block = Box::new(Block::new(disk.clone(), options(config, cpus)));
-        let stats = block.handle().stats();
+        let block = Box::new(Block::new(image.disk.clone(), options(config, cpus)));
+        let handle = block.handle();
         let irq = interrupts::line(vm, place.gsi)?;
         let transport = VirtioMmio::new(block, mem.clone(), irq).host("set up a disk")?;
         for (queue, doorbell) in (0..).zip(transport.doorbells()) {
@@ -101,16 +131,15 @@ impl Attached {
             .map_err(std::io::Error::other)
             .host("place a disk")?;
         Ok(Self {
-            path: config.path.clone(),
-            disk,
-            stats,
+            image,
+            handle,
             transport,
         })
     }
 
-    /// The image's path, and what has gone wrong on the disk.
-    pub fn stats(&self) -> (PathBuf, Arc<Stats>) {
-        (self.path.clone(), self.stats.clone())
+    /// The disk, for whoever operates it.
+    pub fn operated(&self) -> Operated {
+        Operated::new(self.image.clone(), self.handle.clone())
     }
 
     /// Ends the disk's threads, with their requests completed.
@@ -120,6 +149,7 @@ impl Attached {
 
     /// Makes everything durable, for the last time. Call it after [`Attached::stop`].
     pub fn close(&self) -> std::result::Result<(), (PathBuf, tandem_block::Error)> {
-        self.disk.close().map_err(|e| (self.path.clone(), e))
+        let path = || self.image.path.clone();
+        self.image.disk.close().map_err(|error| (path(), error))
     }
 }

@@ -83,6 +83,15 @@ pub enum Error {
         source: io::Error,
     },
 
+    /// Metrics cannot be written to a descriptor.
+    #[error("could not write metrics to fd={descriptor}: {source}")]
+    Metrics {
+        /// The number of the descriptor.
+        descriptor: i32,
+        /// The system's answer.
+        source: io::Error,
+    },
+
     /// A part of the process that the VM needs could not be set up.
     #[error("could not {action}: {source}")]
     Host {

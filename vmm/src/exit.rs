@@ -20,7 +20,7 @@ pub enum ExitReason {
     Quit,
     /// This process received a signal, given as its number.
     Signal(i32),
-    /// [`StopHandle::stop`](crate::StopHandle::stop) was called.
+    /// [`Control::shut_down`](crate::Control::shut_down) was called.
     Stopped,
 }
 

@@ -16,31 +16,40 @@
 //! # Ok::<(), tandem_vmm::Error>(())
 //! ```
 //!
+//! [`Vmm::control`] gives the means to operate it meanwhile: [`Control`] pauses, flushes, resizes and
+//! tells what the disks do. [`ControlSocket`] offers the same to other programs, and [`MetricsLog`]
+//! writes metrics as the VM runs.
+//!
 //! Threads: the one that calls [`Vmm::run`] handles the console and signals; each CPU has one, and so
-//! has each disk. A request goes from the guest's doorbell to the disk's thread and back as an
-//! interrupt inside KVM; no other thread takes part.
+//! has each queue of a disk, besides those of the disk for requests that have to wait. A request goes
+//! from the guest's doorbell to the queue's thread and back as an interrupt inside KVM.
 #![deny(missing_docs)]
 
 mod acpi;
 mod boot;
 pub mod config;
 mod console;
+pub mod control;
 mod cpuid;
 mod disk;
 mod error;
 mod exit;
+mod gate;
 mod interrupts;
 mod kernel;
 mod layout;
 mod memory;
+pub mod metrics;
 pub mod signals;
 mod terminal;
 mod vcpu;
 mod vmm;
 
 pub use config::{Config, DiskConfig, DiskFormat, MetricsTarget, SerialConfig};
+pub use control::{Control, ControlError, ControlSocket};
 pub use error::{Error, Result};
 pub use exit::ExitReason;
 pub use kernel::KernelError;
+pub use metrics::{MetricsLog, MetricsOutput};
 pub use tandem_devices::virtio::block::Stats as DiskStats;
-pub use vmm::{StopHandle, Vmm};
+pub use vmm::Vmm;

@@ -1,4 +1,5 @@
-//! Signals that end the process, taken in as events so that disks are closed first.
+//! Signals that end the process, taken in as events so that disks are closed first, and the one that
+//! asks for metrics.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -9,7 +10,7 @@ use vmm_sys_util::signal;
 
 use crate::error::{HostContext, Result};
 
-/// The signals SIGHUP, SIGINT, SIGQUIT and SIGTERM, blocked and readable.
+/// The signals SIGHUP, SIGINT, SIGQUIT, SIGTERM and SIGUSR1, blocked and readable.
 pub struct Signals {
     file: File,
 }
@@ -19,7 +20,13 @@ impl Signals {
     /// and nowhere else: call it while the process has one thread. A signal that the process was
     /// started to ignore (`nohup`, background jobs) stays ignored.
     pub fn block() -> Result<Self> {
-        let wanted = [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT, libc::SIGTERM];
+        let wanted = [
+            libc::SIGHUP,
+            libc::SIGINT,
+            libc::SIGQUIT,
+            libc::SIGTERM,
+            libc::SIGUSR1,
+        ];
         let wanted: Vec<_> = wanted.into_iter().filter(|s| !is_ignored(*s)).collect();
         Self::open(&wanted).host("wait for signals")
     }

@@ -19,6 +19,7 @@ use vmm_sys_util::signal;
 
 use crate::error::{Error, HostContext, KvmContext, Result};
 use crate::exit::{Exit, ExitReason};
+use crate::gate::Gate;
 use crate::layout;
 
 /// State in which the boot processor starts. The other CPUs wait for it to start them.
@@ -101,6 +102,8 @@ pub fn write_tables(mem: &GuestMemory) -> std::result::Result<(), GuestMemoryErr
 pub struct Vcpu {
     index: u8,
     fd: VcpuFd,
+    /// Has not run for a while since it last entered the guest.
+    was_paused: bool,
 }
 
 impl Vcpu {
@@ -128,7 +131,11 @@ impl Vcpu {
                 msrs.as_slice()[count].index
             )));
         }
-        Ok(Self { index, fd })
+        Ok(Self {
+            index,
+            fd,
+            was_paused: false,
+        })
     }
 
     /// Makes this the boot processor, to start at `entry`.
@@ -170,11 +177,13 @@ impl Vcpu {
             let mut cpu = self;
             // Says so if the thread ends in a panic.
             let _guard = PanicGuard(&machine.exit, index);
-            while !machine.exit.has_ended() {
-                if let Err(error) = cpu.step(&machine) {
-                    machine.exit.end(Err(error));
+            machine.gate.inside(|| {
+                while !machine.exit.has_ended() {
+                    if let Err(error) = cpu.step(&machine) {
+                        machine.exit.end(Err(error));
+                    }
                 }
-            }
+            });
         };
         let thread = Builder::new().name(format!("vcpu{index}")).spawn(body);
         thread.map(Running).host("start the thread of a CPU")
@@ -182,9 +191,22 @@ impl Vcpu {
 
     /// Runs the guest until it leaves for something that this process has to do, and does that.
     fn step(&mut self, machine: &Machine) -> Result<()> {
+        if machine.gate.is_closed() {
+            self.was_paused |= machine.gate.outside(|| ());
+            return Ok(());
+        }
+        if std::mem::take(&mut self.was_paused) {
+            // Spares the guest's watchdogs. It fails for a guest that does not use KVM's clock.
+            let _ = self.fd.kvmclock_ctrl();
+        }
         match self.fd.run() {
             Ok(VcpuExit::IoIn(port, data)) => machine.ports.read(u64::from(port), data),
-            Ok(VcpuExit::IoOut(port, data)) => machine.ports.write(u64::from(port), data),
+            // The console may wait for its reader. No device behind a port touches a disk or the
+            // guest's memory, so nobody need wait for that.
+            Ok(VcpuExit::IoOut(port, data)) => {
+                let write = || machine.ports.write(u64::from(port), data);
+                self.was_paused |= machine.gate.outside(write);
+            }
             Ok(VcpuExit::MmioRead(address, data)) => machine.mmio.read(address, data),
             Ok(VcpuExit::MmioWrite(address, data)) => machine.mmio.write(address, data),
             Ok(VcpuExit::Intr) => {}
@@ -291,7 +313,7 @@ fn segment(selector: u16, descriptor: u64) -> kvm_segment {
     }
 }
 
-/// What CPUs share: the devices that they see, and the end of the VM.
+/// What CPUs share: the devices that they see, and what stops and ends them.
 pub struct Machine {
     /// Port I/O.
     pub ports: Bus,
@@ -299,6 +321,8 @@ pub struct Machine {
     pub mmio: Bus,
     /// The end.
     pub exit: Arc<Exit>,
+    /// The way into the guest.
+    pub gate: Arc<Gate>,
     /// The guest's RAM, which is here to stay mapped as long as any CPU.
     pub _mem: GuestMemory,
 }
@@ -319,7 +343,7 @@ pub struct Running(JoinHandle<()>);
 /// How long a CPU that was told to stop may take until it is told again.
 const KICK_INTERVAL: Duration = Duration::from_millis(2);
 
-/// Prepares the process for [`Running::stop`]: the signal that interrupts CPUs does nothing else.
+/// Prepares the process for [`Running::stop`] and [`Gate::close`]: the signal that interrupts CPUs does nothing else.
 pub fn install_kick_handler() -> Result<()> {
     extern "C" fn ignore(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
     signal::register_signal_handler(signal::SIGRTMIN(), ignore)

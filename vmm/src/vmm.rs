@@ -1,8 +1,8 @@
 //! The virtual machine as a whole: built from a [`Config`], run to its end.
 
 use std::io;
-use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Instant;
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use kvm_bindings::{KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES};
@@ -11,16 +11,17 @@ use tandem_devices::GuestMemory;
 use tandem_devices::bus::{Bus, BusDevice};
 use tandem_devices::power::{AcpiPower, Keyboard, PowerEvent, PowerHandler};
 use tandem_devices::serial::SerialPort;
-use tandem_devices::virtio::block::Stats;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::boot;
 use crate::config::{Config, SerialConfig};
 use crate::console::{self, Input};
+use crate::control::{Control, MachineInfo};
 use crate::cpuid;
 use crate::disk::{self, Attached};
 use crate::error::{Error, HostContext, KvmContext, Result};
 use crate::exit::{Exit, ExitReason};
+use crate::gate::Gate;
 use crate::interrupts;
 use crate::layout;
 use crate::memory;
@@ -32,7 +33,8 @@ pub struct Vmm {
     vcpus: Vec<Vcpu>,
     disks: Vec<Attached>,
     input: Option<InputPort>,
-    signals: Option<Signals>,
+    signals: Option<(Signals, OnUsr1)>,
+    control: Control,
     _vm: VmFd,
     /// After the CPUs and the VM, which must be closed before their memory goes.
     machine: Arc<Machine>,
@@ -41,16 +43,8 @@ pub struct Vmm {
 /// The serial port and the event that tells of room for input, where there is any input.
 type InputPort = (Arc<SerialPort>, EventFd);
 
-/// Ends a running VM from another thread.
-#[derive(Clone)]
-pub struct StopHandle(Arc<Exit>);
-
-impl StopHandle {
-    /// Has [`Vmm::run`] close the disks and return [`ExitReason::Stopped`].
-    pub fn stop(&self) {
-        self.0.end(Ok(ExitReason::Stopped));
-    }
-}
+/// What SIGUSR1 has done.
+type OnUsr1 = Box<dyn FnMut() + Send>;
 
 impl Vmm {
     /// Builds the machine: opens its files, loads its kernel, makes its CPUs and devices.
@@ -76,45 +70,47 @@ impl Vmm {
         unsafe { memory::attach(&vm, &mem)? };
 
         let exit = Arc::new(Exit::new()?);
+        let gate = Arc::new(Gate::new(exit.clone()));
         let mut mmio = Bus::new();
         let mut disks = Vec::new();
-        for ((disk, image), place) in config.disks.iter().zip(images).zip(places) {
+        for (disk, place) in config.disks.iter().zip(images).zip(places) {
             let cpus = config.cpus;
-            disks.push(Attached::new(
-                &vm, &mem, &mut mmio, place, disk, cpus, image,
-            )?);
+            disks.push(Attached::new(&vm, &mem, &mut mmio, place, disk, cpus)?);
         }
         let (ports, input) = build_ports(&vm, config, &exit)?;
         let vcpus = build_vcpus(&kvm, &vm, &mem, config.cpus, entry)?;
+        let info = MachineInfo {
+            cpus: config.cpus,
+            memory: config.memory,
+            started: Instant::now(),
+        };
+        let operated = disks.iter().map(Attached::operated).collect();
         Ok(Self {
             vcpus,
             disks,
             input,
             signals: None,
+            control: Control::new(info, operated, exit.clone(), gate.clone()),
             _vm: vm,
             machine: Arc::new(Machine {
                 ports,
                 mmio,
                 exit,
+                gate,
                 _mem: mem,
             }),
         })
     }
 
-    /// Has a signal out of `signals` end the VM.
-    pub fn end_on(&mut self, signals: Signals) {
-        self.signals = Some(signals);
+    /// Has a signal out of `signals` end the VM, but for SIGUSR1, which has `on_usr1` called on the
+    /// thread that runs the VM.
+    pub fn handle_signals(&mut self, signals: Signals, on_usr1: impl FnMut() + Send + 'static) {
+        self.signals = Some((signals, Box::new(on_usr1)));
     }
 
-    /// A handle to end the VM with, from any thread.
-    pub fn stop_handle(&self) -> StopHandle {
-        StopHandle(self.machine.exit.clone())
-    }
-
-    /// Each disk's path and what goes wrong on it, in the order of [`Config::disks`]: otherwise only
-    /// the guest is told. The statistics can be read while the VM runs and when it has ended.
-    pub fn disk_stats(&self) -> Vec<(PathBuf, Arc<Stats>)> {
-        self.disks.iter().map(Attached::stats).collect()
+    /// The means to operate the VM, from any thread.
+    pub fn control(&self) -> Control {
+        self.control.clone()
     }
 
     /// Runs the guest to its end, on this thread and one for each CPU and disk. On return the guest
@@ -123,6 +119,9 @@ impl Vmm {
     /// A console on standard input puts a terminal there into raw mode meanwhile.
     pub fn run(mut self) -> Result<ExitReason> {
         let outcome = self.run_until_end();
+        // In case that it could not even begin.
+        self.control.shut_down();
+        self.control.finish();
         for disk in &self.disks {
             disk.stop();
         }
@@ -146,8 +145,12 @@ impl Vmm {
             .map_err(io::Error::other)
             .host("set up the event loop")?;
         events.add_subscriber(Box::new(Watch(exit.clone())));
-        if let Some(signals) = self.signals.take() {
-            events.add_subscriber(Box::new(SignalWatch(signals, exit.clone())));
+        if let Some((signals, on_usr1)) = self.signals.take() {
+            events.add_subscriber(Box::new(SignalWatch {
+                signals,
+                on_usr1,
+                exit: exit.clone(),
+            }));
         }
         if let Some((port, ready)) = self.input.take() {
             events.add_subscriber(Box::new(Input::new(port, ready, exit.clone())?));
@@ -166,6 +169,7 @@ impl Vmm {
                 exit.end(Err(e).host("wait for events"));
             }
         }
+        self.machine.gate.wake();
         running.into_iter().for_each(vcpu::Running::stop);
         exit.take().unwrap_or(Ok(ExitReason::Stopped))
     }
@@ -287,20 +291,26 @@ impl MutEventSubscriber for Watch {
     fn process(&mut self, _: Events, _: &mut EventOps) {}
 }
 
-/// Ends the VM on a signal.
-struct SignalWatch(Signals, Arc<Exit>);
+/// Ends the VM on a signal, or does what SIGUSR1 is for.
+struct SignalWatch {
+    signals: Signals,
+    on_usr1: OnUsr1,
+    exit: Arc<Exit>,
+}
 
 impl MutEventSubscriber for SignalWatch {
     fn init(&mut self, ops: &mut EventOps) {
-        if let Err(e) = ops.add(Events::new(&self.0, EventSet::IN)) {
-            self.1
+        if let Err(e) = ops.add(Events::new(&self.signals, EventSet::IN)) {
+            self.exit
                 .end(Err(io::Error::other(e)).host("wait for signals"));
         }
     }
 
     fn process(&mut self, _: Events, _: &mut EventOps) {
-        if let Some(number) = self.0.next() {
-            self.1.end(Ok(ExitReason::Signal(number)));
+        match self.signals.next() {
+            Some(libc::SIGUSR1) => (self.on_usr1)(),
+            Some(number) => self.exit.end(Ok(ExitReason::Signal(number))),
+            None => {}
         }
     }
 }

@@ -7,6 +7,7 @@ mod common;
 use std::io::Write;
 use std::process::Stdio;
 
+use common::driver;
 use common::{
     COM1, Code, Guest, KEYBOARD_COMMAND, POWER, RESET, await_text, elf, have_kvm, run, send_signal,
     wait,
@@ -213,29 +214,12 @@ fn disks_are_where_the_tables_say() {
 
 /// A driver for the first disk that claims to have offered more requests than its queue holds.
 fn break_ring() -> Code {
-    let queue = 0x40_0000;
     // The index is the upper half.
-    let code = Code::default().mov_ebx(queue + 0x1000).store(0, 100 << 16);
-    let registers = [
-        (0x70, 3),              // Status: ACKNOWLEDGE, DRIVER
-        (0x24, 1),              // DriverFeaturesSel: the upper half
-        (0x20, 1),              // DriverFeatures: VERSION_1
-        (0x70, 0xb),            // Status: FEATURES_OK, too
-        (0x38, 8),              // QueueNum
-        (0x80, queue),          // QueueDescLow
-        (0x90, queue + 0x1000), // QueueDriverLow
-        (0xa0, queue + 0x2000), // QueueDeviceLow
-        (0x44, 1),              // QueueReady
-        (0x70, 0xf),            // Status: DRIVER_OK, too
-        (0x50, 0),              // QueueNotify
-    ];
-    let code = registers
-        .into_iter()
-        .fold(code.mov_ebx(0xd000_0000), |code, (register, value)| {
-            code.store(register, value)
-        });
+    let claim = Code::default()
+        .mov_ebx(driver::AVAILABLE)
+        .store(0, 100 << 16);
     // again: mov eax, [rbx + Status]; test al, DEVICE_NEEDS_RESET; jz again
-    code.raw(&[0x8b, 0x43, 0x70, 0xa8, 0x40, 0x74, 0xf9])
+    driver::start(&claim).raw(&[0x8b, 0x43, 0x70, 0xa8, 0x40, 0x74, 0xf9])
 }
 
 #[test]
@@ -258,4 +242,28 @@ fn last_error_of_a_disk_is_told_at_the_end() {
         &format!("tandem: disk '{}': last error: ", bad.display()),
     );
     assert_eq!(ended.stdout, "broken");
+}
+
+#[test]
+fn there_is_room_for_all_queues_of_all_disks() {
+    if !have_kvm() {
+        return;
+    }
+    let guest = Guest::new(&Code::default().print("ready").power_off());
+    // In a process that may have fewer files open than it asks for.
+    let mut shell = std::process::Command::new("sh");
+    shell.args(["-c", "ulimit -S -n 1024; exec \"$0\" \"$@\""]);
+    let mut command = guest.command();
+    for index in 0..tandem_vmm::Config::MAX_DISKS {
+        let path = guest.path(&index.to_string());
+        std::fs::write(&path, [0; 4096]).unwrap();
+        let disk = format!("{},format=raw,queues=32", path.display());
+        command.arg("--disk").arg(disk);
+    }
+    shell.arg(command.get_program()).args(command.get_args());
+    shell.stdin(Stdio::null());
+    shell.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let ended = run(shell);
+    ended.assert_quiet(0);
+    assert_eq!(ended.stdout, "ready");
 }

@@ -58,6 +58,15 @@ fn wrong_arguments_end_with_status_2() {
             &["--disk=a,iops-burst=10"],
             "disk key iops-burst has no meaning without iops",
         ),
+        (&["--metrics=fd=x"], "'fd=x' is neither a file nor fd=N"),
+        (
+            &["--metrics-interval=1"],
+            "required arguments were not provided",
+        ),
+        (
+            &["--metrics=m", "--metrics-interval=86401"],
+            "86401 is not in 0..=86400",
+        ),
         (&["--serial=tty"], "stdio, none or file=PATH"),
         (&["--bogus"], "unexpected argument"),
     ] {
@@ -95,6 +104,15 @@ fn what_cannot_be_run_ends_with_status_1() {
         (&["--disk=@/none,format=raw"], "could not open"),
         (&["--initrd=@/none"], "/none'"),
         (&["--memory=8388608T"], "could not map"),
+        (
+            &["--metrics=@/raw"],
+            "/raw': it holds something else than metrics",
+        ),
+        (&["--metrics=@/none/m"], "could not write metrics to '"),
+        (
+            &["--metrics=fd=999"],
+            "could not write metrics to fd=999: Bad file descriptor",
+        ),
     ] {
         run_with(arguments).assert_says(1, text);
     }
@@ -124,6 +142,9 @@ fn help_tells_everything_there_is() {
         "bw=SIZE",
         "bw-burst=SIZE",
         "poll=MICROSECONDS",
+        "--metrics-interval",
+        "SIGUSR1",
+        "--control",
         "cache=MODE",
         "locking=on|force-share|off",
         "Ctrl-A X",

@@ -108,12 +108,12 @@ fn power_off(config: Config) -> Result<Ended, String> {
 
     let vmm = Vmm::build(&config).map_err(|error| error.to_string())?;
     let exits = MmioExits::of_cpu(0).map_err(|error| format!("KVM's statistics: {error}"))?;
-    let stop = vmm.stop_handle();
+    let control = vmm.control();
     let (sender, ended) = channel();
     thread::spawn(move || sender.send(vmm.run()));
     let mut reason = ended.recv_timeout(LIMIT);
     if matches!(reason, Err(RecvTimeoutError::Timeout)) {
-        stop.stop();
+        control.shut_down();
         reason = ended.recv_timeout(LIMIT);
     }
     match reason {

@@ -5,6 +5,8 @@
     reason = "what fails here fails the test"
 )]
 
+pub mod driver;
+
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::unix::process::ExitStatusExt;

@@ -3,12 +3,17 @@
 use std::ffi::OsString;
 use std::io::{self, Write};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::Args;
 use clap::builder::{OsStringValueParser, TypedValueParser};
+use rustix::process::{Resource, getrlimit, setrlimit};
 use tandem_vmm::config::parse_memory;
 use tandem_vmm::signals::Signals;
-use tandem_vmm::{Config, DiskConfig, ExitReason, Result, SerialConfig, Vmm};
+use tandem_vmm::{
+    Config, Control, ControlSocket, DiskConfig, ExitReason, MetricsLog, MetricsOutput,
+    MetricsTarget, Result, SerialConfig, Vmm,
+};
 
 /// What to run.
 #[derive(Args)]
@@ -48,7 +53,28 @@ pub struct Run {
     /// Console: stdio, none or file=PATH
     #[arg(long, value_name = "WHERE", default_value = "stdio", value_parser = serial_parser())]
     serial: SerialConfig,
+
+    /// Counters of the disks as lines of JSON: to the end of a file, or into an open descriptor
+    #[arg(long, value_name = "FILE|fd=N", value_parser = metrics_parser())]
+    metrics: Option<MetricsTarget>,
+
+    /// Seconds between lines of metrics; 0: only on SIGUSR1 and at the end
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        default_value_t = 10,
+        requires = "metrics"
+    )]
+    #[arg(value_parser = clap::value_parser!(u64).range(0..=MAX_INTERVAL))]
+    metrics_interval: u64,
+
+    /// Unix socket to operate the VM with while it runs
+    #[arg(long, value_name = "PATH")]
+    control: Option<PathBuf>,
 }
+
+/// A day.
+const MAX_INTERVAL: u64 = 24 * 60 * 60;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -100,6 +126,15 @@ Console:
   input ends or standard output is closed.
   A kernel that panics restarts the guest, which ends the VM; --cmdline panic=0 makes it stay.
 
+Metrics and control:
+  Each line of --metrics tells what the disks have done so far, for each queue: requests by kind, bytes,
+  errors, and a histogram of latencies, in which bucket N counts the requests that took less than 2^N
+  microseconds. A line is written each --metrics-interval, on SIGUSR1 (without --metrics, to standard
+  error), and at the end. A reader that is too slow loses lines, and never holds up the VM.
+  Programs of the same user, and root, send requests to the socket of --control, a JSON object on each
+  line: {\"command\":\"pause\"}. The commands are status, disks, metrics, flush, pause, resume, resize and
+  shutdown. README.md describes both.
+
 Exit status:
   0      The guest powered off or restarted (also after a panic), or Ctrl-A X was typed
   1      The VM could not be built, broke (triple fault, KVM failure), or a disk could not be flushed
@@ -125,6 +160,10 @@ fn disk_parser() -> impl TypedValueParser<Value = DiskConfig> {
     OsStringValueParser::new().try_map(|text: OsString| DiskConfig::parse(&text))
 }
 
+fn metrics_parser() -> impl TypedValueParser<Value = MetricsTarget> {
+    OsStringValueParser::new().try_map(|text: OsString| MetricsTarget::parse(&text))
+}
+
 fn serial_parser() -> impl TypedValueParser<Value = SerialConfig> {
     OsStringValueParser::new().try_map(|text: OsString| SerialConfig::parse(&text))
 }
@@ -132,6 +171,12 @@ fn serial_parser() -> impl TypedValueParser<Value = SerialConfig> {
 impl Run {
     /// Runs the guest to its end.
     pub fn execute(self) -> Result<ExitReason> {
+        // Before any other file is open.
+        let output = match &self.metrics {
+            Some(target) => MetricsOutput::open(target)?,
+            None => MetricsOutput::stderr()?,
+        };
+        allow_descriptors();
         // Before there is a second thread.
         let signals = Signals::block()?;
         let mut config = Config::new(self.kernel);
@@ -142,15 +187,39 @@ impl Run {
         config.disks = self.disks;
         config.serial = self.serial;
         let mut vmm = Vmm::build(&config)?;
-        vmm.end_on(signals);
-        let disks = vmm.disk_stats();
+        let control = vmm.control();
+        let bind = |path| ControlSocket::bind(path, control.clone());
+        let socket = self.control.as_deref().map(bind).transpose()?;
+        let interval = Duration::from_secs(self.metrics_interval);
+        let interval = Some(interval).filter(|i| self.metrics.is_some() && !i.is_zero());
+        let log = MetricsLog::start(output, interval, control.clone())?;
+        let reporter = log.reporter();
+        vmm.handle_signals(signals, move || reporter.report());
         let outcome = vmm.run();
-        for (path, stats) in disks {
-            if let Some(error) = stats.last_error() {
-                let path = path.display();
-                let _ = writeln!(io::stderr(), "tandem: disk '{path}': last error: {error}");
-            }
+        drop(socket);
+        if self.metrics.is_some() {
+            log.reporter().report();
         }
+        log.finish();
+        print_last_errors(&control);
         outcome
+    }
+}
+
+/// Each queue of a disk takes several descriptors: many disks take more than the usual limit, which
+/// is there for programs that use `select`.
+fn allow_descriptors() {
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    // Where it cannot be raised, what is opened in vain tells.
+    let _ = setrlimit(Resource::Nofile, limit);
+}
+
+fn print_last_errors(control: &Control) {
+    for disk in control.metrics().disks {
+        if let Some(error) = disk.last_error {
+            let path = disk.path.display();
+            let _ = writeln!(io::stderr(), "tandem: disk '{path}': last error: {error}");
+        }
     }
 }

@@ -1,0 +1,53 @@
+//! Why an operation on a VM failed.
+
+use std::io;
+use std::path::PathBuf;
+
+/// Why an operation on a VM failed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ControlError {
+    /// There is no such disk.
+    #[error("there is no disk {0}")]
+    NoSuchDisk(String),
+
+    /// The VM has ended, or is about to.
+    #[error("the VM has ended")]
+    Ended,
+
+    /// A disk would become smaller.
+    #[error(
+        "{size} bytes are less than the {present} that the disk has, and what lies behind would be \
+         lost: say so with \"shrink\": true"
+    )]
+    WouldShrink {
+        /// The size that was asked for.
+        size: u64,
+        /// The size that the disk has.
+        present: u64,
+    },
+
+    /// The disk has no size to take over.
+    #[error(
+        "there is no block device below this disk that could tell its size: say what it shall be"
+    )]
+    NeedsSize,
+
+    /// The disk could not do it.
+    #[error("disk '{}': {source}", path.display())]
+    Disk {
+        /// The image.
+        path: PathBuf,
+        /// Why.
+        source: tandem_block::Error,
+    },
+
+    /// The host could not do it.
+    #[error("could not {action}: {source}")]
+    Host {
+        /// What was being done.
+        action: &'static str,
+        /// The system's answer.
+        source: io::Error,
+    },
+}

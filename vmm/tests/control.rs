@@ -1,0 +1,301 @@
+//! A machine that is operated while it runs, by its control socket.
+#![allow(clippy::unwrap_used, reason = "what fails here fails the test")]
+
+#[allow(dead_code, reason = "each test program uses a part of it")]
+mod common;
+
+use std::fs;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+use std::process::Child;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use common::driver::{self, DISK};
+use common::{COM1, Code, Guest, await_text, have_kvm, run, send_signal, wait};
+use serde_json::{Value, json};
+use tandem_vmm::control::VmState;
+use tandem_vmm::{Config, ControlError, ExitReason, SerialConfig, Vmm};
+
+/// A `tandem` that runs, with a raw disk of 4 KiB and a control socket.
+struct Machine {
+    guest: Guest,
+    child: Child,
+}
+
+impl Machine {
+    fn start(code: &Code, arguments: &[&str]) -> Self {
+        let guest = Guest::new(code);
+        let disk = guest.path("disk");
+        fs::write(&disk, [0; 4096]).unwrap();
+        let mut command = guest.command();
+        command.arg("--control").arg(guest.path("socket"));
+        let disk = format!("{},format=raw", disk.display());
+        command.arg("--disk").arg(disk).args(arguments);
+        let child = command.spawn().unwrap();
+        Self { guest, child }
+    }
+
+    fn await_text(&mut self, text: &str) {
+        await_text(self.child.stdout.as_mut().unwrap(), text);
+    }
+
+    fn ask(&self, request: &Value) -> Value {
+        let mut stream = UnixStream::connect(self.guest.path("socket")).unwrap();
+        stream.write_all(format!("{request}\n").as_bytes()).unwrap();
+        let mut line = String::new();
+        BufReader::new(stream).read_line(&mut line).unwrap();
+        serde_json::from_str(&line).unwrap()
+    }
+
+    /// Has the VM carry out `command`, which leaves it in `state`.
+    fn change(&self, command: &str, state: &str) {
+        let answer = self.ask(&json!({"command": command}));
+        assert_eq!(answer, json!({"ok": {"state": state}}), "{command}");
+    }
+}
+
+/// Prints one x after the other.
+fn print_for_ever() -> Code {
+    // again: out dx, al; jmp again
+    Code::default().out(COM1, b'x').raw(&[0xee, 0xeb, 0xfd])
+}
+
+#[test]
+fn a_guest_that_is_paused_does_nothing() {
+    if !have_kvm() {
+        return;
+    }
+    let mut machine = Machine::start(&print_for_ever(), &["--cpus=3"]);
+    machine.await_text("x");
+    let mut stdout = machine.child.stdout.take().unwrap();
+    let printed = AtomicU64::new(0);
+    let printed = &printed;
+    let output = stdout.as_fd().try_clone_to_owned().unwrap();
+    thread::scope(|scope| {
+        scope.spawn(move || {
+            let mut bytes = [0; 4096];
+            while let Ok(count @ 1..) = stdout.read(&mut bytes) {
+                printed.fetch_add(count as u64, Ordering::SeqCst);
+            }
+        });
+        for _ in 0..3 {
+            machine.change("pause", "paused");
+            machine.change("pause", "paused");
+            // What was printed before may still be in the pipe.
+            while rustix::io::ioctl_fionread(&output).unwrap() > 0 {
+                thread::yield_now();
+            }
+            thread::sleep(Duration::from_millis(10));
+            let before = printed.load(Ordering::SeqCst);
+            thread::sleep(Duration::from_millis(50));
+            assert_eq!(printed.load(Ordering::SeqCst), before);
+            let status = machine.ask(&json!({"command": "status"}));
+            assert_eq!(status["ok"]["state"], "paused");
+            assert_eq!(status["ok"]["cpus"], 3);
+            machine.change("resume", "running");
+            machine.change("resume", "running");
+            while printed.load(Ordering::SeqCst) == before {
+                thread::yield_now();
+            }
+        }
+        // Ends the other thread.
+        machine.change("shutdown", "ended");
+    });
+    wait(machine.child).assert_quiet(0);
+    assert!(!machine.guest.path("socket").exists());
+}
+
+#[test]
+fn a_guest_whose_output_nobody_reads_can_be_paused() {
+    if !have_kvm() {
+        return;
+    }
+    let mut machine = Machine::start(&print_for_ever(), &[]);
+    machine.await_text("x");
+    // More than a pipe holds.
+    thread::sleep(Duration::from_millis(500));
+    machine.change("pause", "paused");
+    machine.change("resume", "running");
+    machine.change("pause", "paused");
+    machine.change("shutdown", "ended");
+    wait(machine.child).assert_quiet(0);
+}
+
+#[test]
+fn signals_end_a_machine_that_is_paused() {
+    if !have_kvm() {
+        return;
+    }
+    let sleep = Code::default().print("ready").sleep();
+    let mut machine = Machine::start(&sleep, &["--cpus=2"]);
+    machine.await_text("ready");
+    machine.change("pause", "paused");
+    send_signal(&machine.child, libc::SIGTERM);
+    wait(machine.child).assert_killed(libc::SIGTERM);
+    assert!(!machine.guest.path("socket").exists());
+}
+
+#[test]
+fn input_waits_until_the_guest_goes_on() {
+    if !have_kvm() {
+        return;
+    }
+    let guest = Guest::new(&Code::default().print("ready").echo_until(b'q').power_off());
+    let mut command = guest.command();
+    command.arg("--control").arg(guest.path("socket"));
+    command.stdin(std::process::Stdio::piped());
+    let child = command.spawn().unwrap();
+    let mut machine = Machine { guest, child };
+    machine.await_text("ready");
+    machine.change("pause", "paused");
+    let mut stdin = machine.child.stdin.take().unwrap();
+    stdin.write_all(b"abcq").unwrap();
+    machine.change("resume", "running");
+    let ended = wait(machine.child);
+    ended.assert_quiet(0);
+    assert_eq!(ended.stdout, "abcq");
+}
+
+#[test]
+fn a_disk_that_grows_interrupts_its_driver_which_finds_the_size() {
+    if !have_kvm() {
+        return;
+    }
+    // again: mov eax, [rbx + InterruptStatus]; test al, 2; jz again
+    let changed = Code::default().raw(&[0x8b, 0x43, 0x60, 0xa8, 2, 0x74, 0xf9]);
+    let code = driver::start(&Code::default())
+        .print("ready")
+        .raw(&changed.0);
+    // The number of sectors.
+    let code = driver::print_byte(code, DISK + 0x100).power_off();
+    let mut machine = Machine::start(&code, &[]);
+    machine.await_text("ready");
+    let size = 512 * u64::from(b'A');
+    let resize = json!({"id": 7, "command": "resize", "disk": "vda", "size": size});
+    let answer = machine.ask(&resize);
+    assert_eq!(answer, json!({"id": 7, "ok": {"size": size}}));
+    let ended = wait(machine.child);
+    ended.assert_quiet(0);
+    assert_eq!(ended.stdout, "A");
+    assert_eq!(
+        fs::metadata(machine.guest.path("disk")).unwrap().len(),
+        size
+    );
+}
+
+#[test]
+fn requests_wait_while_the_machine_is_paused() {
+    if !have_kvm() {
+        return;
+    }
+    const READS: u8 = 8;
+    let code = driver::offer(driver::start(&driver::prepare_read()), READS).print("ready");
+    let code = driver::await_used(code, READS).print("done").power_off();
+    let guest = Guest::new(&code);
+    fs::write(guest.path("disk"), [0; 4096]).unwrap();
+    let mut command = guest.command();
+    let disk = format!("{},format=raw,iops=10", guest.path("disk").display());
+    command.arg("--disk").arg(disk);
+    command.arg("--control").arg(guest.path("socket"));
+    let child = command.spawn().unwrap();
+    let mut machine = Machine { guest, child };
+    machine.await_text("ready");
+    // The limit on the rate keeps most of the requests waiting.
+    machine.change("pause", "paused");
+    let reads = |machine: &Machine| {
+        let metrics = machine.ask(&json!({"command": "metrics"}));
+        metrics["ok"]["disks"][0]["total"]["reads"]
+            .as_u64()
+            .unwrap()
+    };
+    let before = reads(&machine);
+    assert_eq!(machine.ask(&json!({"command": "flush"})), json!({"ok": {}}));
+    thread::sleep(Duration::from_millis(250));
+    assert_eq!(reads(&machine), before);
+    machine.change("resume", "running");
+    let ended = wait(machine.child);
+    ended.assert_quiet(0);
+    assert_eq!(ended.stdout, "done");
+}
+
+#[test]
+fn a_program_that_embeds_it_has_the_same_means() {
+    if !have_kvm() {
+        return;
+    }
+    let guest = Guest::new(&Code::default().power_off());
+    let mut config = Config::new(&guest.kernel);
+    config.memory = 8 << 20;
+    config.serial = SerialConfig::None;
+    let vmm = Vmm::build(&config).unwrap();
+    let control = vmm.control();
+    control.pause().unwrap();
+    let (sender, ended) = std::sync::mpsc::channel();
+    thread::spawn(move || sender.send(vmm.run()));
+    let early = ended.recv_timeout(Duration::from_millis(100));
+    assert!(early.is_err(), "{early:?}");
+    assert_eq!(control.state(), VmState::Paused);
+    control.resume().unwrap();
+    assert_eq!(ended.recv().unwrap().unwrap(), ExitReason::PowerOff);
+    assert_eq!(control.state(), VmState::Ended);
+    assert!(matches!(control.pause(), Err(ControlError::Ended)));
+
+    let sleep = Guest::new(&Code::default().sleep());
+    config.kernel = sleep.kernel.clone();
+    let vmm = Vmm::build(&config).unwrap();
+    let control = vmm.control();
+    let running = thread::spawn(move || vmm.run());
+    control.shut_down();
+    assert_eq!(running.join().unwrap().unwrap(), ExitReason::Stopped);
+}
+
+#[test]
+fn the_guest_finds_as_many_queues_as_are_asked_for() {
+    if !have_kvm() {
+        return;
+    }
+    let read = driver::print_byte(Code::default(), DISK + 0x122);
+    let code = driver::print_byte(read, DISK + 0x123).power_off();
+    for (keys, cpus, queues) in [("", "3", 3), (",queues=5", "2", 5), (",queues=32", "1", 32)] {
+        let guest = Guest::new(&code);
+        fs::write(guest.path("disk"), [0; 4096]).unwrap();
+        let mut command = guest.command();
+        let disk = format!("{},format=raw{keys}", guest.path("disk").display());
+        let ended = run({
+            command.arg("--disk").arg(disk).args(["--cpus", cpus]);
+            command
+        });
+        ended.assert_quiet(0);
+        assert_eq!(ended.stdout.as_bytes(), [queues, 0]);
+    }
+}
+
+#[test]
+fn a_socket_in_use_is_refused() {
+    if !have_kvm() {
+        return;
+    }
+    let sleep = Code::default().print("ready").sleep();
+    let mut machine = Machine::start(&sleep, &[]);
+    machine.await_text("ready");
+    let socket = machine.guest.path("socket");
+    let mode = fs::symlink_metadata(&socket).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+    let mut second = machine.guest.command();
+    second.arg("--control").arg(&socket);
+    run(second).assert_says(1, "another program listens there");
+
+    // A machine that is killed leaves its socket, and the next one takes its place.
+    machine.child.kill().unwrap();
+    wait(machine.child);
+    assert!(socket.exists());
+    let next = Guest::new(&Code::default().power_off());
+    let mut command = next.command();
+    command.arg("--control").arg(&socket);
+    run(command).assert_quiet(0);
+    assert!(!socket.exists());
+}

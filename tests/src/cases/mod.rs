@@ -2,7 +2,10 @@
 
 mod abrupt;
 mod disks;
+mod features;
+mod fio;
 mod machine;
+mod operate;
 mod roundtrip;
 
 use crate::suite::Case;
@@ -10,6 +13,9 @@ use crate::suite::Case;
 /// Every case, the longest first, so that two jobs end at about the same time.
 pub fn all() -> Vec<Case> {
     [
+        fio::cases(),
+        features::cases(),
+        operate::cases(),
         roundtrip::cases(),
         disks::cases(),
         abrupt::cases(),

@@ -20,9 +20,14 @@
 //!   ┌─ worker thread of the queue ────────────────────────────┴──────────┐
 //!   │  ring      takes the chain, checks it                              │
 //!   │  buffers   two streams of bytes: readable, writable; no copy       │
-//!   │  request   header → type → access → direction → length → range     │
-//!   │  disk      Disk::read_at / write_at / flush on the guest's memory  │
+//!   │  request   header → type → access → direction → length; joins the  │
+//!   │            one before if it continues it on the disk               │
+//!   │  disk      Disk::try_read_at / try_write_at on the guest's memory  │
 //!   │  status    into the last writable byte, then the used ring         │
+//!   └────────┬────────────────────────────────────────────────▲──────────┘
+//!            │ what would have to wait                        │ eventfd
+//!   ┌────────▼─ threads of the disk ──────────────────────────┴──────────┐
+//!   │  disk      Disk::read_at / write_at / flush / discard / ...        │
 //!   └────────────────────────────────────────────────────────────────────┘
 //! ```
 //! [`virtio::mmio`] is the transport: registers, negotiation, reset. [`virtio::block`] is the

@@ -9,13 +9,14 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
-use std::process::Child;
+use std::process::{Child, Command};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::Duration;
 
 use common::driver::{self, DISK};
-use common::{COM1, Code, Guest, await_text, have_kvm, run, send_signal, wait};
+use common::{COM1, Code, Ended, Guest, await_text, have_kvm, run, send_signal, wait};
 use serde_json::{Value, json};
 use tandem_vmm::control::VmState;
 use tandem_vmm::{Config, ControlError, ExitReason, SerialConfig, Vmm};
@@ -23,7 +24,17 @@ use tandem_vmm::{Config, ControlError, ExitReason, SerialConfig, Vmm};
 /// A `tandem` that runs, with a raw disk of 4 KiB and a control socket.
 struct Machine {
     guest: Guest,
-    child: Child,
+    /// `None` when it has been waited for.
+    child: Option<Child>,
+}
+
+/// A test that fails does not leave it running.
+impl Drop for Machine {
+    fn drop(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            let _ = child.kill().and_then(|()| child.wait());
+        }
+    }
 }
 
 impl Machine {
@@ -35,12 +46,24 @@ impl Machine {
         command.arg("--control").arg(guest.path("socket"));
         let disk = format!("{},format=raw", disk.display());
         command.arg("--disk").arg(disk).args(arguments);
-        let child = command.spawn().unwrap();
+        Self::spawn(guest, command)
+    }
+
+    fn spawn(guest: Guest, mut command: Command) -> Self {
+        let child = Some(command.spawn().unwrap());
         Self { guest, child }
     }
 
+    fn child(&mut self) -> &mut Child {
+        self.child.as_mut().unwrap()
+    }
+
     fn await_text(&mut self, text: &str) {
-        await_text(self.child.stdout.as_mut().unwrap(), text);
+        await_text(self.child().stdout.as_mut().unwrap(), text);
+    }
+
+    fn wait(&mut self) -> Ended {
+        wait(self.child.take().unwrap())
     }
 
     fn ask(&self, request: &Value) -> Value {
@@ -71,41 +94,39 @@ fn a_guest_that_is_paused_does_nothing() {
     }
     let mut machine = Machine::start(&print_for_ever(), &["--cpus=3"]);
     machine.await_text("x");
-    let mut stdout = machine.child.stdout.take().unwrap();
-    let printed = AtomicU64::new(0);
-    let printed = &printed;
+    let mut stdout = machine.child().stdout.take().unwrap();
     let output = stdout.as_fd().try_clone_to_owned().unwrap();
-    thread::scope(|scope| {
-        scope.spawn(move || {
-            let mut bytes = [0; 4096];
-            while let Ok(count @ 1..) = stdout.read(&mut bytes) {
-                printed.fetch_add(count as u64, Ordering::SeqCst);
-            }
-        });
-        for _ in 0..3 {
-            machine.change("pause", "paused");
-            machine.change("pause", "paused");
-            // What was printed before may still be in the pipe.
-            while rustix::io::ioctl_fionread(&output).unwrap() > 0 {
-                thread::yield_now();
-            }
-            thread::sleep(Duration::from_millis(10));
-            let before = printed.load(Ordering::SeqCst);
-            thread::sleep(Duration::from_millis(50));
-            assert_eq!(printed.load(Ordering::SeqCst), before);
-            let status = machine.ask(&json!({"command": "status"}));
-            assert_eq!(status["ok"]["state"], "paused");
-            assert_eq!(status["ok"]["cpus"], 3);
-            machine.change("resume", "running");
-            machine.change("resume", "running");
-            while printed.load(Ordering::SeqCst) == before {
-                thread::yield_now();
-            }
+    let printed = Arc::new(AtomicU64::new(0));
+    let counter = printed.clone();
+    thread::spawn(move || {
+        let mut bytes = [0; 4096];
+        while let Ok(count @ 1..) = stdout.read(&mut bytes) {
+            counter.fetch_add(count as u64, Ordering::SeqCst);
         }
-        // Ends the other thread.
-        machine.change("shutdown", "ended");
     });
-    wait(machine.child).assert_quiet(0);
+    let printed = || printed.load(Ordering::SeqCst);
+    for _ in 0..3 {
+        machine.change("pause", "paused");
+        machine.change("pause", "paused");
+        // What was printed before may still be in the pipe, or on its way to the counter.
+        while rustix::io::ioctl_fionread(&output).unwrap() > 0 {
+            thread::yield_now();
+        }
+        thread::sleep(Duration::from_millis(10));
+        let before = printed();
+        thread::sleep(Duration::from_millis(50));
+        assert_eq!(printed(), before);
+        let status = machine.ask(&json!({"command": "status"}));
+        assert_eq!(status["ok"]["state"], "paused");
+        assert_eq!(status["ok"]["cpus"], 3);
+        machine.change("resume", "running");
+        machine.change("resume", "running");
+        while printed() == before {
+            thread::yield_now();
+        }
+    }
+    machine.change("shutdown", "ended");
+    machine.wait().assert_quiet(0);
     assert!(!machine.guest.path("socket").exists());
 }
 
@@ -122,7 +143,7 @@ fn a_guest_whose_output_nobody_reads_can_be_paused() {
     machine.change("resume", "running");
     machine.change("pause", "paused");
     machine.change("shutdown", "ended");
-    wait(machine.child).assert_quiet(0);
+    machine.wait().assert_quiet(0);
 }
 
 #[test]
@@ -134,8 +155,8 @@ fn signals_end_a_machine_that_is_paused() {
     let mut machine = Machine::start(&sleep, &["--cpus=2"]);
     machine.await_text("ready");
     machine.change("pause", "paused");
-    send_signal(&machine.child, libc::SIGTERM);
-    wait(machine.child).assert_killed(libc::SIGTERM);
+    send_signal(machine.child(), libc::SIGTERM);
+    machine.wait().assert_killed(libc::SIGTERM);
     assert!(!machine.guest.path("socket").exists());
 }
 
@@ -148,14 +169,13 @@ fn input_waits_until_the_guest_goes_on() {
     let mut command = guest.command();
     command.arg("--control").arg(guest.path("socket"));
     command.stdin(std::process::Stdio::piped());
-    let child = command.spawn().unwrap();
-    let mut machine = Machine { guest, child };
+    let mut machine = Machine::spawn(guest, command);
     machine.await_text("ready");
     machine.change("pause", "paused");
-    let mut stdin = machine.child.stdin.take().unwrap();
+    let mut stdin = machine.child().stdin.take().unwrap();
     stdin.write_all(b"abcq").unwrap();
     machine.change("resume", "running");
-    let ended = wait(machine.child);
+    let ended = machine.wait();
     ended.assert_quiet(0);
     assert_eq!(ended.stdout, "abcq");
 }
@@ -178,7 +198,7 @@ fn a_disk_that_grows_interrupts_its_driver_which_finds_the_size() {
     let resize = json!({"id": 7, "command": "resize", "disk": "vda", "size": size});
     let answer = machine.ask(&resize);
     assert_eq!(answer, json!({"id": 7, "ok": {"size": size}}));
-    let ended = wait(machine.child);
+    let ended = machine.wait();
     ended.assert_quiet(0);
     assert_eq!(ended.stdout, "A");
     assert_eq!(
@@ -201,8 +221,7 @@ fn requests_wait_while_the_machine_is_paused() {
     let disk = format!("{},format=raw,iops=10", guest.path("disk").display());
     command.arg("--disk").arg(disk);
     command.arg("--control").arg(guest.path("socket"));
-    let child = command.spawn().unwrap();
-    let mut machine = Machine { guest, child };
+    let mut machine = Machine::spawn(guest, command);
     machine.await_text("ready");
     // The limit on the rate keeps most of the requests waiting.
     machine.change("pause", "paused");
@@ -217,7 +236,7 @@ fn requests_wait_while_the_machine_is_paused() {
     thread::sleep(Duration::from_millis(250));
     assert_eq!(reads(&machine), before);
     machine.change("resume", "running");
-    let ended = wait(machine.child);
+    let ended = machine.wait();
     ended.assert_quiet(0);
     assert_eq!(ended.stdout, "done");
 }
@@ -290,8 +309,8 @@ fn a_socket_in_use_is_refused() {
     run(second).assert_says(1, "another program listens there");
 
     // A machine that is killed leaves its socket, and the next one takes its place.
-    machine.child.kill().unwrap();
-    wait(machine.child);
+    machine.child().kill().unwrap();
+    machine.wait();
     assert!(socket.exists());
     let next = Guest::new(&Code::default().power_off());
     let mut command = next.command();

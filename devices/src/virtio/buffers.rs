@@ -174,6 +174,11 @@ impl<'m> Stream<'m> {
         len: u32,
         access: Permissions,
     ) -> bool {
+        // Nearly always it lies in one region.
+        if let Ok(slice) = vm_memory::GuestMemoryBackend::get_slice(mem, addr, len as usize) {
+            self.slices.push(slice);
+            return true;
+        }
         let before = self.slices.len();
         let Ok(slices) = mem.get_slices(addr, len as usize, access) else {
             return false;

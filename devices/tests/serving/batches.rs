@@ -199,10 +199,12 @@ fn interrupts(event_idx: bool, count: u16, prepare: impl FnOnce(&Driver)) -> u64
 }
 
 #[test]
-fn up_to_sixteen_answers_take_one_interrupt() {
+fn answers_share_interrupts() {
     within_deadline(|| {
-        for (count, expected) in [(1, 1), (16, 1), (17, 2), (40, 3)] {
-            assert_eq!(interrupts(false, count, |_| {}), expected, "{count}");
+        // One for all; where the machine is slow, up to one for 16.
+        for (count, most) in [(1, 1), (16, 1), (17, 2), (40, 3)] {
+            let interrupts = interrupts(false, count, |_| {});
+            assert!((1..=most).contains(&interrupts), "{interrupts} of {count}");
         }
     });
 }

@@ -1,9 +1,48 @@
 //! The block device (virtio 1.3, section 5.2).
 //!
-//! It serves reads, writes, flushes and the question for its serial number, with the features
-//! `VERSION_1`, `INDIRECT_DESC`, `EVENT_IDX`, `SEG_MAX`, `BLK_SIZE`, `FLUSH`, and `RO` for a disk
-//! that is read-only. A disk without a write cache is offered without `FLUSH`. To a driver that
-//! declines `FLUSH` every write is durable when it completes.
+//! It serves reads, writes, flushes, discards, requests to write zeroes and the question for its
+//! serial number.
+//!
+//! # Features
+//! | feature | offered |
+//! | --- | --- |
+//! | `VERSION_1`, `INDIRECT_DESC`, `EVENT_IDX`, `RING_RESET` | always |
+//! | `SEG_MAX` | always: as many buffers as a queue has descriptors for, less header and status |
+//! | `GEOMETRY` | always; the disk has none, so it is made up |
+//! | `BLK_SIZE`, `TOPOLOGY` | always, from the disk's [`Limits`](tandem_block::Limits) |
+//! | `MQ` | always, with as many queues as [`Options`] tells |
+//! | `RO` | for a disk that is read-only |
+//! | `FLUSH`, `CONFIG_WCE` | for a disk with a write cache |
+//! | `DISCARD`, `WRITE_ZEROES` | for a disk that is not read-only |
+//!
+//! To a driver that declines `FLUSH`, and to one that has chosen write-through by `CONFIG_WCE`,
+//! every write is durable when it completes. A switch to write-through makes durable what was
+//! written before; if that fails, the driver reads back that it is still write-back.
+//!
+//! Not offered are
+//! * `SIZE_MAX`: buffers may be of any size;
+//! * `SECURE_ERASE`: neither files nor most devices can promise that nothing of the data is left;
+//! * `LIFETIME`, `ZONED`: an image neither wears out nor has zones;
+//! * `NOTIFICATION_DATA`: the hypervisor tells doorbells by the value that is written, which would
+//!   then differ each time, so that each would need an exit to user space;
+//! * `IN_ORDER`: requests that wait are overtaken by those that do not;
+//! * `RING_PACKED`: `virtio-queue` has split queues only;
+//! * `ACCESS_PLATFORM`: there is no IOMMU, addresses are those of guest memory.
+//!
+//! # Threads
+//! Each queue has a thread. It takes what the driver has made available, and does at once what need
+//! not wait for a device ([`Disk::try_read_at`], [`Disk::try_write_at`]). The rest goes to a pool of
+//! threads that all queues share ([`Options::threads`]), so that cold data does not stall hot, and
+//! a queue has many requests under way although each takes a system call that waits. Requests may so
+//! be answered in any order.
+//!
+//! Reads that follow one another in the queue and on the disk are carried out in one call, up to
+//! 1 MiB and 1024 buffers, and so are writes. Each gets a status of its own: where the call fails,
+//! each is tried alone. Answers are shown to the driver when 16 calls have been made or there is
+//! nothing left to do. Whether it wants an interrupt is looked at then, or after 100 µs.
+//!
+//! When a queue is stopped, by a reset of it or of the device, a [pause](Handle::pause) or its end,
+//! requests that were taken are completed first, wherever they are.
 //!
 //! # What a malformed request gets
 //! A request is two streams of bytes, one readable and one writable, however the driver cut them
@@ -20,18 +59,23 @@
 //! | has data in a direction that its type does not use | `IOERR` |
 //! | has data that is not whole sectors of 512 bytes | `IOERR` |
 //! | has a sector number whose offset in bytes exceeds 64 bits | `IOERR` |
+//! | discards or zeroes with a list that is not of 1 to 32 whole segments | `IOERR` |
+//! | has a segment with a flag that is reserved, or with "unmap" in a discard | `UNSUPP` |
+//! | has a segment of more sectors than the configuration space allows, or out of 64 bits | `IOERR` |
 //! | asks for the serial number with a buffer of less than 20 bytes | `IOERR` |
 //! | does not lie within the disk, or fails there | `IOERR` |
 //!
-//! Transfers of no sectors succeed, and so does a buffer that spans regions of guest memory. The
+//! All segments are looked at before anything is discarded or zeroed: of a request with a bad one,
+//! none has an effect. Transfers of no sectors succeed, and so does a buffer that spans regions of guest memory. The
 //! used length counts the bytes written from the start of the writable stream without a gap.
 //!
 //! # What breaks the ring
 //! Where it is not clear which buffers the driver meant, no status can be given. The device then
 //! sets `DEVICE_NEEDS_RESET`, raises a configuration interrupt, and leaves the queue alone until
-//! the driver resets it. That is so for
+//! the driver resets it; other queues go on. That is so for
 //! * an available index further ahead than the queue is long,
 //! * a head index outside the descriptor table,
+//! * a head index that has been offered before, and whose chain has not been answered,
 //! * a chain that leads out of its table, loops, or adds up to more than 2³² - 1 bytes,
 //! * a chain of more than 256 descriptors,
 //! * a readable descriptor after a writable one,

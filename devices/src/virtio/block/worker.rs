@@ -33,6 +33,10 @@ const TIMER: u32 = 3;
 /// there are.
 const MAX_UNANSWERED: usize = 16;
 
+/// And so long after it has been answered, at the latest, a request can cause an interrupt. A driver
+/// that sleeps is better woken once for all of them, and one that is awake looks for itself.
+const MAX_UNTOLD: Duration = Duration::from_micros(100);
+
 /// What all threads of an active device share.
 pub(super) struct Context {
     pub mem: GuestMemory,
@@ -153,6 +157,8 @@ fn serve<'m>(
         in_pool: 0,
         finished: Slots::new(),
         free: Slots::new(),
+        told: Instant::now(),
+        is_untold: false,
         gather: Gather::new(),
     });
     // An edge for each signal: the counters need not be read, which saves a system call each time.
@@ -219,6 +225,10 @@ struct Server<'w, 'scope, 'env, 'm> {
     in_pool: usize,
     /// Requests that have been carried out and not answered.
     finished: Slots<'m>,
+    /// When it was last looked at whether the driver wants an interrupt, or there was nothing to tell.
+    told: Instant,
+    /// Requests have been answered since.
+    is_untold: bool,
     /// Places for requests to come.
     free: Slots<'m>,
     gather: Gather<'m>,
@@ -235,6 +245,7 @@ impl<'m> Server<'_, '_, '_, 'm> {
             let taken = self.take_available();
             // Before any error: what has been carried out by now is answered.
             self.answer()?;
+            self.tell()?;
             taken?;
             if self.stop.is_requested() || self.is_held_up {
                 return Ok(());
@@ -271,6 +282,9 @@ impl<'m> Server<'_, '_, '_, 'm> {
     ) -> Result<(), WorkerError> {
         let context = self.threads.context;
         let now = Instant::now();
+        if !self.is_untold {
+            self.told = now;
+        }
         for _ in 0..available {
             if self.stop.is_requested() || self.is_held_up(now)? {
                 break;
@@ -331,7 +345,7 @@ impl<'m> Server<'_, '_, '_, 'm> {
         self.answer()
     }
 
-    /// Answers what has been carried out, with one look at whether the driver wants an interrupt.
+    /// Answers what has been carried out.
     fn answer(&mut self) -> Result<(), WorkerError> {
         if self.finished.is_empty() {
             return Ok(());
@@ -355,10 +369,20 @@ impl<'m> Server<'_, '_, '_, 'm> {
             self.free.push(slot);
         }
         self.finished = finished;
-        if self.queue.publish()? && self.queue.wants_interrupt()? {
-            self.threads.context.interrupt.signal_queue(self.index);
+        self.is_untold |= self.queue.publish()?;
+        if now.saturating_duration_since(self.told) >= MAX_UNTOLD {
+            self.tell()?;
+            self.told = now;
         }
         completed
+    }
+
+    /// Interrupts the driver, if it wants that for what has been answered since the last time.
+    fn tell(&mut self) -> Result<(), RingError> {
+        if std::mem::take(&mut self.is_untold) && self.queue.wants_interrupt()? {
+            self.threads.context.interrupt.signal_queue(self.index);
+        }
+        Ok(())
     }
 
     fn complete(&mut self, slot: &mut Slot<'m>, now: Instant) -> Result<(), RingError> {
@@ -390,7 +414,9 @@ impl<'m> Server<'_, '_, '_, 'm> {
     fn finish(&mut self) -> Result<(), WorkerError> {
         self.done.wait_until_idle();
         self.collect();
-        self.answer()
+        let answered = self.answer();
+        self.tell()?;
+        answered
     }
 
     fn collect(&mut self) {

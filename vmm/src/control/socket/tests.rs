@@ -74,6 +74,31 @@ fn only_its_user_may_use_it_and_it_is_removed_at_the_end() {
 }
 
 #[test]
+fn another_user_is_sent_away() {
+    let f = fixture();
+    if !rustix::process::geteuid().is_root() {
+        // Nobody else can be had.
+        return;
+    }
+    // Even if somebody has opened the way.
+    let directory = f.path.parent().unwrap();
+    for (path, mode) in [(directory, 0o755), (&f.path, 0o666)] {
+        fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+    }
+    let nobody = rustix::process::Uid::from_raw(65534);
+    let other = || {
+        // This thread alone, which ends soon.
+        rustix::thread::set_thread_res_uid(nobody, nobody, nobody).unwrap();
+        let client = UnixStream::connect(&f.path).unwrap();
+        let answer = read_answer(&client);
+        assert_eq!((&client).read(&mut [0]).unwrap(), 0);
+        answer
+    };
+    let answer = thread::scope(|scope| scope.spawn(other).join().unwrap());
+    assert_eq!(answer["error"]["kind"], "not-permitted");
+}
+
+#[test]
 fn a_dead_socket_is_replaced_and_nothing_else() {
     let f = fixture();
     let error = |path: &Path| {

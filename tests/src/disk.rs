@@ -2,7 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::error::Result;
+use serde_json::Value;
+
+use crate::error::{Context, Result};
 use crate::process::{command, run, shown, stdout};
 use crate::suite::Bench;
 
@@ -80,6 +82,22 @@ impl<'a> Image<'a> {
             path,
             data_file,
         })
+    }
+
+    /// Where its data is.
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// How the disk is stored (`qemu-img map --output=json`).
+    pub fn map(&self) -> Result<Value> {
+        let map = stdout(
+            self.bench
+                .tool(self.judge())
+                .args(["map", "-f", "qcow2", "--output=json"])
+                .arg(&self.path),
+        )?;
+        serde_json::from_slice(&map).context(format!("reading the map of {:?}", self.path))
     }
 
     /// Whoever of the two programs knows this kind of image.

@@ -1,17 +1,18 @@
 //! A Linux guest under `tandem run`.
 //!
-//! Every guest boots the stock kernel and an initrd with busybox, `mke2fs`, the virtio modules and
-//! `/seed`, a MiB of pseudo-random bytes. Its `/init` runs the shell script of the case with
+//! Every guest boots the stock kernel and an initrd with busybox, `mke2fs`, `blkdiscard`, `fallocate`,
+//! the virtio modules and `/seed`, a MiB of pseudo-random bytes. Its `/init` runs the shell script of the case with
 //! `sh -e`, and powers off; or, if the script has made a file `/switch_root`, goes on with the root
 //! file system on `/mnt`. A script reports by printing lines `@ KEY VALUE`.
 
 use std::ffi::OsString;
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
-use crate::error::{Context, Result};
+use crate::error::{Context, Error, Result};
 use crate::lab::{Kernel, Lab};
 use crate::process::{self, Ended, command};
 use crate::suite::Bench;
@@ -50,12 +51,45 @@ pub fn base_initrd(lab: &Lab) -> Result<Vec<u8>> {
     let mut tree = Tree::default();
     tree.busybox(lab)?
         .program("mke2fs")?
+        // Those of busybox neither zero nor punch holes into devices.
+        .program("blkdiscard")?
+        .program("fallocate")?
         .modules(&lab.modules(&MODULES)?)
         .copy("/etc/mke2fs.conf", "/etc/mke2fs.conf")
         .file("/seed", seed())
         .script("/init", INIT);
     tree.cpio()
 }
+
+/// Size of the [`tools_disk`], which is sparse.
+const TOOLS_SIZE: u64 = 256 << 20;
+
+/// Where a script has the disk `$1` with what is too large for every guest's initrd: `fio`.
+const TOOLS: &str = r#"
+tools() {
+    mkdir /tools
+    mount -t ext4 -o ro,noload $1 /tools
+    for here in dev proc sys tmp; do mount --bind /$here /tools/$here; done
+}
+"#;
+
+/// Makes the file `image`, a root file system with `fio`, to be attached read-only.
+pub fn tools_disk(image: &Path) -> Result<()> {
+    let mut tree = Tree::default();
+    for mount_point in ["/dev", "/proc", "/sys", "/tmp"] {
+        tree.directory(mount_point);
+    }
+    tree.program("fio")?.ext4(image, TOOLS_SIZE)
+}
+
+/// How a script stops, and says where, until the suite lets it go on ([`Guest::steps`]).
+const STEPS: &str = r#"
+stty -echo </dev/console
+step() {
+    echo "@ step $*"
+    read -r _ </dev/console
+}
+"#;
 
 /// An initrd that goes on with the root file system on `/dev/vda`, and runs its `/sbin/init`.
 pub fn root_initrd(lab: &Lab) -> Result<Vec<u8>> {
@@ -124,6 +158,13 @@ impl<'a> Guest<'a> {
         self
     }
 
+    /// Attaches the [`tools_disk`] as the last disk; the script calls `tools /dev/vdX`, and then
+    /// `chroot /tools fio`.
+    pub fn tools(self) -> Self {
+        let disk = self.bench.tools_disk();
+        self.disk(&disk, ",format=raw,readonly=on,queues=1")
+    }
+
     /// The number of vCPUs.
     pub fn cpus(self, cpus: usize) -> Self {
         self.option("--cpus", cpus.to_string())
@@ -155,6 +196,29 @@ impl<'a> Guest<'a> {
         Boot::watch(self.bench, tandem, watch)
     }
 
+    /// Like [`boot`](Guest::boot), for a script that stops at each `step NAME`, until `act` has
+    /// returned for that name.
+    pub fn steps(
+        self,
+        script: &str,
+        mut act: impl FnMut(&str, &mut Child) -> Result<()>,
+    ) -> Result<Boot> {
+        let mut taken = 0;
+        let mut outcome = Ok(());
+        let boot = self.watch(&format!("{STEPS}{script}"), |console, tandem| {
+            while let Some(step) = values(console, "step").nth(taken) {
+                taken += 1;
+                let acted = act(step, tandem).and_then(|()| go_on(tandem));
+                if let Err(error) = acted {
+                    outcome = Err(Error::new(format!("at step {step}: {error}")));
+                    // It may have ended by itself.
+                    let _ = tandem.kill();
+                }
+            }
+        })?;
+        outcome.map(|()| boot)
+    }
+
     fn tandem(&self, script: &str) -> Result<Command> {
         let path = initrd(self.bench, script)?;
         let mut tandem = command(self.bench.tandem());
@@ -173,11 +237,18 @@ impl<'a> Guest<'a> {
 pub fn initrd(bench: &Bench, script: &str) -> Result<PathBuf> {
     let mut initrd = fs::read(bench.base_initrd()).context("reading the base initrd")?;
     let mut tree = Tree::default();
-    tree.file("/script", script);
+    tree.file("/script", format!("{TOOLS}{script}"));
     initrd.extend(tree.cpio()?);
     let path = bench.scratch("initrd");
     fs::write(&path, initrd).context("writing the initrd")?;
     Ok(path)
+}
+
+/// Types an empty line.
+fn go_on(tandem: &mut Child) -> Result<()> {
+    let console = tandem.stdin.as_mut();
+    let console = console.ok_or_else(|| Error::new("the console takes no input"))?;
+    console.write_all(b"\n").context("typing on the console")
 }
 
 impl Boot {

@@ -25,10 +25,12 @@
 //! | [`emulated`] | the emulated AMD machine |
 //! | [`guest`] | a Linux guest under `tandem run` |
 //! | [`disk`] | disk images of each kind, and what QEMU's tools say of them |
+//! | [`control`] | a client of the control socket, and a reader of the metrics |
 //! | [`cases`] | the cases of the guest suite |
 //! | [`suite`] | the runner |
 
 pub mod cases;
+pub mod control;
 pub mod disk;
 pub mod emulated;
 pub mod error;

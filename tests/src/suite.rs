@@ -12,7 +12,7 @@ use std::thread;
 use std::time::Instant;
 
 use crate::error::{Context, Error, Result};
-use crate::guest::base_initrd;
+use crate::guest::{base_initrd, tools_disk};
 use crate::lab::Lab;
 use crate::process;
 
@@ -75,6 +75,7 @@ impl Setting {
         let initrd = lab.join("guest-initrd");
         let lab = Lab::open(lab)?;
         fs::write(&initrd, base_initrd(&lab)?).context(format!("writing {initrd:?}"))?;
+        tools_disk(&tools_beside(&initrd))?;
         let this = std::env::current_exe().context("finding this program")?;
         let programs = this.parent().unwrap_or(Path::new("/")).to_owned();
         for program in ["tandem", "tandem-img"] {
@@ -90,6 +91,11 @@ impl Setting {
             programs,
         })
     }
+}
+
+/// Where the disk with large tools is: beside the initrd.
+pub fn tools_beside(initrd: &Path) -> PathBuf {
+    initrd.with_file_name("guest-tools")
 }
 
 /// What a case works with: the setting, a directory of its own, and a log that is shown when the
@@ -122,6 +128,11 @@ impl Bench {
     /// The initrd of the guests, without a script.
     pub fn base_initrd(&self) -> &Path {
         &self.setting.initrd
+    }
+
+    /// The disk with tools that are too large for the initrd.
+    pub fn tools_disk(&self) -> PathBuf {
+        tools_beside(&self.setting.initrd)
     }
 
     /// The program `tandem`.

@@ -36,19 +36,18 @@ impl Disk for Qcow2 {
     fn limits(&self) -> Limits {
         let g = self.geometry;
         let units = self.data().units();
-        // The place of a cluster in a data file of the standard layout is of use to nobody else, unless
+        let cluster = g.cluster_size() as u32;
+        // A place in a raw data file, or one of the standard layout, is of use to nobody else, unless
         // the file system takes it back.
         let (discard_granularity, can_unmap) = match &self.placement {
-            Placement::Raw(..) => (units.discard, units.can_unmap),
-            Placement::External(_) => {
-                (g.cluster_size() as u32, units.can_unmap && self.can_unmap())
-            }
-            _ => (g.cluster_size() as u32, self.can_unmap()),
+            Placement::Raw(..) => (cluster.max(units.discard), units.can_unmap),
+            Placement::External(_) => (cluster, units.can_unmap && self.can_unmap()),
+            _ => (cluster, self.can_unmap()),
         };
         Limits {
             write_cache: !self.image.is_write_through(),
             physical_block_size: units.physical_block,
-            optimal_io_size: g.cluster_size() as u32,
+            optimal_io_size: cluster,
             discard_granularity,
             can_unmap: can_unmap && !self.read_only,
             ..Limits::new(512, self.read_only)

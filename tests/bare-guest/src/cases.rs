@@ -13,7 +13,7 @@ use virtio_drivers::transport::{DeviceStatus, Transport};
 
 use crate::content::{self, SECTOR_SIZE, STRIPE};
 use crate::disk::{Direction, Disk, Transfer, transfer};
-use crate::{println, segments};
+use crate::{broken, features, println, segments};
 
 /// What a case found wrong.
 pub type Outcome = Result<(), String>;
@@ -44,6 +44,12 @@ pub fn run(name: &str, disks: &mut [Disk]) -> Outcome {
         "fill" => fill,
         "content" => content,
         "read-only" => read_only,
+        "discard" => features::discard,
+        "write-zeroes" => features::write_zeroes,
+        "writeback" => features::writeback,
+        "queues" => features::queues,
+        "grow" => features::grow,
+        "broken-rings" => return broken::run(disks),
         "together" => return together(disks),
         "doorbells" => return doorbells(disks),
         _ => return Err(String::from("unknown case")),
@@ -58,12 +64,12 @@ fn said(doing: &str) -> impl Fn(Error) -> String {
     move |error| format!("{doing}: {error}")
 }
 
-fn write(disk: &mut Disk, sector: u64, data: &[u8]) -> Outcome {
+pub fn write(disk: &mut Disk, sector: u64, data: &[u8]) -> Outcome {
     let written = disk.driver().write_blocks(sector as usize, data);
     written.map_err(|error| format!("writing {} bytes to {sector}: {error}", data.len()))
 }
 
-fn read(disk: &mut Disk, sector: u64, size: usize) -> Result<Vec<u8>, String> {
+pub fn read(disk: &mut Disk, sector: u64, size: usize) -> Result<Vec<u8>, String> {
     let mut data = vec![0xee; size];
     match disk.driver().read_blocks(sector as usize, &mut data) {
         Ok(()) => Ok(data),

@@ -19,10 +19,12 @@ const REGISTERS: usize = 0xd000_0000;
 const REGISTERS_SIZE: usize = 0x1000;
 const FIRST_LINE: usize = 5;
 
-/// `MagicValue`, `QueueNotify` and `Status` of virtio-mmio (virtio 1.3, section 4.2.2).
+/// Some of the registers of virtio-mmio (virtio 1.3, section 4.2.2).
 const MAGIC: usize = 0x00;
+pub const QUEUE_SEL: usize = 0x30;
 const NOTIFY: usize = 0x50;
 const STATUS: usize = 0x70;
+pub const QUEUE_RESET: usize = 0xc0;
 
 type Driver = VirtIOBlk<Identity, MmioTransport<'static>>;
 
@@ -70,11 +72,14 @@ impl Disk {
         self.line.count()
     }
 
+    /// Its interrupt line.
+    pub fn line(&self) -> Line {
+        self.line
+    }
+
     /// Writes the doorbell register.
     pub fn ring(&self) {
-        // SAFETY: this is the register of a queue that the device has; a doorbell changes nothing
-        // for the driver.
-        unsafe { register(self.index, NOTIFY).write_volatile(0) };
+        write_register(self.index, NOTIFY, 0);
     }
 
     /// Reads the status register.
@@ -87,9 +92,17 @@ fn register(index: usize, offset: usize) -> *mut u32 {
     (REGISTERS + index * REGISTERS_SIZE + offset) as *mut u32
 }
 
-fn read_register(index: usize, offset: usize) -> u32 {
+/// Reads a register of disk number `index`.
+pub fn read_register(index: usize, offset: usize) -> u32 {
     // SAFETY: reading any register, or nothing, in this part of memory has no effect.
     unsafe { register(index, offset).read_volatile() }
+}
+
+/// Writes the doorbell, selects a queue, or resets the selected one, of disk number `index`.
+pub fn write_register(index: usize, offset: usize, value: u32) {
+    assert!(matches!(offset, NOTIFY | QUEUE_SEL | QUEUE_RESET));
+    // SAFETY: none of the three has the device use memory that it did not use before.
+    unsafe { register(index, offset).write_volatile(value) };
 }
 
 fn transport(index: usize) -> MmioTransport<'static> {

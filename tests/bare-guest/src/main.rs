@@ -6,11 +6,14 @@
 
 extern crate alloc;
 
+mod broken;
 mod cases;
 #[macro_use]
 mod console;
 mod content;
+mod device;
 mod disk;
+mod features;
 mod memory;
 mod plan;
 mod processor;

@@ -12,7 +12,7 @@ use tandem_tests::emulated::Machine;
 use tandem_tests::error::{Context, Result};
 use tandem_tests::guest::probe;
 use tandem_tests::lab::{Kernel, Lab};
-use tandem_tests::suite::{Bench, Case, Runner, Setting};
+use tandem_tests::suite::{Bench, Case, Runner, Setting, tools_beside};
 use tandem_tests::tree::Tree;
 
 /// How long the whole suite may take in the emulated machine.
@@ -149,7 +149,8 @@ fn run_emulated(arguments: &Arguments, setting: &Setting) -> Result<bool> {
         tree.copy(Path::new("/lab/kernel").join(name), &path);
     }
     tree.copy("/lab/busybox/bin/busybox", setting.lab.busybox());
-    tree.copy("/lab/guest-initrd", &setting.initrd);
+    tree.copy("/lab/guest-initrd", &setting.initrd)
+        .copy("/lab/guest-tools", tools_beside(&setting.initrd));
     tree.directory("/out/cases")
         .copy("/etc/mke2fs.conf", "/etc/mke2fs.conf");
 

@@ -2,7 +2,10 @@
 
 mod abrupt;
 mod disks;
+mod features;
+mod fio;
 mod machine;
+mod operate;
 mod roundtrip;
 mod served;
 
@@ -11,6 +14,9 @@ use crate::suite::Case;
 /// Every case, the longest first, so that two jobs end at about the same time.
 pub fn all() -> Vec<Case> {
     [
+        fio::cases(),
+        features::cases(),
+        operate::cases(),
         roundtrip::cases(),
         served::cases(),
         disks::cases(),

@@ -33,6 +33,8 @@ pub struct Disk {
     data_file: Option<PathBuf>,
     /// Whether it is attached read-only.
     pub read_only: bool,
+    /// Its size.
+    pub sectors: u64,
 }
 
 impl Disk {
@@ -58,6 +60,7 @@ impl Disk {
             image,
             data_file,
             read_only: false,
+            sectors: SECTORS,
         }
     }
 
@@ -78,7 +81,7 @@ impl Disk {
     /// How the guest is told what to find.
     pub fn cmdline(&self) -> String {
         let mode = if self.read_only { "ro" } else { "rw" };
-        format!("disk={SECTORS}:{mode}:{}", self.serial())
+        format!("disk={}:{mode}:{}", self.sectors, self.serial())
     }
 
     /// 20 bytes, as many as there may be.
@@ -96,7 +99,7 @@ impl Disk {
     /// QEMU finds no fault with it, and on it what the guest's case `fill` leaves on disk number
     /// `index`.
     pub fn assert_content(&self, index: usize) {
-        let mut expected = vec![0; SECTORS as usize * SECTOR_SIZE];
+        let mut expected = vec![0; self.sectors as usize * SECTOR_SIZE];
         content::expect(&mut expected, 0, index);
         let assert = |path: &Path| {
             let found = fs::read(path).unwrap();

@@ -7,10 +7,10 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::sync::{LazyLock, Mutex, PoisonError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tandem_tests::process::{command, run};
-use tandem_vmm::{Config, ExitReason, SerialConfig, Vmm};
+use tandem_vmm::{Config, Control, ExitReason, SerialConfig, Vmm};
 
 use crate::disk::Disk;
 use crate::exits::MmioExits;
@@ -63,6 +63,8 @@ pub struct Start<'a> {
 pub struct Ended {
     /// How often it left for this process to handle an access to a device's registers.
     pub mmio_exits: u64,
+    /// How often the guest broke a ring of each disk.
+    pub broken_rings: Vec<u64>,
 }
 
 impl<'a> Start<'a> {
@@ -81,13 +83,19 @@ impl<'a> Start<'a> {
     }
 
     /// Runs the guest until it powers off, and checks that it has found all `cases` well.
-    pub fn run(mut self, cases: &[&str]) -> Ended {
+    pub fn run(self, cases: &[&str]) -> Ended {
+        self.run_with(cases, |_, _| ())
+    }
+
+    /// As [`run`](Self::run), and hands each line of the console to `watch`, which may operate the
+    /// machine.
+    pub fn run_with(mut self, cases: &[&str], watch: impl FnMut(&str, &Control)) -> Ended {
         let disks = self.disks.iter().map(Disk::cmdline);
         let words: Vec<_> = disks
             .chain([format!("cases={}", cases.join(","))])
             .collect();
         self.config.cmdline = words.join(" ");
-        let ended = power_off(self.config);
+        let ended = power_off(self.config, &self.console, watch);
         let said = fs::read_to_string(&self.console).unwrap();
         let lines = said.lines().filter(|line| line.starts_with("case "));
         let expected: Vec<_> = cases.iter().map(|name| format!("case {name} ok")).collect();
@@ -101,7 +109,11 @@ impl<'a> Start<'a> {
 }
 
 /// Runs a machine until it powers off; anything else is an error.
-fn power_off(config: Config) -> Result<Ended, String> {
+fn power_off(
+    config: Config,
+    console: &Path,
+    mut watch: impl FnMut(&str, &Control),
+) -> Result<Ended, String> {
     // One at a time: the VM's files are found by their names in this process.
     static ONE: Mutex<()> = Mutex::new(());
     let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
@@ -111,14 +123,32 @@ fn power_off(config: Config) -> Result<Ended, String> {
     let control = vmm.control();
     let (sender, ended) = channel();
     thread::spawn(move || sender.send(vmm.run()));
-    let mut reason = ended.recv_timeout(LIMIT);
-    if matches!(reason, Err(RecvTimeoutError::Timeout)) {
-        control.shut_down();
-        reason = ended.recv_timeout(LIMIT);
-    }
+    let end = Instant::now() + LIMIT;
+    let mut lines = 0;
+    let reason = loop {
+        let reason = ended.recv_timeout(Duration::from_millis(20));
+        let said = fs::read_to_string(console).unwrap_or_default();
+        let said: Vec<_> = said.split_inclusive('\n').collect();
+        for line in said.iter().skip(lines).filter(|line| line.ends_with('\n')) {
+            watch(line.trim_end(), &control);
+            lines += 1;
+        }
+        match reason {
+            Err(RecvTimeoutError::Timeout) if Instant::now() < end => {}
+            Err(RecvTimeoutError::Timeout) => {
+                control.shut_down();
+                break ended.recv_timeout(LIMIT);
+            }
+            _ => break reason,
+        }
+    };
     match reason {
         Ok(Ok(ExitReason::PowerOff)) => Ok(Ended {
             mmio_exits: exits.count().map_err(|error| error.to_string())?,
+            broken_rings: (0..config.disks.len())
+                .map(|disk| control.stats(disk).map(|stats| stats.broken_rings()))
+                .collect::<Result<_, _>>()
+                .map_err(|error| error.to_string())?,
         }),
         Ok(Ok(ExitReason::Stopped)) => Err(format!("it did not end within {LIMIT:?}")),
         Ok(Ok(reason)) => Err(format!("it ended with {reason:?}")),

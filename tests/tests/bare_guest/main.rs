@@ -7,6 +7,7 @@ mod disk;
 mod exits;
 mod machine;
 
+use content::SECTOR_SIZE;
 use disk::{Disk, Kind};
 use machine::{Start, have_kvm};
 
@@ -74,6 +75,53 @@ fn disks_of_every_kind_work_and_keep_what_is_written() {
     Start::new(dir.path(), &disks).run(&read_only);
     let after: Vec<_> = disks.iter().map(Disk::files).collect();
     assert!(before == after, "a file of a read-only disk has changed");
+}
+
+/// What the guest's driver does not know, the guest asks for by the queues alone.
+#[test]
+fn every_feature_of_the_device_works_on_disks_of_every_kind() {
+    if !have_kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let kinds = [
+        Kind::Internal,
+        Kind::External,
+        Kind::ExternalRaw,
+        Kind::RawFormat,
+    ];
+    let mut disks = kinds.map(|kind| Disk::create(dir.path(), kind)).to_vec();
+    let cases = [
+        "discard",
+        "write-zeroes",
+        "writeback",
+        "queues",
+        "broken-rings",
+        "grow",
+        "fill",
+        "content",
+    ];
+    let mut start = Start::new(dir.path(), &disks);
+    start
+        .config
+        .disks
+        .iter_mut()
+        .for_each(|disk| disk.queues = Some(4));
+    let ended = start.run_with(&cases, |line, control| {
+        let index = line
+            .strip_prefix("grow ")
+            .and_then(|index| index.parse().ok());
+        if let Some(index) = index {
+            let disk: &Disk = &disks[index];
+            let size = 2 * disk.sectors * SECTOR_SIZE as u64;
+            assert_eq!(control.resize(index, Some(size), false).unwrap(), size);
+        }
+    });
+    assert_eq!(ended.broken_rings, [3; 4]);
+    for (index, disk) in disks.iter_mut().enumerate() {
+        disk.sectors *= 2;
+        disk.assert_content(index);
+    }
 }
 
 /// Of the guest's accesses to the registers, KVM hands to this process all but the doorbells.

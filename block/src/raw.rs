@@ -13,6 +13,7 @@ use crate::lock::Access;
 use crate::preallocation::Preallocation;
 use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::sync::{Mutex, lock};
+use crate::writers::{Writers, Writing};
 use crate::{Disk, Error, Extent, ExtentKind, Limits, NewImage, Result, Storage};
 
 const NO_METADATA: &str = "Unsupported preallocation mode: metadata";
@@ -24,6 +25,9 @@ pub struct Raw {
     file: ImageFile,
     size: AtomicU64,
     resizing: Mutex<()>,
+    /// Who shrinks the file waits for those who write behind its new end: they would make it longer
+    /// again.
+    writers: Writers,
     read_only: bool,
 }
 
@@ -90,6 +94,7 @@ impl Raw {
         Ok(Self {
             size: AtomicU64::new(file.size()?.next_multiple_of(512)),
             resizing: Mutex::default(),
+            writers: Writers::default(),
             file,
             read_only,
         })
@@ -120,7 +125,7 @@ impl Disk for Raw {
 
     fn write_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> Result<()> {
         self.check_writable()?;
-        check_range(offset, total_len(bufs), self.size())?;
+        let _writing = self.begin_write(offset, total_len(bufs))?;
         self.file.write_at(bufs, offset)?;
         self.settle()
     }
@@ -132,20 +137,20 @@ impl Disk for Raw {
 
     fn try_write_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> Result<bool> {
         self.check_writable()?;
-        check_range(offset, total_len(bufs), self.size())?;
+        let _writing = self.begin_write(offset, total_len(bufs))?;
         self.file.try_write_at(bufs, offset)
     }
 
     fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> Result<()> {
         self.check_writable()?;
-        check_range(offset, len, self.size())?;
+        let _writing = self.begin_write(offset, len)?;
         self.file.write_zeroes(offset, len, unmap)?;
         self.settle()
     }
 
     fn discard(&self, offset: u64, len: u64) -> Result<()> {
         self.check_writable()?;
-        check_range(offset, len, self.size())?;
+        let _writing = self.begin_write(offset, len)?;
         self.file.discard(offset, len)?;
         self.settle()
     }
@@ -178,7 +183,7 @@ impl Disk for Raw {
 
     fn copy_from(&self, source: BorrowedFd<'_>, from: u64, offset: u64, len: u64) -> Result<bool> {
         self.check_writable()?;
-        check_range(offset, len, self.size())?;
+        let _writing = self.begin_write(offset, len)?;
         let is_copied = self.file.copy_from(source, from, offset, len)?;
         self.settle()?;
         Ok(is_copied)
@@ -209,6 +214,7 @@ impl Disk for Raw {
         }
         // From here on, no request begins behind the end.
         self.size.store(whole.min(old), Ordering::Release);
+        let _alone = (whole < old).then(|| self.writers.exclude(whole..u64::MAX));
         let resized = self.file.set_len(size).and_then(|()| {
             if preallocation == Preallocation::Off {
                 return Ok(());
@@ -244,6 +250,14 @@ impl Disk for Raw {
 }
 
 impl Raw {
+    /// Begins a write of the `len` bytes at `offset`.
+    fn begin_write(&self, offset: u64, len: u64) -> Result<Writing<'_>> {
+        let writing = self.writers.share(offset..offset.saturating_add(len));
+        // Not earlier: who shrinks the file either waits for this write or has stored the new size.
+        check_range(offset, len, self.size())?;
+        Ok(writing)
+    }
+
     /// Ends a change: without a write cache, it is durable.
     fn settle(&self) -> Result<()> {
         if self.file.is_write_through() {

@@ -12,7 +12,7 @@ mod common;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use common::{Memory, assert_clean, new_image, read, write};
 use proptest::prelude::*;
@@ -37,6 +37,8 @@ struct Counts {
     tries: AtomicUsize,
     /// Of so many transfers that are tried one would wait; none, if it is 0.
     cold_every: AtomicUsize,
+    /// There is no room for what is written.
+    is_full: AtomicBool,
 }
 
 impl Watched {
@@ -80,6 +82,9 @@ impl Storage for Watched {
         Ok(hot == bufs.len())
     }
     fn try_write_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> io::Result<bool> {
+        if self.counts.is_full.load(Ordering::Relaxed) {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
         let hot = self.hot(bufs.len());
         self.file.write_at(&bufs[..hot], offset)?;
         Ok(hot == bufs.len())
@@ -281,6 +286,24 @@ fn what_is_at_hand_is_served() {
         write(&*setup.disk, at, len, 4).unwrap();
         assert!(setup.try_write(at, len, 5), "{kind:?}");
         expect(&setup, 5);
+    }
+}
+
+/// Clusters that have lost their mapping make room when they have come back, which the ordinary methods
+/// wait for.
+#[test]
+fn a_write_without_room_is_left_to_those_who_wait_for_some() {
+    for kind in KINDS.into_iter().filter(|kind| *kind != Kind::Raw) {
+        let setup = Setup::new(kind, OpenOptions::default());
+        write(&*setup.disk, 0, CLUSTER, 1).unwrap();
+        let set_full = |is_full| {
+            let counts = setup.files.iter().map(|file| &file.counts);
+            counts.for_each(|counts| counts.is_full.store(is_full, Ordering::Relaxed));
+        };
+        set_full(true);
+        assert!(!setup.try_write(0, CLUSTER, 2), "{kind:?}");
+        set_full(false);
+        assert!(setup.try_write(0, CLUSTER, 2), "{kind:?}");
     }
 }
 

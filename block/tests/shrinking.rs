@@ -16,7 +16,7 @@ use std::time::Duration;
 use common::gated::{Gate, Gated, during};
 use common::{Memory, assert_clean, new_image, open, read, write};
 use tandem_block::qcow2::{CreateOptions, OpenOptions, Qcow2};
-use tandem_block::{Disk, Storage};
+use tandem_block::{Disk, Raw, Storage, VolatileSlice};
 
 /// How long a request gets to do what it must wait with.
 const A_WHILE: Duration = Duration::from_millis(100);
@@ -59,6 +59,46 @@ fn zeros_behind_the_end_land_in_no_other_data() {
     }
     drop(disk);
     assert_clean(&image);
+}
+
+/// A write that was begun before the shrink, in the part that goes, does not make the file of a raw
+/// disk longer again.
+#[test]
+fn a_late_write_behind_the_end_of_a_file() {
+    type Request = fn(&dyn Disk);
+    let requests: [Request; 3] = [
+        |disk| write(disk, 4096, 512, 5).unwrap(),
+        |disk| {
+            let mut bytes = [5; 512];
+            let bufs = [VolatileSlice::from(&mut bytes[..])];
+            assert!(disk.try_write_at(&bufs, 4096).unwrap());
+        },
+        |disk| disk.write_zeroes(4096, 512, false).unwrap(),
+    ];
+    for request in requests {
+        let gate = Arc::new(Gate::default());
+        let file = Memory::new(vec![1; 8192]);
+        let gated = Box::new(Gated::new(file.clone(), &gate));
+        let disk = Raw::with_storage(Path::new("file"), gated, false).unwrap();
+        thread::scope(|scope| {
+            during(
+                &gate,
+                || request(&disk),
+                || {
+                    scope.spawn(|| disk.resize(2048).unwrap());
+                    while disk.size() != 2048 {
+                        thread::yield_now();
+                    }
+                    // Neither those wait for the late one that write before the new end, nor those
+                    // that are refused.
+                    write(&disk, 1024, 1024, 7).unwrap();
+                    assert!(write(&disk, 2048, 512, 7).is_err());
+                    thread::sleep(A_WHILE);
+                },
+            );
+        });
+        assert!(file.content() == [[1; 1024], [7; 1024]].concat());
+    }
 }
 
 /// A write that was begun before the shrink, in the part that goes, does not make a raw disk take its

@@ -90,7 +90,11 @@ impl Disk for Qcow2 {
         self.check_writable()?;
         let len = total_len(bufs);
         check_range(offset, len, self.size())?;
-        self.try_write(bufs, offset, len)
+        match self.try_write(bufs, offset, len) {
+            // Clusters may come back; that is waited for.
+            Err(e) if e.is_no_space() => Ok(false),
+            tried => tried,
+        }
     }
 
     fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> Result<()> {

@@ -1,7 +1,7 @@
 //! What driver and operator can change or see while the device serves.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Barrier};
 use std::thread;
 use std::time::Duration;
 
@@ -76,6 +76,73 @@ fn driver_switches_between_write_back_and_write_through() {
         set_writeback(&bench.machine, 0);
         write(&bench.machine, 0x70, 0);
         assert_eq!(writeback(&bench.machine), 1);
+    });
+}
+
+/// A disk that writes without waiting when it is told to.
+struct Told {
+    disk: MemoryDisk,
+    has_begun: Barrier,
+    is_told: Barrier,
+}
+
+impl Disk for Told {
+    fn size(&self) -> u64 {
+        self.disk.size()
+    }
+    fn limits(&self) -> Limits {
+        self.disk.limits()
+    }
+    fn read_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> Result<()> {
+        self.disk.read_at(bufs, offset)
+    }
+    fn write_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> Result<()> {
+        self.disk.write_at(bufs, offset)
+    }
+    fn try_write_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> Result<bool> {
+        self.has_begun.wait();
+        self.is_told.wait();
+        self.disk.try_write_at(bufs, offset)
+    }
+    fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> Result<()> {
+        self.disk.write_zeroes(offset, len, unmap)
+    }
+    fn discard(&self, offset: u64, len: u64) -> Result<()> {
+        self.disk.discard(offset, len)
+    }
+    fn flush(&self) -> Result<()> {
+        self.disk.flush()
+    }
+}
+
+/// A write that is under way during the switch, and comes after the flush, completes after the switch.
+#[test]
+fn a_write_during_the_switch_to_write_through_is_durable() {
+    within_deadline(|| {
+        let disk = Arc::new(Told {
+            disk: MemoryDisk::new(16),
+            has_begun: Barrier::new(2),
+            is_told: Barrier::new(2),
+        });
+        let mem = guest_memory();
+        let machine = Machine::new(disk.clone(), &mem);
+        let mut driver = Driver::new(&mem, 0, 16);
+        start_queues(
+            &machine,
+            &[&driver.ring],
+            FEATURE_FLUSH | FEATURE_CONFIG_WCE,
+        );
+        driver.put(0, OUT, 3, 512);
+        driver.offer(&[0]);
+        ring_doorbell(&machine);
+        disk.has_begun.wait();
+        set_writeback(&machine, 0);
+        assert_eq!(disk.disk.flushes.load(Ordering::SeqCst), 1);
+        disk.is_told.wait();
+        driver.wait_for_used(1);
+        assert_eq!(driver.status(0), 0);
+        assert_eq!(disk.disk.flushes.load(Ordering::SeqCst), 2);
+        assert!(disk.disk.content()[512 * 3..][..512] == driver.data(0, 512));
     });
 }
 

@@ -226,12 +226,16 @@ impl Control {
         // Nobody else is to make it larger between the look at its size and the change.
         let _resizing = lock(&operated.resizing);
         let disk = operated.handle.disk();
-        let size = match size {
-            Some(size) => size,
-            None => operated.size_below()?,
-        };
         let present = disk.size();
-        if size < present && !shrink {
+        let (size, is_less) = match size {
+            Some(size) => (size, size < present),
+            None => {
+                let size = operated.size_below()?;
+                // The last sector of a disk may lie in its file in part.
+                (size, size.next_multiple_of(512) < present)
+            }
+        };
+        if is_less && !shrink {
             return Err(ControlError::WouldShrink { size, present });
         }
         let resized = operated.handle.resize(size);

@@ -3,7 +3,7 @@
 use std::fs::{self, File, Metadata};
 use std::io;
 use std::net::Shutdown;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -112,7 +112,10 @@ fn claim(path: &Path) -> io::Result<UnixListener> {
 
 fn lock_directory(path: &Path) -> io::Result<File> {
     let parent = path.parent().filter(|path| !path.as_os_str().is_empty());
-    let directory = File::open(parent.unwrap_or(Path::new(".")))?;
+    // A pipe would wait for its other end.
+    let mut options = File::options();
+    options.read(true).custom_flags(libc::O_DIRECTORY);
+    let directory = options.open(parent.unwrap_or(Path::new(".")))?;
     for _ in 0..LOCK_TRIES {
         match flock(&directory, FlockOperation::NonBlockingLockExclusive) {
             Err(Errno::WOULDBLOCK) => thread::sleep(LOCK_INTERVAL),

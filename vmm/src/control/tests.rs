@@ -72,6 +72,8 @@ fn a_raw_disk_follows_its_file() {
         Err(ControlError::WouldShrink { size: 1000, .. })
     ));
     assert_eq!(control.resize(0, None, true).unwrap(), 1024);
+    let same = control.resize(0, None, false);
+    assert_eq!(same.unwrap(), 1024, "though the file has but 1000 bytes");
     let result = control.resize(1, None, false);
     assert!(matches!(result, Err(ControlError::NeedsSize)));
 }

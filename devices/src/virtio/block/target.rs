@@ -58,7 +58,10 @@ impl Target {
                 self.disk.try_read_at(all_data(slot, gather), offset)
             }
             Some(Operation::Write { offset, .. }) if !self.is_write_through() => {
-                self.disk.try_write_at(all_data(slot, gather), offset)
+                let done = self.disk.try_write_at(all_data(slot, gather), offset);
+                // Where the driver has switched meanwhile, the flush of the switch may have come
+                // before the write.
+                done.map(|done| done && !self.is_write_through())
             }
             Some(_) => return false,
         };

@@ -28,6 +28,13 @@ fn the_id_comes_back_as_it_is() {
         let bad = json!({"id": id, "command": "fly"});
         assert_eq!(ask(&control, &bad.to_string())["id"], id);
     }
+    // To its last digit.
+    let number = r#"{"id":0.9348931239306407,"#;
+    let line = answer(
+        &control,
+        format!("{number}\"command\":\"resume\"}}").as_bytes(),
+    );
+    assert!(line.starts_with(number), "{line}");
     let answer = ask(&control, r#"{"command":"resume"}"#);
     assert_eq!(answer, json!({"ok": {"state": "running"}}));
 }

@@ -5,6 +5,8 @@ use serde_json::{Value, json};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::PermissionsExt;
 
+use rustix::fs::FileType;
+
 struct Fixture {
     path: PathBuf,
     socket: ControlSocket,
@@ -127,6 +129,12 @@ fn a_dead_socket_is_replaced_and_nothing_else() {
     assert!(link.symlink_metadata().is_ok());
     assert!(error(&f.path.with_file_name("no/socket")).contains("No such file"));
     error(&f.path.with_file_name("x".repeat(120)));
+
+    // It is not waited for somebody who writes to it.
+    let pipe = f.path.with_file_name("pipe");
+    let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
+    rustix::fs::mknodat(rustix::fs::CWD, &pipe, FileType::Fifo, mode, 0).unwrap();
+    assert!(error(&pipe.join("socket")).contains("Not a directory"));
 }
 
 #[test]

@@ -44,6 +44,9 @@ struct Shown {
     size: u64,
     /// Of a device that has been started.
     interrupt: Option<Arc<dyn Interrupt>>,
+    /// To a driver that has started the device without `FLUSH`, there is no write cache, whatever it
+    /// chooses (virtio 1.3, section 5.2.5.2).
+    can_flush: bool,
 }
 
 impl Shown {
@@ -138,6 +141,7 @@ impl Shared {
             shown: Mutex::new(Shown {
                 size: disk.size(),
                 interrupt: None,
+                can_flush: true,
             }),
             options,
             disk,
@@ -151,12 +155,14 @@ impl Shared {
     /// What the guest may know of the disk.
     pub(super) fn config(&self) -> Config {
         let limits = self.disk.limits();
+        let shown = lock(&self.shown);
+        let has_cache = limits.write_cache && shown.can_flush;
         Config {
-            size: lock(&self.shown).size,
+            size: shown.size,
             limits,
             seg_max: SEG_MAX,
             queues: self.options.queues,
-            writeback: limits.write_cache && self.writeback.load(Ordering::SeqCst),
+            writeback: has_cache && self.writeback.load(Ordering::SeqCst),
         }
     }
 
@@ -199,12 +205,9 @@ impl Shared {
             self.options.queues,
             self.options.threads,
         )?);
-        if features & FLUSH == 0 {
-            // Where the driver can choose, this is what it must find (virtio 1.3, section 5.2.5.2).
-            self.writeback.store(false, Ordering::SeqCst);
-        }
         let mut shown = lock(&self.shown);
         shown.interrupt = Some(interrupt);
+        shown.can_flush = features & FLUSH != 0;
         shown.update(&*self.disk);
         Ok(())
     }
@@ -214,6 +217,7 @@ impl Shared {
         self.threads().clear();
         let mut shown = lock(&self.shown);
         shown.interrupt = None;
+        shown.can_flush = true;
         shown.size = self.disk.size();
         drop(shown);
         self.writeback.store(true, Ordering::SeqCst);

@@ -272,9 +272,6 @@ impl Threads {
         };
         let mut result = Ok(());
         for source in self.paused.drain(..) {
-            // What the driver has offered before may not have been looked at. This cannot fail:
-            // nobody has rung 2^64 - 2 times.
-            let _ = source.doorbell.write(1);
             result = result.and(engine.start(source));
         }
         result

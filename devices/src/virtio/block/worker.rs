@@ -171,6 +171,8 @@ fn serve<'m>(
     if let Some(fd) = timer_fd {
         events.add(Events::with_data_raw(fd, TIMER, edge))?;
     }
+    // The driver need not ring again for what it made available before.
+    done.wake();
     while !stop.is_requested() {
         manager.run()?;
     }

@@ -37,7 +37,7 @@
 //! be answered in any order.
 //!
 //! Reads that follow one another in the queue and on the disk are carried out in one call, up to
-//! 1 MiB and 1024 buffers, and so are writes. Each gets a status of its own: where the call fails,
+//! 1 MiB and 128 buffers, and so are writes. Each gets a status of its own: where the call fails,
 //! each is tried alone. Answers are shown to the driver when 16 calls have been made or there is
 //! nothing left to do. Whether it wants an interrupt is looked at then, or after 100 µs.
 //!

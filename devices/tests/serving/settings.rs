@@ -354,6 +354,28 @@ fn queues_that_are_held_up_stop_and_go_on_being_held_up() {
     });
 }
 
+/// A guest that may write little may not have much zeroed instead. What is discarded costs no transfer.
+#[test]
+fn zeroes_use_up_the_rate_and_discards_do_not() {
+    within_deadline(|| {
+        for (kind, at_once) in [(WRITE_ZEROES, 1), (DISCARD, 2)] {
+            let mut bench = Bench::new(|options| options.rate.bytes = Rate::new(1, 1));
+            bench.start(FEATURE_FLUSH | FEATURE_DISCARD | FEATURE_WRITE_ZEROES);
+            let mut segment = [0; 16];
+            segment[8] = 8;
+            let driver = &mut bench.drivers[0];
+            driver.set_data(0, &segment);
+            driver.put(0, kind, 0, 16);
+            driver.put(1, GET_ID, 0, 20);
+            bench.offer(0, &[0, 1]);
+            let used = bench.drivers[0].wait_for_used(at_once);
+            assert!(used.contains(&(0, 1)), "{kind}: {used:?}");
+            bench.machine.device.shutdown();
+            assert_eq!(usize::from(bench.drivers[0].ring.used_idx()), at_once);
+        }
+    });
+}
+
 #[test]
 fn counters_tell_what_was_done() {
     within_deadline(|| {

@@ -91,6 +91,14 @@ impl<'m> Slot<'m> {
         self.transfer().map_or(0, |(_, len)| len)
     }
 
+    /// Bytes that count against the limit on the rate: zeros, too, as they may have to be written.
+    pub(super) fn charged_bytes(&self) -> u64 {
+        match self.operation {
+            Some(Operation::WriteZeroes) => self.segments.iter().map(|segment| segment.len).sum(),
+            _ => self.bytes(),
+        }
+    }
+
     /// Has `next` carried out in one with this request, if it continues it; else returns it.
     pub(super) fn join(&mut self, next: Box<Slot<'m>>) -> Option<Box<Slot<'m>>> {
         let bytes = self.joined_bytes.saturating_add(next.joined_bytes);

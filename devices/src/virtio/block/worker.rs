@@ -299,7 +299,7 @@ impl<'m> Server<'_, '_, '_, 'm> {
             };
             slot.parse(head, &context.target.rules, now);
             if let Some(limiter) = &context.limiter {
-                limiter.charge(now, slot.bytes());
+                limiter.charge(now, slot.charged_bytes());
             }
             let Some(last) = open else {
                 *open = Some(slot);

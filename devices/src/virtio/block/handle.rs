@@ -120,9 +120,19 @@ impl Handle {
     /// Goes on after a [`pause`](Self::pause).
     ///
     /// # Errors
-    /// Threads could not be started; their queues are not served until the guest resets the device.
+    /// Threads could not be started; their queues are not served until the guest, which is told, resets
+    /// the device.
     pub fn resume(&self) -> io::Result<()> {
-        self.0.threads().resume()
+        // Locked until the end, so that no other driver takes over and is told.
+        let mut threads = self.0.threads();
+        let result = threads.resume();
+        if let Err(error) = &result {
+            self.0.stats.note_error(error);
+            if let Some(interrupt) = &lock(&self.0.shown).interrupt {
+                interrupt.needs_reset();
+            }
+        }
+        result
     }
 }
 
@@ -281,4 +291,55 @@ impl Threads {
 /// A panic elsewhere leaves no state half-changed.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::test_common::disk::MemoryDisk;
+    use crate::test_common::guest_memory;
+    use crate::test_common::ring::Ring;
+    use vmm_sys_util::eventfd::EventFd;
+
+    #[derive(Default)]
+    struct Told {
+        needs_reset: AtomicBool,
+    }
+
+    impl Interrupt for Told {
+        fn signal_queue(&self, _index: u16) {}
+        fn signal_config(&self) {}
+        fn needs_reset(&self) {
+            self.needs_reset.store(true, Ordering::SeqCst);
+        }
+    }
+
+    #[test]
+    fn a_queue_that_cannot_go_on_after_a_pause_needs_a_reset() {
+        let shared = Shared::new(Arc::new(MemoryDisk::new(1)), Options::default());
+        let handle = Handle(Arc::new(shared));
+        let (mem, told) = (guest_memory(), Arc::new(Told::default()));
+        let source = |index| Source {
+            index,
+            queue: Ring::new(&mem, 0, 16).queue(false),
+            doorbell: EventFd::new(0).unwrap(),
+        };
+        let activation = Activation {
+            mem: mem.clone(),
+            features: FLUSH,
+            interrupt: told.clone(),
+        };
+        handle.0.activate(activation).unwrap();
+        handle.pause();
+        handle.0.threads().start(source(0)).unwrap();
+        handle.resume().unwrap();
+        assert!(!told.needs_reset.load(Ordering::SeqCst));
+        // There is no such queue, which is as good as one that the system has no thread for.
+        handle.pause();
+        handle.0.threads().paused.push(source(1));
+        assert!(handle.resume().is_err());
+        assert!(told.needs_reset.load(Ordering::SeqCst));
+        assert!(handle.stats().last_error().is_some());
+        handle.0.reset();
+    }
 }

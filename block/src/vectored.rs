@@ -21,7 +21,8 @@ const _: () = assert!(!std::mem::needs_drop::<PtrGuardMut>());
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Direction {
     Read,
-    /// As `Read`, but fails with `EAGAIN` where that would wait for the device.
+    /// As `Read`, but fails with `EAGAIN` where that would wait for the device, or the end of the file
+    /// may have come.
     ReadNoWait,
     Write,
 }
@@ -118,7 +119,9 @@ fn transfer_iov(
             }
         };
         match n {
-            0 if direction != Direction::Write => return Ok(len - left),
+            // Linux 5.9 and 5.10 return this in the middle of a file as well (readv(2), "Bugs").
+            0 if direction == Direction::ReadNoWait => return Err(io::ErrorKind::WouldBlock.into()),
+            0 if direction == Direction::Read => return Ok(len - left),
             0 => return Err(io::ErrorKind::WriteZero.into()),
             n if n > 0 => {
                 left -= n as usize;

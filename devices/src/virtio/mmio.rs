@@ -181,11 +181,6 @@ impl VirtioMmio {
     fn activate(&self, state: &mut State) {
         if self.try_activate(state).is_err() {
             self.interrupt.needs_reset();
-            return;
-        }
-        // The driver may have made buffers available before, without a doorbell in between.
-        for index in 0..self.doorbells.len() as u32 {
-            self.ring(index);
         }
     }
 
@@ -215,8 +210,6 @@ impl VirtioMmio {
         if state.start_queue(index as u16, doorbell).is_err() {
             self.interrupt.needs_reset();
         }
-        // The driver may have made buffers available before.
-        self.ring(index);
     }
 
     fn reset(&self, state: &mut State) {

@@ -65,7 +65,8 @@ pub trait VirtioDevice: Send {
 
     /// Starts serving queue `index`, of a device that has been activated. `queue` is
     /// [`ready`](virtio_queue::QueueT::ready) and has been checked to lie in the device's memory;
-    /// `doorbell` is signalled when the driver has made buffers available.
+    /// `doorbell` is signalled when the driver has made buffers available, but perhaps not for those that
+    /// are available already.
     ///
     /// # Errors
     /// As [`activate`](Self::activate).

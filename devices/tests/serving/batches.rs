@@ -146,8 +146,8 @@ fn calls_stay_within_bounds() {
             (3, 1, 1536, vec![768 << 10, 768 << 10, 768 << 10]),
             // More than that alone.
             (2, 2, 1536, vec![3 << 19, 3 << 19]),
-            // At most 1024 buffers.
-            (128, 16, 1, vec![512 << 10, 512 << 10]),
+            // At most 128 buffers.
+            (16, 16, 1, vec![64 << 10, 64 << 10]),
         ] {
             let file = tempfile::tempfile().unwrap();
             file.set_len(4 << 20).unwrap();

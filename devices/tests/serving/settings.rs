@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use tandem_block::{Disk, Error, Limits, Result};
 use tandem_devices::bus::BusDevice;
-use tandem_devices::virtio::block::{LATENCY_BUCKETS, Rate};
+use tandem_devices::virtio::block::{Block, LATENCY_BUCKETS, Options, Rate};
+use tandem_devices::virtio::{Activation, Interrupt, VirtioDevice};
 use vm_memory::VolatileSlice;
 
 use crate::common::gate::Call;
@@ -177,6 +178,42 @@ fn drivers_that_cannot_flush_have_their_writes_made_durable() {
         set_writeback(&bench.machine, 0);
         assert_eq!(writes(&mut bench), WRITES);
     });
+}
+
+/// For a device whose driver is not asked.
+struct NoInterrupt;
+
+impl Interrupt for NoInterrupt {
+    fn signal_queue(&self, _index: u16) {}
+    fn signal_config(&self) {}
+    fn needs_reset(&self) {}
+}
+
+/// A transport may start the device anew without a reset, as vhost-user does when a guest's firmware
+/// has handed over to its system.
+#[test]
+fn what_a_driver_could_not_do_does_not_hold_for_the_next_one() {
+    const BOTH: u64 = FEATURE_FLUSH | FEATURE_CONFIG_WCE;
+    let mut block = Block::new(Arc::new(MemoryDisk::new(16)), Options::default());
+    let mut start = |features, choice: Option<u8>| {
+        let activation = Activation {
+            mem: guest_memory(),
+            features,
+            interrupt: Arc::new(NoInterrupt),
+        };
+        block.activate(activation).unwrap();
+        if let Some(choice) = choice {
+            block.write_config(32, &[choice]);
+        }
+        let mut shown = [0xee];
+        block.read_config(32, &mut shown);
+        shown[0]
+    };
+    assert_eq!(start(FEATURE_CONFIG_WCE, None), 0);
+    assert_eq!(start(FEATURE_CONFIG_WCE, Some(1)), 0);
+    assert_eq!(start(BOTH, None), 1);
+    assert_eq!(start(BOTH, Some(0)), 0);
+    assert_eq!(start(BOTH, None), 0, "the driver's choice stays");
 }
 
 #[test]
@@ -381,6 +418,28 @@ fn queues_that_are_held_up_stop_and_go_on_being_held_up() {
         let counters = bench.machine.stats.queues();
         assert_eq!((counters[0].reads, counters[1].reads), (1, 0));
         assert_eq!(bench.machine.stats.failed_requests(), 0);
+    });
+}
+
+/// A guest that may write little may not have much zeroed instead. What is discarded costs no transfer.
+#[test]
+fn zeroes_use_up_the_rate_and_discards_do_not() {
+    within_deadline(|| {
+        for (kind, at_once) in [(WRITE_ZEROES, 1), (DISCARD, 2)] {
+            let mut bench = Bench::new(|options| options.rate.bytes = Rate::new(1, 1));
+            bench.start(FEATURE_FLUSH | FEATURE_DISCARD | FEATURE_WRITE_ZEROES);
+            let mut segment = [0; 16];
+            segment[8] = 8;
+            let driver = &mut bench.drivers[0];
+            driver.set_data(0, &segment);
+            driver.put(0, kind, 0, 16);
+            driver.put(1, GET_ID, 0, 20);
+            bench.offer(0, &[0, 1]);
+            let used = bench.drivers[0].wait_for_used(at_once);
+            assert!(used.contains(&(0, 1)), "{kind}: {used:?}");
+            bench.machine.device.shutdown();
+            assert_eq!(usize::from(bench.drivers[0].ring.used_idx()), at_once);
+        }
     });
 }
 

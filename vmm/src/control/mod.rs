@@ -24,7 +24,8 @@ pub use error::ControlError;
 pub use socket::ControlSocket;
 
 /// The means to operate a VM, from any thread, before it runs, while it runs and when it has ended.
-/// Cloning is cheap: clones operate the same VM.
+/// Cloning is cheap: clones operate the same VM. As long as there is one, the files of the disks stay
+/// open, and locked.
 ///
 /// ```no_run
 /// # let vmm = tandem_vmm::Vmm::build(&tandem_vmm::Config::new("/boot/vmlinuz"))?;

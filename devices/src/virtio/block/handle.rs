@@ -44,6 +44,9 @@ struct Shown {
     size: u64,
     /// Of a device that has been started.
     interrupt: Option<Arc<dyn Interrupt>>,
+    /// To a driver that has started the device without `FLUSH`, there is no write cache, whatever it
+    /// chooses (virtio 1.3, section 5.2.5.2).
+    can_flush: bool,
 }
 
 impl Shown {
@@ -130,9 +133,19 @@ impl Handle {
     /// Goes on after a [`pause`](Self::pause).
     ///
     /// # Errors
-    /// Threads could not be started; their queues are not served until the guest resets the device.
+    /// Threads could not be started; their queues are not served until the guest, which is told, resets
+    /// the device.
     pub fn resume(&self) -> io::Result<()> {
-        self.0.threads().resume()
+        // Locked until the end, so that no other driver takes over and is told.
+        let mut threads = self.0.threads();
+        let result = threads.resume();
+        if let Err(error) = &result {
+            self.0.stats.note_error(error);
+            if let Some(interrupt) = &lock(&self.0.shown).interrupt {
+                interrupt.needs_reset();
+            }
+        }
+        result
     }
 }
 
@@ -151,6 +164,7 @@ impl Shared {
             shown: Mutex::new(Shown {
                 size: disk.size(),
                 interrupt: None,
+                can_flush: true,
             }),
             options,
             disk,
@@ -164,12 +178,14 @@ impl Shared {
     /// What the guest may know of the disk.
     pub(super) fn config(&self) -> Config {
         let limits = self.disk.limits();
+        let shown = lock(&self.shown);
+        let has_cache = limits.write_cache && shown.can_flush;
         Config {
-            size: lock(&self.shown).size,
+            size: shown.size,
             limits,
             seg_max: u32::from(self.options.queue_size) - 2,
             queues: self.options.queues,
-            writeback: limits.write_cache && self.writeback.load(Ordering::SeqCst),
+            writeback: has_cache && self.writeback.load(Ordering::SeqCst),
         }
     }
 
@@ -212,12 +228,9 @@ impl Shared {
             self.options.queues,
             self.options.threads,
         )?);
-        if features & FLUSH == 0 {
-            // Where the driver can choose, this is what it must find (virtio 1.3, section 5.2.5.2).
-            self.writeback.store(false, Ordering::SeqCst);
-        }
         let mut shown = lock(&self.shown);
         shown.interrupt = Some(interrupt);
+        shown.can_flush = features & FLUSH != 0;
         shown.update(&*self.disk);
         Ok(())
     }
@@ -227,6 +240,7 @@ impl Shared {
         self.threads().clear();
         let mut shown = lock(&self.shown);
         shown.interrupt = None;
+        shown.can_flush = true;
         shown.size = self.disk.size();
         drop(shown);
         self.writeback.store(true, Ordering::SeqCst);
@@ -290,4 +304,55 @@ impl Threads {
 /// A panic elsewhere leaves no state half-changed.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::test_common::disk::MemoryDisk;
+    use crate::test_common::guest_memory;
+    use crate::test_common::ring::Ring;
+    use vmm_sys_util::eventfd::EventFd;
+
+    #[derive(Default)]
+    struct Told {
+        needs_reset: AtomicBool,
+    }
+
+    impl Interrupt for Told {
+        fn signal_queue(&self, _index: u16) {}
+        fn signal_config(&self) {}
+        fn needs_reset(&self) {
+            self.needs_reset.store(true, Ordering::SeqCst);
+        }
+    }
+
+    #[test]
+    fn a_queue_that_cannot_go_on_after_a_pause_needs_a_reset() {
+        let shared = Shared::new(Arc::new(MemoryDisk::new(1)), Options::default());
+        let handle = Handle(Arc::new(shared));
+        let (mem, told) = (guest_memory(), Arc::new(Told::default()));
+        let source = |index| Source {
+            index,
+            queue: Ring::new(&mem, 0, 16).queue(false),
+            doorbell: EventFd::new(0).unwrap(),
+        };
+        let activation = Activation {
+            mem: mem.clone(),
+            features: FLUSH,
+            interrupt: told.clone(),
+        };
+        handle.0.activate(activation).unwrap();
+        handle.pause();
+        handle.0.threads().start(source(0)).unwrap();
+        handle.resume().unwrap();
+        assert!(!told.needs_reset.load(Ordering::SeqCst));
+        // There is no such queue, which is as good as one that the system has no thread for.
+        handle.pause();
+        handle.0.threads().paused.push(source(1));
+        assert!(handle.resume().is_err());
+        assert!(told.needs_reset.load(Ordering::SeqCst));
+        assert!(handle.stats().last_error().is_some());
+        handle.0.reset();
+    }
 }

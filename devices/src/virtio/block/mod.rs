@@ -37,9 +37,10 @@
 //! be answered in any order.
 //!
 //! Reads that follow one another in the queue and on the disk are carried out in one call, up to
-//! 1 MiB and 1024 buffers, and so are writes. Each gets a status of its own: where the call fails,
+//! 1 MiB and 128 buffers, and so are writes. Each gets a status of its own: where the call fails,
 //! each is tried alone. Answers are shown to the driver when 16 calls have been made or there is
-//! nothing left to do. Whether it wants an interrupt is looked at then, or after 100 µs.
+//! nothing left to do. Whether it wants an interrupt is looked at when there is nothing left to do, and
+//! with an answer that is shown 100 µs or more after the last look.
 //!
 //! When a queue is stopped, by a reset of it or of the device, a [pause](Handle::pause) or its end,
 //! requests that were taken are completed first, wherever they are.
@@ -66,8 +67,9 @@
 //! | does not lie within the disk, or fails there | `IOERR` |
 //!
 //! All segments are looked at before anything is discarded or zeroed: of a request with a bad one,
-//! none has an effect. Transfers of no sectors succeed, and so does a buffer that spans regions of guest memory. The
-//! used length counts the bytes written from the start of the writable stream without a gap.
+//! none has an effect. A transfer of no sectors within the disk succeeds, and a buffer may span regions
+//! of guest memory. The used length counts the bytes written from the start of the writable stream
+//! without a gap.
 //!
 //! # What breaks the ring
 //! Where it is not clear which buffers the driver meant, no status can be given. The device then
@@ -122,8 +124,8 @@ const QUEUE_SIZE: u16 = 256;
 pub struct Options {
     /// What the guest gets when it asks for the disk's identity; an empty string without it.
     pub serial: Option<Serial>,
-    /// Number of queues, each with a thread of its own: 1 to 256, best as many as the guest has
-    /// vCPUs.
+    /// Number of queues, each with a thread of its own: 1 to 256, or the nearest of these; best as
+    /// many as the guest has vCPUs.
     pub queues: u16,
     /// Number of descriptors in a queue: a power of two, 4 to 256. The driver is told that a request
     /// has as many buffers at the most as fit into one beside its header and status.

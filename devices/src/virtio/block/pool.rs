@@ -142,6 +142,12 @@ impl<'m> Completions<'m> {
         &self.event
     }
 
+    /// Signals the event.
+    pub(super) fn wake(&self) {
+        // Cannot fail: nobody has signalled it 2^64 - 2 times.
+        let _ = self.event.write(1);
+    }
+
     pub(super) fn has_any(&self) -> bool {
         !lock(&self.state).slots.is_empty()
     }

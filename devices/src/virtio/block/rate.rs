@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 pub struct RateLimits {
     /// Requests, of any kind.
     pub requests: Option<Rate>,
-    /// Bytes that are read and written.
+    /// Bytes that are read, written and zeroed.
     pub bytes: Option<Rate>,
 }
 

@@ -15,8 +15,8 @@ pub(super) type Slots<'m> = Vec<Box<Slot<'m>>>;
 /// Requests for adjacent sectors are carried out as one while they have at most so many bytes. More
 /// gains nothing, and all of them are answered together.
 const MAX_JOINED_BYTES: u64 = 1 << 20;
-/// And while they have at most so many buffers: what one system call takes.
-const MAX_JOINED_BUFFERS: usize = 1024;
+/// And while they have at most so many buffers, which [`tandem_block`] hands to one system call.
+const MAX_JOINED_BUFFERS: usize = 128;
 
 /// A place for one request at a time.
 pub(super) struct Slot<'m> {
@@ -89,6 +89,14 @@ impl<'m> Slot<'m> {
     /// Bytes that are read or written.
     pub(super) fn bytes(&self) -> u64 {
         self.transfer().map_or(0, |(_, len)| len)
+    }
+
+    /// Bytes that count against the limit on the rate: zeros, too, as they may have to be written.
+    pub(super) fn charged_bytes(&self) -> u64 {
+        match self.operation {
+            Some(Operation::WriteZeroes) => self.segments.iter().map(|segment| segment.len).sum(),
+            _ => self.bytes(),
+        }
     }
 
     /// Has `next` carried out in one with this request, if it continues it; else returns it.

@@ -171,7 +171,7 @@ fn serve<'m>(
     if let Some(fd) = timer_fd {
         events.add(Events::with_data_raw(fd, TIMER, edge))?;
     }
-    // There may be requests already, without a signal still to come.
+    // The driver need not ring again for what it made available before.
     done.wake();
     while !stop.is_requested() {
         manager.run()?;
@@ -299,7 +299,7 @@ impl<'m> Server<'_, '_, '_, 'm> {
             };
             slot.parse(head, &context.target.rules, now);
             if let Some(limiter) = &context.limiter {
-                limiter.charge(now, slot.bytes());
+                limiter.charge(now, slot.charged_bytes());
             }
             let Some(last) = open else {
                 *open = Some(slot);

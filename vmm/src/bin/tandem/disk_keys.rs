@@ -35,7 +35,8 @@ Disk keys:
                      1 to 256 (default 16); they are started as they are needed
   iops=N             Requests in a second, on average; those beyond wait
   iops-burst=N       Requests at once after a pause (default a tenth of iops)
-  bw=SIZE            Bytes read and written in a second, on average, as in 100M; requests beyond wait
+  bw=SIZE            Bytes read, written and zeroed in a second, on average, as in 100M; requests beyond
+                     wait
   bw-burst=SIZE      Bytes at once after a pause (default a tenth of bw)
   poll=MICROSECONDS  How long a queue's thread looks for requests before it waits to be called: 0 to
                      10000 (default 0: not at all). That is quicker, and costs processor time

@@ -106,14 +106,13 @@ struct Bench {
 }
 
 impl Bench {
-    /// Serves what `offer` puts into the ring.
+    /// Serves what `offer` puts into the ring, for which no doorbell is rung.
     fn new(disk: impl Disk + 'static, offer: impl FnOnce(&GuestMemory, &mut Ring)) -> Self {
         let mem = guest_memory();
         mem.write_obj(1u32, GuestAddress(WRITE)).unwrap();
         let mut ring = Ring::new(&mem, RING, SIZE);
         offer(&mem, &mut ring);
         let doorbell = EventFd::new(EFD_NONBLOCK).unwrap();
-        doorbell.write(1).unwrap();
         let (sender, signals) = mpsc::sync_channel(8);
         let stats = Arc::new(Stats::new(1));
         let writeback = Arc::new(AtomicBool::new(true));

@@ -180,12 +180,6 @@ impl<'m> Completions<'m> {
             self.wake();
         }
     }
-
-    /// Signals the event.
-    pub(super) fn wake(&self) {
-        // Cannot fail: nobody has signalled it 2^64 - 2 times.
-        let _ = self.event.write(1);
-    }
 }
 
 /// A panic elsewhere leaves no list half-changed.

@@ -171,9 +171,14 @@ impl VirtioMmio {
         if value == 0 {
             return self.reset(&mut state);
         }
-        let is_active = state.is_active();
+        let before = state.status;
         state.advance_status(value);
-        if !is_active && state.is_active() {
+        let added = state.status & !before;
+        if added & FEATURES_OK != 0 {
+            let features = state.driver_features;
+            state.device.set_features(features);
+        }
+        if added & DRIVER_OK != 0 {
             self.activate(&mut state);
         }
     }

@@ -57,6 +57,12 @@ pub trait VirtioDevice: Send {
     /// Writes the device configuration space. Writes to read-only fields have no effect.
     fn write_config(&mut self, offset: u64, data: &[u8]);
 
+    /// The driver has set `FEATURES_OK`, with these features: a subset of those that the device offers.
+    /// From now on the configuration space shows what goes with them.
+    fn set_features(&mut self, features: u64) {
+        let _ = features;
+    }
+
     /// Prepares to serve queues. The driver has set `DRIVER_OK`.
     ///
     /// # Errors

@@ -180,6 +180,27 @@ fn drivers_that_cannot_flush_have_their_writes_made_durable() {
     });
 }
 
+/// A driver looks at the write cache before it starts the device.
+#[test]
+fn drivers_that_cannot_flush_find_no_write_cache_from_the_negotiation_on() {
+    let machine = Machine::new(Arc::new(MemoryDisk::new(16)), &guest_memory());
+    for (features, expected) in [
+        (FEATURE_CONFIG_WCE, 0),
+        (FEATURE_CONFIG_WCE | FEATURE_FLUSH, 1),
+    ] {
+        write(&machine, 0x70, 0);
+        write(&machine, 0x70, 3);
+        for (half, word) in [(0, features as u32), (1, 1)] {
+            write(&machine, 0x24, half);
+            write(&machine, 0x20, word);
+        }
+        assert_eq!(writeback(&machine), 1, "not negotiated yet");
+        write(&machine, 0x70, 0xb);
+        assert_eq!(read(&machine, 0x70), 0xb);
+        assert_eq!(writeback(&machine), expected);
+    }
+}
+
 /// For a device whose driver is not asked.
 struct NoInterrupt;
 

@@ -44,8 +44,8 @@ struct Shown {
     size: u64,
     /// Of a device that has been started.
     interrupt: Option<Arc<dyn Interrupt>>,
-    /// To a driver that has started the device without `FLUSH`, there is no write cache, whatever it
-    /// chooses (virtio 1.3, section 5.2.5.2).
+    /// To a driver that has declined `FLUSH`, there is no write cache, whatever it chooses (virtio 1.3,
+    /// section 5.2.5.2).
     can_flush: bool,
 }
 
@@ -200,6 +200,10 @@ impl Shared {
                 self.writeback.store(true, Ordering::SeqCst);
             }
         }
+    }
+
+    pub(super) fn set_features(&self, features: u64) {
+        lock(&self.shown).can_flush = features & FLUSH != 0;
     }
 
     pub(super) fn activate(&self, activation: Activation) -> io::Result<()> {

@@ -204,6 +204,10 @@ impl VirtioDevice for Block {
         }
     }
 
+    fn set_features(&mut self, features: u64) {
+        self.shared.set_features(features);
+    }
+
     fn activate(&mut self, activation: Activation) -> io::Result<()> {
         self.shared.activate(activation)
     }

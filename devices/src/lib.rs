@@ -25,7 +25,8 @@
 //!   │  status    into the last writable byte, then the used ring         │
 //!   └────────────────────────────────────────────────────────────────────┘
 //! ```
-//! [`virtio::mmio`] is the transport: registers, negotiation, reset. [`virtio::block`] is the
+//! [`virtio::mmio`] is the transport: registers, negotiation, reset; the cargo feature `vhost-user` adds
+//! another one, to virtual machine monitors in other processes. [`virtio::block`] is the
 //! device; it says what the guest gets for which malformed request.
 //!
 //! # What holds whatever a guest does

@@ -30,7 +30,8 @@
 //!   │  disk      Disk::read_at / write_at / flush / discard / ...        │
 //!   └────────────────────────────────────────────────────────────────────┘
 //! ```
-//! [`virtio::mmio`] is the transport: registers, negotiation, reset. [`virtio::block`] is the
+//! [`virtio::mmio`] is the transport: registers, negotiation, reset; the cargo feature `vhost-user` adds
+//! another one, to virtual machine monitors in other processes. [`virtio::block`] is the
 //! device; it says what the guest gets for which malformed request.
 //!
 //! # What holds whatever a guest does

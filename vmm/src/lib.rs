@@ -4,6 +4,8 @@
 //! it ended. The guest has RAM, CPUs, a serial console, virtio-mmio disks and ACPI tables to find
 //! them by; nothing else.
 //!
+//! [`Server`] offers a disk to other virtual machine monitors instead.
+//!
 //! ```no_run
 //! use tandem_vmm::{Config, DiskConfig, ExitReason, Vmm};
 //!

@@ -1,7 +1,8 @@
 //! virtio devices and the transport that shows them to a guest (virtio 1.3).
 //!
-//! A device implements [`VirtioDevice`] and knows nothing of registers; a transport, for now
-//! [`VirtioMmio`](mmio::VirtioMmio), negotiates with the driver and hands the device its queues.
+//! A device implements [`VirtioDevice`] and knows nothing of registers; a transport negotiates with the
+//! driver and hands the device its queues: [`VirtioMmio`](mmio::VirtioMmio), or, with the cargo feature
+//! `vhost-user`, a front end in another process.
 
 pub mod block;
 mod buffers;

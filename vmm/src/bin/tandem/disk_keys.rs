@@ -30,7 +30,8 @@ Disk keys:
   l2-cache-size=SIZE Memory for L2 tables of a qcow2 image, as in 16M (default 4M, which maps 32 GiB
                      in clusters of 64 KiB); taken as it is needed
   serial=ID          Serial number that the guest sees: 1 to 20 printable ASCII characters
-  queues=N           Queues, each with a thread of its own: 1 to 32 (default one for each CPU, up to 16)
+  queues=N           Queues, each with a thread of its own: 1 to 32 (default for run: one for each CPU,
+                     up to 16; for serve: 16)
   threads=N          Threads for requests that wait for the host's disk, in all queues together:
                      1 to 256 (default 16); they are started as they are needed
   iops=N             Requests in a second, on average; those beyond wait

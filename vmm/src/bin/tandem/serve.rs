@@ -34,8 +34,11 @@ Examples:
 fn details() -> String {
     format!(
         "{DISK_KEYS}
-  queues=N is how many queues a front end may use: 1 to 32 (default 16). Only those that it uses have a
-  thread. With QEMU, the default of num-queues= is the number of the guest's CPUs.
+
+Queues:
+  A front end may use up to queues=N of them; only those that it uses have a thread. QEMU's num-queues= is
+  the number of the guest's CPUs unless it is told otherwise. A request has at most 126 buffers, which fit
+  into QEMU's default queue-size=128.
 
 Front ends:
   One after another is served; others wait for the one before to disconnect. The guest's memory must be

@@ -7,8 +7,8 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
-use std::thread::Builder;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
+use std::thread::{self, Builder};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, poll};
@@ -24,6 +24,8 @@ use crate::error::{Error, HostContext, Result};
 const MAX_WAITING: usize = 16;
 /// How long the end waits for a reader to take the last lines.
 const PATIENCE: Duration = Duration::from_secs(1);
+/// How often the end looks for room among the lines that wait.
+const RETRY_INTERVAL: Duration = Duration::from_millis(1);
 
 /// What metrics are written to. It may be a pipe whose reader is slow.
 #[derive(Debug)]
@@ -173,10 +175,16 @@ impl MetricsLog {
 
     /// Has the last lines written, and waits for that, but not long for a reader who does not read.
     pub fn finish(self) {
-        // Where it finds no room, nobody reads.
-        if self.reporter.orders.try_send(Order::End).is_ok() {
-            let _ = self.ended.recv_timeout(PATIENCE);
+        let end = Instant::now() + PATIENCE;
+        // There is room as soon as a line has been written.
+        while let Err(TrySendError::Full(_)) = self.reporter.orders.try_send(Order::End) {
+            if Instant::now() >= end {
+                return;
+            }
+            thread::sleep(RETRY_INTERVAL);
         }
+        let left = end.saturating_duration_since(Instant::now());
+        let _ = self.ended.recv_timeout(left);
     }
 }
 

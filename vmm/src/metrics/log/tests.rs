@@ -91,6 +91,33 @@ fn a_reader_who_does_not_read_costs_lines() {
     log.finish();
 }
 
+/// A reader who is late gets the lines that wait, as many as there are.
+#[test]
+fn the_end_waits_for_lines_to_be_written() {
+    let (control, _dir) = control();
+    let (reader, writer) = pipe().unwrap();
+    let output = MetricsOutput(writer.try_clone().unwrap().into());
+    let log = MetricsLog::start(output, NEVER, control).unwrap();
+    // Held by the thread as well.
+    let dropped = log.reporter.dropped.clone();
+    let at_once = Some(&Timespec::default());
+    while poll(&mut [PollFd::new(&writer, PollFlags::OUT)], at_once).unwrap() == 1 {
+        log.reporter.report();
+    }
+    drop(writer);
+    // One line waits for room, and these for the line.
+    for _ in 0..=MAX_WAITING {
+        log.reporter.report();
+    }
+    let late = thread::spawn(move || {
+        thread::sleep(Duration::from_millis(50));
+        io::read_to_string(File::from(reader)).unwrap()
+    });
+    log.finish();
+    assert_eq!(Arc::strong_count(&dropped), 1, "the thread goes on");
+    assert!(lines(&late.join().unwrap()).len() > MAX_WAITING);
+}
+
 #[test]
 fn the_end_does_not_wait_for_a_reader_for_ever() {
     let (control, _dir) = control();

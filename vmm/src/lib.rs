@@ -42,6 +42,7 @@ mod kernel;
 mod layout;
 mod memory;
 pub mod metrics;
+mod private_socket;
 mod serve;
 pub mod signals;
 mod terminal;

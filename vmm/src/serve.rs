@@ -1,18 +1,13 @@
 //! A disk that is offered to other virtual machine monitors.
 
-use std::fs;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::os::unix::net::UnixListener;
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread;
 
 use rustix::event::{PollFd, PollFlags, poll};
-use rustix::fs::Mode;
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use tandem_block::Disk;
 use tandem_devices::virtio::block::{Block, Stats};
 use tandem_devices::virtio::vhost_user::{Backend, Error as FrontEndError, StopHandle};
@@ -21,19 +16,17 @@ use crate::config::DiskConfig;
 use crate::disk;
 use crate::error::{Error, HostContext, Result};
 use crate::exit::ExitReason;
+use crate::private_socket::PrivateSocket;
 use crate::signals::Signals;
 
 /// Descriptors in a queue: what QEMU gives a vhost-user-blk device that is not told otherwise, so that
 /// no guest is promised requests that its queue cannot hold.
 const QUEUE_SIZE: u16 = 128;
 
-/// Front ends that wait for their turn.
-const BACKLOG: i32 = 8;
-
 /// A disk as a vhost-user-blk back end, ready for front ends.
 pub struct Server {
     backend: Backend,
-    socket: Socket,
+    socket: PrivateSocket,
     path: PathBuf,
     disk: Arc<dyn Disk>,
     stats: Arc<Stats>,
@@ -68,7 +61,7 @@ impl Server {
         let stats = block.handle().stats();
         Ok(Self {
             backend: Backend::new(Box::new(block)).host("set up the disk's device")?,
-            socket: Socket::bind(socket)?,
+            socket: PrivateSocket::bind(socket)?,
             path: config.path.clone(),
             disk,
             stats,
@@ -127,7 +120,7 @@ impl Server {
                     number
                 })
             });
-            backend.serve(&socket.listener, |result| {
+            backend.serve(&socket.listener(), |result| {
                 result.unwrap_or_else(|error| report(error.into()));
                 if let Err(source) = disk.flush() {
                     let disk = path.clone();
@@ -159,78 +152,4 @@ fn wait(mut signals: Signals, end: &impl AsFd) -> Option<i32> {
             return number;
         }
     }
-}
-
-/// A listening socket with a name in the file system, which goes with it.
-struct Socket {
-    listener: UnixListener,
-    path: PathBuf,
-    /// Device and inode, by which it is known that the name still means this socket.
-    id: (u64, u64),
-}
-
-impl Socket {
-    fn bind(path: &Path) -> Result<Self> {
-        let failed = |action| {
-            move |error: Errno| Error::File {
-                file: path.to_owned(),
-                action,
-                source: error.into(),
-            }
-        };
-        let address = SocketAddrUnix::new(path).map_err(failed("make the socket"))?;
-        make_room(path, &address)?;
-        let socket = stream().host("make a socket")?;
-        // The mode of the file that `bind` makes.
-        rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR).host("make a socket")?;
-        rustix::net::bind(&socket, &address).map_err(failed("make the socket"))?;
-        let meta = fs::symlink_metadata(path).map_err(|source| Error::File {
-            file: path.to_owned(),
-            action: "find the socket",
-            source,
-        })?;
-        let bound = Self {
-            listener: socket.into(),
-            path: path.to_owned(),
-            id: (meta.dev(), meta.ino()),
-        };
-        rustix::net::listen(&bound.listener, BACKLOG).map_err(failed("listen on"))?;
-        Ok(bound)
-    }
-}
-
-impl Drop for Socket {
-    fn drop(&mut self) {
-        let meta = fs::symlink_metadata(&self.path);
-        if meta.is_ok_and(|meta| (meta.dev(), meta.ino()) == self.id) {
-            // A name that stays is found to be stale the next time.
-            let _ = fs::remove_file(&self.path);
-        }
-    }
-}
-
-fn stream() -> rustix::io::Result<OwnedFd> {
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
-}
-
-/// Removes a socket that nobody listens on.
-fn make_room(path: &Path, address: &SocketAddrUnix) -> Result<()> {
-    let Ok(meta) = fs::symlink_metadata(path) else {
-        // What else is wrong with the path is found when the socket is bound.
-        return Ok(());
-    };
-    if !meta.file_type().is_socket() {
-        return Err(Error::NotASocket(path.to_owned()));
-    }
-    let probe = stream().host("make a socket")?;
-    match rustix::net::connect(&probe, address) {
-        Err(Errno::CONNREFUSED) => {}
-        _ => return Err(Error::SocketInUse(path.to_owned())),
-    }
-    fs::remove_file(path).map_err(|source| Error::File {
-        file: path.to_owned(),
-        action: "remove the stale socket",
-        source,
-    })
 }

@@ -16,7 +16,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::boot;
 use crate::config::{Config, SerialConfig};
 use crate::console::{self, Input};
-use crate::control::{Control, MachineInfo};
+use crate::control::{Control, GrowthWatch, MachineInfo};
 use crate::cpuid;
 use crate::disk::{self, Attached};
 use crate::error::{Error, HostContext, KvmContext, Result};
@@ -140,6 +140,7 @@ impl Vmm {
     /// Runs the CPUs until one of them, a device, the console or a signal ends the VM.
     fn run_until_end(&mut self) -> Result<ExitReason> {
         let exit = self.machine.exit.clone();
+        let _growth = GrowthWatch::start(&self.control)?;
         // The terminal is restored when this goes out of scope.
         let mut events = EventManager::<Box<dyn MutEventSubscriber>>::new()
             .map_err(io::Error::other)

@@ -207,6 +207,67 @@ fn a_disk_that_grows_interrupts_its_driver_which_finds_the_size() {
     );
 }
 
+/// A loop device over a file, both of which go with this.
+struct LoopDevice {
+    path: String,
+    file: tempfile::NamedTempFile,
+}
+
+impl LoopDevice {
+    /// `None` where there are no loop devices to be had, unless `TANDEM_REQUIRE_LOOP` is 1.
+    fn new(size: u64) -> Option<Self> {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(size).unwrap();
+        let mut losetup = Command::new("losetup");
+        let output = losetup.args(["--find", "--show"]).arg(file.path()).output();
+        let output = output.ok().filter(|output| output.status.success());
+        let is_required = std::env::var_os("TANDEM_REQUIRE_LOOP").is_some_and(|v| v == "1");
+        assert!(output.is_some() || !is_required, "no loop device");
+        let path = String::from_utf8(output?.stdout).unwrap();
+        Some(Self {
+            path: path.trim().to_owned(),
+            file,
+        })
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").arg("-d").arg(&self.path).status();
+    }
+}
+
+#[test]
+fn a_disk_grows_with_its_block_device() {
+    let Some(device) = LoopDevice::new(4096).filter(|_| have_kvm()) else {
+        println!("skipped: no loop device, or no KVM");
+        return;
+    };
+    // again: mov eax, [rbx + InterruptStatus]; test al, 2; jz again
+    let changed = Code::default().raw(&[0x8b, 0x43, 0x60, 0xa8, 2, 0x74, 0xf9]);
+    let code = driver::start(&Code::default())
+        .print("ready")
+        .raw(&changed.0);
+    // The number of sectors.
+    let code = driver::print_byte(code, DISK + 0x100).power_off();
+    let guest = Guest::new(&code);
+    let mut command = guest.command();
+    let disk = format!("{},format=raw", device.path);
+    command.arg("--disk").arg(disk);
+    let mut machine = Machine::spawn(guest, command);
+    machine.await_text("ready");
+    device
+        .file
+        .as_file()
+        .set_len(512 * u64::from(b'A'))
+        .unwrap();
+    let losetup = Command::new("losetup").arg("-c").arg(&device.path).status();
+    assert!(losetup.unwrap().success());
+    let ended = machine.wait();
+    ended.assert_quiet(0);
+    assert_eq!(ended.stdout, "A");
+}
+
 #[test]
 fn requests_wait_while_the_machine_is_paused() {
     if !have_kvm() {
@@ -306,7 +367,7 @@ fn a_socket_in_use_is_refused() {
     assert_eq!(mode & 0o777, 0o600);
     let mut second = machine.guest.command();
     second.arg("--control").arg(&socket);
-    run(second).assert_says(1, "another program listens there");
+    run(second).assert_says(1, "another process listens on it");
 
     // A machine that is killed leaves its socket, and the next one takes its place.
     machine.child().kill().unwrap();

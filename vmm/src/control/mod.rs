@@ -3,6 +3,7 @@
 
 mod client;
 mod error;
+mod growth;
 mod protocol;
 mod socket;
 
@@ -21,6 +22,7 @@ use crate::exit::{Exit, ExitReason};
 use crate::gate::Gate;
 
 pub use error::ControlError;
+pub(crate) use growth::GrowthWatch;
 pub use socket::ControlSocket;
 
 /// The means to operate a VM, from any thread, before it runs, while it runs and when it has ended.
@@ -338,22 +340,37 @@ impl Operated {
 
     /// The size of the file or device that the disk has its own from.
     fn size_below(&self) -> Result<u64, ControlError> {
+        match self.host_size()? {
+            Some((size, kind)) if kind == FileType::BlockDevice || self.image.kind == "raw" => {
+                Ok(size)
+            }
+            _ => Err(ControlError::NeedsSize),
+        }
+    }
+
+    /// The size of the block device that the disk has its own from.
+    fn device_size(&self) -> Option<u64> {
+        let (size, kind) = self.host_size().ok().flatten()?;
+        (kind == FileType::BlockDevice).then_some(size)
+    }
+
+    /// Size and type of the file in which the disk's bytes have the offsets that they have on the
+    /// disk, if there is one.
+    fn host_size(&self) -> Result<Option<(u64, FileType)>, ControlError> {
         let disk = self.handle.disk();
         let file = match self.image.kind {
             "raw" | "external" | "external-raw" => disk.host_file(),
             _ => None,
         };
-        let file = file.ok_or(ControlError::NeedsSize)?;
+        let Some(file) = file else { return Ok(None) };
         let host = |source: Errno| ControlError::Host {
             action: "get the size of a disk's file",
             source: source.into(),
         };
         let kind = FileType::from_raw_mode(fstat(file).map_err(host)?.st_mode);
-        if kind != FileType::BlockDevice && self.image.kind != "raw" {
-            return Err(ControlError::NeedsSize);
-        }
         // Nobody reads or writes where the file stands.
-        seek(file, SeekFrom::End(0)).map_err(host)
+        let size = seek(file, SeekFrom::End(0)).map_err(host)?;
+        Ok(Some((size, kind)))
     }
 
     fn info(&self, index: usize) -> DiskInfo {

@@ -265,6 +265,7 @@ impl VhostUserBackendReqHandlerMut for Session {
         }
         self.with_rings_stopped(|session| {
             session.features = features;
+            session.device.set_features(features & !PROTOCOL_FEATURES);
             // Without the feature nobody can enable a ring, so all are.
             if features & PROTOCOL_FEATURES == 0 {
                 session

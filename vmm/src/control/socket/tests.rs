@@ -2,8 +2,10 @@ use super::*;
 use crate::control::VmState;
 use crate::control::test_common::control;
 use serde_json::{Value, json};
+use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
 
 use rustix::fs::FileType;
 
@@ -108,7 +110,7 @@ fn a_dead_socket_is_replaced_and_nothing_else() {
         result.map(drop).unwrap_err().to_string()
     };
     let message = error(&f.path);
-    assert!(message.contains("another program listens"), "{message}");
+    assert!(message.contains("another process listens"), "{message}");
     assert!(message.contains(&f.path.display().to_string()), "{message}");
     ask(&UnixStream::connect(&f.path).unwrap(), STATUS);
 

@@ -10,6 +10,8 @@ use crate::machine::within_deadline;
 
 /// Offsets in the configuration space (virtio 1.3, section 5.2.4).
 const SEG_MAX: u32 = 12;
+const FLUSH: u64 = 1 << 9;
+const CONFIG_WCE: u64 = 1 << 11;
 const WRITEBACK: u32 = 32;
 const NUM_QUEUES: u32 = 34;
 
@@ -68,7 +70,12 @@ fn features_that_cannot_be() {
 fn configuration_space() {
     within_deadline(|| {
         let service = Service::new(3);
-        let mut link = negotiate(&service, 3, FEATURE_VERSION_1 | FEATURE_PROTOCOL);
+        // Whoever cannot flush finds no write cache.
+        let without = negotiate(&service, 3, FEATURE_VERSION_1 | FEATURE_PROTOCOL);
+        assert_eq!(read_config(&mut { without }, WRITEBACK), [0]);
+        service.wait_for_end().unwrap();
+        let features = FEATURE_VERSION_1 | FEATURE_PROTOCOL | FLUSH | CONFIG_WCE;
+        let mut link = negotiate(&service, 3, features);
         assert_eq!(read_config(&mut link, 0), u64::from(SECTORS).to_le_bytes());
         // As many buffers as a queue of 128 descriptors holds.
         assert_eq!(read_config(&mut link, SEG_MAX), 126u32.to_le_bytes());
@@ -88,7 +95,7 @@ fn configuration_space() {
         link.set_config(WRITEBACK, flags, &[0]).unwrap();
         drop(link);
         service.wait_for_end().unwrap();
-        let mut next = negotiate(&service, 1, FEATURE_VERSION_1 | FEATURE_PROTOCOL);
+        let mut next = negotiate(&service, 1, features);
         assert_eq!(
             read_config(&mut next, WRITEBACK),
             [1],

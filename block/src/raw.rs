@@ -198,7 +198,8 @@ impl Disk for Raw {
         let _resizing = lock(&self.resizing);
         let old = self.size();
         // As on opening, the last sector may lie in the file in part.
-        let Some(whole) = size.checked_next_multiple_of(512) else {
+        let whole = size.checked_next_multiple_of(512);
+        let Some(whole) = whole.filter(|whole| i64::try_from(*whole).is_ok()) else {
             return Err(Error::Option("The new size is too large".to_owned()));
         };
         if preallocation == Preallocation::Metadata {

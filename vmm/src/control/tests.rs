@@ -53,6 +53,12 @@ fn a_disk_shrinks_only_if_it_is_said() {
         let file = std::fs::metadata(dir.path().join(file)).unwrap();
         assert_eq!(file.len(), 4 * SIZE);
     }
+    for index in 0..2 {
+        for size in [1 << 63, u64::MAX - 511] {
+            let huge = control.resize(index, Some(size), false).unwrap_err();
+            assert!(huge.to_string().contains("too large"), "{huge}");
+        }
+    }
     let odd = control.resize(1, Some(4 * SIZE + 1), false).unwrap_err();
     assert!(odd.to_string().contains("multiple of 512"), "{odd}");
     assert!(odd.to_string().contains("/b': "), "{odd}");

@@ -235,8 +235,8 @@ fn data_file_elsewhere(bench: &Bench) -> Result<()> {
     image.assert_sha256(Kind::External, boot.value("sha256"))
 }
 
-/// The guest's root file system is on the disk.
-fn root(bench: &Bench) -> Result<()> {
+/// An image with a root file system, which counts how often it has been booted.
+pub fn root_image(bench: &Bench) -> Result<Image<'_>> {
     let mut tree = Tree::default();
     tree.busybox(bench.lab())?.script(
         "/sbin/init",
@@ -261,6 +261,12 @@ fn root(bench: &Bench) -> Result<()> {
             .args(["convert", "-n", "-f", "raw", "-O", "qcow2"])
             .args([&raw, &image.path]),
     )?;
+    Ok(image)
+}
+
+/// The guest's root file system is on the disk.
+fn root(bench: &Bench) -> Result<()> {
+    let image = root_image(bench)?;
     for expected in ["1", "2"] {
         let boot = Guest::new(bench)
             .cmdline("root=/dev/vda")

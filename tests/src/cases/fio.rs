@@ -71,15 +71,15 @@ size=1M
 "#;
 
 const SCRIPT: &str = r#"
-tools /dev/vdd
-for disk in vda vdb vdc; do
+tools /dev/TOOLS
+for disk in DISKS; do
     # What the job "trim" discards.
     dd if=/seed of=/dev/$disk bs=1M seek=9 conv=fsync 2>/dev/null
     dd if=/seed of=/dev/$disk bs=1M seek=10 conv=fsync 2>/dev/null
 done
 chroot /tools /bin/fio --minimal /tmp/jobs >/tmp/said 2>&1 || { cat /tmp/said; exit 1; }
 echo 3 >/proc/sys/vm/drop_caches
-for disk in vda vdb vdc; do
+for disk in DISKS; do
     dd if=/dev/$disk bs=1M skip=9 count=2 2>/dev/null | cmp -n $((2 << 20)) - /dev/zero
     echo "@ sha256-$disk $(sha256sum </dev/$disk | cut -d' ' -f1)" &
     sums="$sums $!"
@@ -89,6 +89,16 @@ for sum in $sums; do wait $sum; done
 
 pub fn cases() -> Vec<Case> {
     vec![Case::new("fio::four_queues", four_queues)]
+}
+
+/// A script that has `fio` work on `disks`, of 16 MiB each, and tells their checksums. The disk `tools`
+/// is [`Guest::tools`].
+pub fn script(disks: &[&str], tools: &str) -> String {
+    let of_disk = |disk| JOBS_OF_DISK.replace("DISK", disk);
+    let jobs: String = disks.iter().copied().map(of_disk).collect();
+    let script = SCRIPT.replace("DISKS", &disks.join(" "));
+    let script = script.replace("TOOLS", tools);
+    format!("cat >/tmp/jobs <<'END'\n{JOBS}{jobs}END\n{script}")
 }
 
 /// Nothing fails, and the content and the images are right afterwards.
@@ -101,14 +111,12 @@ fn four_queues(bench: &Bench) -> Result<()> {
     let metrics = bench.scratch("metrics");
     let mut guest = Guest::new(bench).cpus(4).option("--metrics", &metrics);
     let mut images = Vec::new();
-    let mut jobs = JOBS.to_owned();
     for (disk, kind, maker) in disks {
         let image = Image::create(bench, disk, kind, maker, "", "16M")?;
         guest = guest.disk(&image.path, "");
-        jobs += &JOBS_OF_DISK.replace("DISK", disk);
         images.push(image);
     }
-    let script = format!("cat >/tmp/jobs <<'END'\n{jobs}END\n{SCRIPT}");
+    let script = script(&disks.map(|(disk, _, _)| disk), "vdd");
     let boot = guest.tools().boot(&script)?.succeeded();
     let metrics = last_metrics(&metrics)?;
     for (index, ((disk, kind, _), image)) in disks.into_iter().zip(images).enumerate() {

@@ -8,6 +8,8 @@ use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::cases::disks::root_image;
+use crate::cases::fio;
 use crate::cases::roundtrip::{FILL, VERIFY};
 use crate::disk::{Image, Kind, Maker};
 use crate::error::{Context, Error, Result};
@@ -28,6 +30,7 @@ pub fn cases() -> Vec<Case> {
         .into_iter()
         .map(|(name, kind)| Case::new(name, move |bench| served(bench, kind)))
         .collect();
+    cases.push(Case::new("served::root_and_fio", root_and_fio));
     cases.push(Case::new("served::stopped_and_reset", stopped_and_reset));
     cases.into_iter().map(Case::without_kvm).collect()
 }
@@ -53,6 +56,35 @@ fn served(bench: &Bench, kind: Kind) -> Result<()> {
     service.end()?;
     image.check()?;
     image.assert_sha256(kind, second.value("sha256"))
+}
+
+/// Boots from a served disk, and has `fio` verify what it does to another one, on four queues.
+fn root_and_fio(bench: &Bench) -> Result<()> {
+    let root = root_image(bench)?;
+    let service = Service::new(bench, &root.path)?;
+    let first = boot(
+        bench,
+        "mount -t ext4 /dev/vda /mnt\nmount --move /dev /mnt/dev\ntouch /switch_root\n",
+    )?;
+    service.end()?;
+    assert_eq!(first.value("root"), "/dev/vda ext4");
+    root.check()?;
+
+    let kind = Kind::Packed;
+    let image = Image::create(bench, "disk.qcow2", kind, Maker::TandemImg, "", "16M")?;
+    let service = Service::new(bench, &image.path)?;
+    let tools = bench.tools_disk();
+    let tools = format!(
+        "file={},if=none,id=tools,format=raw,readonly=on",
+        tools.display()
+    );
+    let mut qemu = qemu_with(bench, 4, &fio::script(&["vda"], "vdb"))?;
+    qemu.args(["-no-reboot", "-drive", &tools]);
+    qemu.args(["-device", "virtio-blk-pci,drive=tools"]);
+    let second = Boot::watch(bench, qemu, |_, _| ())?.succeeded();
+    service.end()?;
+    image.check()?;
+    image.assert_sha256(kind, second.value("sha256-vda"))
 }
 
 /// QEMU stops the machine while requests are under way, which stops the rings, has it go on, and resets
@@ -167,15 +199,21 @@ fn boot(bench: &Bench, script: &str) -> Result<Boot> {
 }
 
 fn qemu(bench: &Bench, script: &str) -> Result<Command> {
+    qemu_with(bench, 2, script)
+}
+
+/// As many queues as CPUs.
+fn qemu_with(bench: &Bench, cpus: usize, script: &str) -> Result<Command> {
+    let device = format!("vhost-user-blk-pci,chardev=disk,num-queues={cpus}");
     let mut qemu: Command = bench.tool("qemu-system-x86_64");
     qemu.args(["-machine", "q35", "-accel", "tcg", "-cpu", "max"])
-        .args(["-smp", "2", "-m", "256"])
+        .args(["-smp", &cpus.to_string(), "-m", "256"])
         .args(["-nodefaults", "-display", "none", "-serial", "stdio"])
         .args(["-object", "memory-backend-memfd,id=mem,size=256M,share=on"])
         .args(["-numa", "node,memdev=mem"])
         .arg("-chardev")
         .arg(format!("socket,id=disk,path={SOCKET}"))
-        .args(["-device", "vhost-user-blk-pci,chardev=disk,num-queues=2"])
+        .args(["-device", &device])
         .arg("-kernel")
         .arg(bench.lab().kernel(Kernel::BzImage))
         .arg("-initrd")

@@ -241,8 +241,10 @@ impl Comparison<'_> {
             in_order: true,
         };
         workers.run(next, |piece, buffer, turn| {
-            self.look(piece, buffer)?;
+            let looked = self.look(piece, buffer);
+            // A difference, too, waits for its turn: the progress up to there is told before.
             if turn.wait() {
+                looked?;
                 self.advance(piece.len, total);
             }
             Ok(())

@@ -42,6 +42,11 @@ fn images(place: &Place) {
     place.qemu_io("overlay", &["write 0 4k", "write -z 1M 64k"]);
     place.qemu_io("longer", &["write 110M 4k"]);
     place.make("convert -c -O qcow2 sparse compressed");
+    // What is reserved and what is written looks the same to both programs only when it is on disk.
+    for entry in std::fs::read_dir(place.path("")).unwrap() {
+        let file = std::fs::File::open(entry.unwrap().path()).unwrap();
+        file.sync_all().unwrap();
+    }
 }
 
 const IMAGES: [&str; 14] = [

@@ -42,11 +42,6 @@ fn images(place: &Place) {
     place.qemu_io("overlay", &["write 0 4k", "write -z 1M 64k"]);
     place.qemu_io("longer", &["write 110M 4k"]);
     place.make("convert -c -O qcow2 sparse compressed");
-    // What is reserved and what is written looks the same to both programs only when it is on disk.
-    for entry in std::fs::read_dir(place.path("")).unwrap() {
-        let file = std::fs::File::open(entry.unwrap().path()).unwrap();
-        file.sync_all().unwrap();
-    }
 }
 
 const IMAGES: [&str; 14] = [
@@ -68,7 +63,13 @@ const IMAGES: [&str; 14] = [
 
 #[test]
 fn of_images() {
-    let both = Both::new(images);
+    // On the same files: which blocks of a cluster hold nothing is up to the host's file system.
+    let place = Place::tandem();
+    images(&place);
+    let same = |line: &str| {
+        let args = words(line);
+        assert_eq!(place.run(&args), place.qemu_img(&args), "{line}");
+    };
     for image in IMAGES {
         for line in [
             "",
@@ -84,7 +85,7 @@ fn of_images() {
             "-O qcow2 -o backing_file=x,backing_fmt=raw",
             "-O qcow2 -o size=1G -U",
         ] {
-            both.same(&format!("measure {line} {image}"));
+            same(&format!("measure {line} {image}"));
         }
     }
     for line in [
@@ -101,7 +102,7 @@ fn of_images() {
         } else {
             "image"
         };
-        both.same(&format!("measure {line} {image}"));
+        same(&format!("measure {line} {image}"));
     }
 }
 

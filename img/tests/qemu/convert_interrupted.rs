@@ -9,7 +9,9 @@ use crate::run::{Place, words};
 
 /// Begins a copy that would take minutes, and waits until it has written something.
 fn begin(place: &Place, line: &str) -> Child {
-    let mut child = Command::new(env!("CARGO_BIN_EXE_tandem-img"))
+    // Whoever runs tests in the background may have them ignore SIGINT.
+    let mut child = Command::new("env")
+        .args(["--default-signal", env!("CARGO_BIN_EXE_tandem-img")])
         .args(words(line))
         .current_dir(place.path("."))
         .stdout(Stdio::null())

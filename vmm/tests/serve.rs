@@ -187,9 +187,14 @@ fn what_cannot_be_served() {
             "none/socket",
             "raw,format=raw",
             1,
-            "could not make the socket 'none/socket'",
+            "could not make a socket at 'none/socket'",
         ),
-        (&long, "raw,format=raw", 1, "could not make the socket 'xxx"),
+        (
+            &long,
+            "raw,format=raw",
+            1,
+            "could not make a socket at 'xxx",
+        ),
     ] {
         run(place.command(socket, disk)).assert_says(status, text);
     }

@@ -24,7 +24,11 @@ pub fn control() -> (Control, TempDir) {
     let operated = [(raw, ",format=raw"), (qcow2, ",queues=3")].map(|(path, keys)| {
         let config = DiskConfig::parse(format!("{}{keys}", path.display()).as_ref()).unwrap();
         let image = disk::open(&config).unwrap();
-        let handle = Block::new(image.disk.clone(), disk::options(&config, config.queue_count(2))).handle();
+        let handle = Block::new(
+            image.disk.clone(),
+            disk::options(&config, config.queue_count(2)),
+        )
+        .handle();
         Operated::new(image, handle)
     });
     let machine = MachineInfo {

@@ -32,6 +32,7 @@ pub fn cases() -> Vec<Case> {
         .collect();
     cases.push(Case::new("served::root_and_fio", root_and_fio));
     cases.push(Case::new("served::stopped_and_reset", stopped_and_reset));
+    cases.push(Case::new("served::started_again", started_again));
     cases.into_iter().map(Case::without_kvm).collect()
 }
 
@@ -78,7 +79,7 @@ fn root_and_fio(bench: &Bench) -> Result<()> {
         "file={},if=none,id=tools,format=raw,readonly=on",
         tools.display()
     );
-    let mut qemu = qemu_with(bench, 4, &fio::script(&["vda"], "vdb"))?;
+    let mut qemu = qemu_with(bench, 4, "", &fio::script(&["vda"], "vdb"))?;
     qemu.args(["-no-reboot", "-drive", &tools]);
     qemu.args(["-device", "virtio-blk-pci,drive=tools"]);
     let second = Boot::watch(bench, qemu, |_, _| ())?.succeeded();
@@ -87,33 +88,33 @@ fn root_and_fio(bench: &Bench) -> Result<()> {
     image.assert_sha256(kind, second.value("sha256-vda"))
 }
 
+/// Writes, and reads back what has been written, six times.
+const ROUNDS: &str = r#"
+for round in 1 2 3 4 5 6; do
+    writers=
+    for part in 0 1 2 3; do
+        at=$((part * 2000 + round))
+        dd if=/seed of=/dev/vda bs=4k seek=$at oflag=direct 2>/dev/null &
+        writers="$writers $!"
+    done
+    for writer in $writers; do wait $writer; done
+    echo "@ round $round"
+    echo 3 >/proc/sys/vm/drop_caches
+    for part in 0 1 2 3; do
+        at=$((part * 2000 + round))
+        dd if=/dev/vda bs=4k skip=$at count=256 2>/dev/null | cmp - /seed
+    done
+done
+echo "@ sha256 $(sha256sum </dev/vda | cut -d' ' -f1)"
+"#;
+
 /// QEMU stops the machine while requests are under way, which stops the rings, has it go on, and resets
 /// it once.
 fn stopped_and_reset(bench: &Bench) -> Result<()> {
     let kind = Kind::ExternalRaw;
     let image = Image::create(bench, "disk.qcow2", kind, Maker::QemuImg, "", "32M")?;
     let service = Service::new(bench, &image.path)?;
-    let mut qemu = qemu(
-        bench,
-        r#"
-        for round in 1 2 3 4 5 6; do
-            writers=
-            for part in 0 1 2 3; do
-                at=$((part * 2000 + round))
-                dd if=/seed of=/dev/vda bs=4k seek=$at oflag=direct 2>/dev/null &
-                writers="$writers $!"
-            done
-            for writer in $writers; do wait $writer; done
-            echo "@ round $round"
-            echo 3 >/proc/sys/vm/drop_caches
-            for part in 0 1 2 3; do
-                at=$((part * 2000 + round))
-                dd if=/dev/vda bs=4k skip=$at count=256 2>/dev/null | cmp - /seed
-            done
-        done
-        echo "@ sha256 $(sha256sum </dev/vda | cut -d' ' -f1)"
-        "#,
-    )?;
+    let mut qemu = qemu(bench, ROUNDS)?;
     qemu.args(["-monitor", "unix:monitor.sock,server=on,wait=off"]);
     let (mut monitor, mut seen) = (None, 0);
     let boot = Boot::watch(bench, qemu, |console, _| {
@@ -135,6 +136,30 @@ fn stopped_and_reset(bench: &Bench) -> Result<()> {
     .succeeded();
     assert!(seen >= 9, "{seen} rounds: it has not been reset");
     service.end()?;
+    image.check()?;
+    image.assert_sha256(kind, boot.value("sha256"))
+}
+
+/// `tandem serve` ends and is started again while requests are under way: QEMU connects again, and the
+/// guest goes on as if nothing had happened.
+fn started_again(bench: &Bench) -> Result<()> {
+    let kind = Kind::Internal;
+    let image = Image::create(bench, "disk.qcow2", kind, Maker::QemuImg, "", "32M")?;
+    let mut service = Some(Service::new(bench, &image.path)?);
+    let mut qemu = qemu_with(bench, 2, ",reconnect=1", ROUNDS)?;
+    qemu.arg("-no-reboot");
+    let mut seen = 0;
+    let boot = Boot::watch(bench, qemu, |console, _| {
+        let rounds = values(console, "round").count();
+        if rounds > seen && [2, 4].contains(&rounds) {
+            let old = service.take().expect("a service");
+            old.end().expect("an end");
+            service = Some(Service::new(bench, &image.path).expect("a new one"));
+        }
+        seen = rounds;
+    })?
+    .succeeded();
+    service.expect("a service").end()?;
     image.check()?;
     image.assert_sha256(kind, boot.value("sha256"))
 }
@@ -199,11 +224,11 @@ fn boot(bench: &Bench, script: &str) -> Result<Boot> {
 }
 
 fn qemu(bench: &Bench, script: &str) -> Result<Command> {
-    qemu_with(bench, 2, script)
+    qemu_with(bench, 2, "", script)
 }
 
-/// As many queues as CPUs.
-fn qemu_with(bench: &Bench, cpus: usize, script: &str) -> Result<Command> {
+/// As many queues as CPUs. `socket` is what more is said of the socket.
+fn qemu_with(bench: &Bench, cpus: usize, socket: &str, script: &str) -> Result<Command> {
     let device = format!("vhost-user-blk-pci,chardev=disk,num-queues={cpus}");
     let mut qemu: Command = bench.tool("qemu-system-x86_64");
     qemu.args(["-machine", "q35", "-accel", "tcg", "-cpu", "max"])
@@ -212,7 +237,7 @@ fn qemu_with(bench: &Bench, cpus: usize, script: &str) -> Result<Command> {
         .args(["-object", "memory-backend-memfd,id=mem,size=256M,share=on"])
         .args(["-numa", "node,memdev=mem"])
         .arg("-chardev")
-        .arg(format!("socket,id=disk,path={SOCKET}"))
+        .arg(format!("socket,id=disk,path={SOCKET}{socket}"))
         .args(["-device", &device])
         .arg("-kernel")
         .arg(bench.lab().kernel(Kernel::BzImage))

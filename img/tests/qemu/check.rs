@@ -127,34 +127,44 @@ fn sound_places() -> Vec<(Both, String)> {
     places
 }
 
+/// Calls `f` for each of the sound places, all at the same time: most of it is waiting for the disk.
+/// Each has random numbers of its own.
+fn in_each_place(seed: u64, f: impl Fn(&Both, &str, &mut Random) + Sync) {
+    let places = sound_places();
+    std::thread::scope(|scope| {
+        for (i, (both, kind)) in (0..).zip(&places) {
+            let f = &f;
+            scope.spawn(move || f(both, kind, &mut Random(seed + i)));
+        }
+    });
+}
+
 /// Random damage to the tables: the findings are those of `qemu-img`, line for line.
 #[test]
 fn random_damage() {
-    let mut random = Random(0x7461_6e64_656d);
-    for (Both { qemu, tandem }, kind) in sound_places() {
+    in_each_place(0x7461_6e64_656d, |Both { qemu, tandem }, kind, random| {
         let sound = fs::read(qemu.path("t")).unwrap();
         for _ in 0..40 {
-            let (damaged, what) = damage(&sound, &mut random);
-            for place in [&qemu, &tandem] {
+            let (damaged, what) = damage(&sound, random);
+            for place in [qemu, tandem] {
                 fs::write(place.path("t"), &damaged).unwrap();
             }
-            compare(&qemu, &tandem, &format!("{kind}: {what}"));
+            compare(qemu, tandem, &format!("{kind}: {what}"));
             assert_eq!(fs::read(tandem.path("t")).unwrap(), damaged);
         }
-    }
+    });
 }
 
 /// What a repair leaves is what `qemu-img check` finds then, nothing if it says so, and the guest's
 /// data is as it was.
 #[test]
 fn repairs_of_random_damage() {
-    let mut random = Random(0x7265_7061_6972);
-    for (Both { qemu, tandem }, kind) in sound_places() {
+    in_each_place(0x7265_7061_6972, |Both { qemu, tandem }, kind, random| {
         let sound = fs::read(qemu.path("t")).unwrap();
         let data = fs::read(tandem.path("d")).ok();
         let mut clean = 0;
         for round in 0..40 {
-            let (damaged, what) = damage(&sound, &mut random);
+            let (damaged, what) = damage(&sound, random);
             let what = format!("{kind}: {what}");
             let mode = if round % 4 == 0 { "leaks" } else { "all" };
             let (by_qemu, is_clean) = std::thread::scope(|scope| {
@@ -166,12 +176,12 @@ fn repairs_of_random_damage() {
                 if let Some(data) = &data {
                     fs::write(tandem.path("d"), data).unwrap();
                 }
-                let is_clean = repair(&tandem, mode, &what);
+                let is_clean = repair(tandem, mode, &what);
                 (by_qemu.join().unwrap(), is_clean)
             });
             clean += usize::from(is_clean);
             // Whatever QEMU makes of it, we find no more than QEMU. It can leave terabytes.
-            if by_qemu.status == Some(0) && len(&qemu, "t") < 16 << 20 {
+            if by_qemu.status == Some(0) && len(qemu, "t") < 16 << 20 {
                 let found = fs::copy(qemu.path("t"), tandem.path("t"))
                     .map(|_| tandem.run(&words("check -q -f qcow2 t")).stderr)
                     .unwrap();
@@ -186,7 +196,7 @@ fn repairs_of_random_damage() {
             11
         };
         assert!(clean >= least, "{kind}: {clean} of 40 repaired");
-    }
+    });
 }
 
 /// Repairs the image `t`; tells whether all of it could be.

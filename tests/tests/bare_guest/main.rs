@@ -7,9 +7,22 @@ mod disk;
 mod exits;
 mod machine;
 
+use std::path::Path;
+
 use content::SECTOR_SIZE;
 use disk::{Disk, Kind};
 use machine::{Start, have_kvm};
+
+/// A disk of each kind in `dir`, in this order.
+fn disks_of_every_kind(dir: &Path) -> Vec<Disk> {
+    let kinds = [
+        Kind::Internal,
+        Kind::External,
+        Kind::ExternalRaw,
+        Kind::RawFormat,
+    ];
+    kinds.map(|kind| Disk::create(dir, kind)).to_vec()
+}
 
 #[test]
 fn disks_of_every_kind_work_and_keep_what_is_written() {
@@ -17,13 +30,7 @@ fn disks_of_every_kind_work_and_keep_what_is_written() {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
-    let kinds = [
-        Kind::Internal,
-        Kind::External,
-        Kind::ExternalRaw,
-        Kind::RawFormat,
-    ];
-    let mut disks = kinds.map(|kind| Disk::create(dir.path(), kind)).to_vec();
+    let mut disks = disks_of_every_kind(dir.path());
 
     let new = [
         "identity",
@@ -84,13 +91,7 @@ fn every_feature_of_the_device_works_on_disks_of_every_kind() {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
-    let kinds = [
-        Kind::Internal,
-        Kind::External,
-        Kind::ExternalRaw,
-        Kind::RawFormat,
-    ];
-    let mut disks = kinds.map(|kind| Disk::create(dir.path(), kind)).to_vec();
+    let mut disks = disks_of_every_kind(dir.path());
     let cases = [
         "discard",
         "write-zeroes",

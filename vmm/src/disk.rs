@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use kvm_ioctls::VmFd;
 use tandem_block::qcow2::{DataFileLayout, OpenOptions, Qcow2};
-use tandem_block::{Disk, Raw};
+use tandem_block::{Disk, LiveDisk, LiveImage, Raw};
 use tandem_devices::GuestMemory;
 use tandem_devices::bus::Bus;
 use tandem_devices::virtio::block::{Block, Handle, Options};
@@ -30,22 +30,22 @@ pub struct Image {
     /// The external data file.
     pub data_file: Option<PathBuf>,
     /// The guest's disk.
-    pub disk: Arc<dyn Disk>,
+    pub disk: Arc<LiveDisk>,
 }
 
 /// Opens the image of `config`.
 pub fn open(config: &DiskConfig) -> Result<Image> {
-    let image = |kind, data_file, disk| Image {
+    let image = |kind, data_file, disk: LiveImage| Image {
         path: config.path.clone(),
         format: config.format,
         kind,
         data_file,
-        disk,
+        disk: Arc::new(LiveDisk::new(disk)),
     };
     match config.format {
         DiskFormat::Raw => {
             let disk = Raw::open_with(&config.path, config.read_only, config.files)?;
-            Ok(image("raw", None, Arc::new(disk)))
+            Ok(image("raw", None, disk.into()))
         }
         DiskFormat::Qcow2 => {
             let disk = open_qcow2(config)?;
@@ -57,7 +57,7 @@ pub fn open(config: &DiskConfig) -> Result<Image> {
                 Some(_) => "external",
             };
             let path = data_file.map(|file| file.path);
-            Ok(image(kind, path, Arc::new(disk)))
+            Ok(image(kind, path, disk.into()))
         }
     }
 }

@@ -7,6 +7,8 @@
 //!
 //! [`Watcher`]s are told of each change before it happens.
 
+mod bitmaps;
+
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, PoisonError, TryLockError};
 
@@ -16,6 +18,8 @@ use vm_memory::VolatileSlice;
 use crate::disk::total_len;
 use crate::qcow2::Qcow2;
 use crate::{Disk, Error, Extent, Limits, Preallocation, Raw, Result};
+
+pub use bitmaps::LiveBitmap;
 
 /// A [`Raw`] or [`Qcow2`] disk that can be operated on while it is used.
 ///
@@ -98,10 +102,6 @@ impl LiveDisk {
         look(&self.shared().image)
     }
 
-    #[cfg_attr(
-        not(test),
-        expect(dead_code, reason = "used by the operations to come")
-    )]
     /// Carries out `operation` at an instant at which no request is under way.
     pub(crate) fn exclusive<T>(&self, operation: impl FnOnce(&mut State) -> T) -> T {
         // A request that panicked has left the image as valid as it would without this lock.

@@ -1,5 +1,7 @@
 //! The language of the control socket: a request on a line, and its answer on a line.
 
+mod bitmaps;
+
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
@@ -20,8 +22,9 @@ pub(super) enum RequestError {
     #[error("the request has no \"command\" that is a string")]
     NoCommand,
     #[error(
-        "unknown command '{0}'; known are status, disks, metrics, flush, pause, resume, resize and \
-         shutdown"
+        "unknown command '{0}'; known are status, disks, metrics, flush, pause, resume, resize, \
+         shutdown, bitmaps, bitmap-add, bitmap-remove, bitmap-enable, bitmap-disable, bitmap-clear, \
+         bitmap-merge and bitmap-transaction"
     )]
     UnknownCommand(String),
     #[error("{0}")]
@@ -113,6 +116,7 @@ fn carry_out(control: &Control, mut request: Map<String, Value>) -> Result<Value
             let NoArguments {} = arguments(&command, request)?;
             simple(control, &command)
         }
+        _ if command.starts_with("bitmap") => bitmaps::carry_out(control, command, request),
         _ => Err(RequestError::UnknownCommand(command)),
     }
 }
@@ -143,7 +147,8 @@ fn flush(control: &Control, arguments: FlushArguments) -> Result<Value, RequestE
 
 fn resize(control: &Control, arguments: ResizeArguments) -> Result<Value, RequestError> {
     let index = find(control, &arguments.disk)?;
-    let size = arguments.size.as_ref().map(bytes).transpose()?;
+    let size = arguments.size.as_ref();
+    let size = size.map(|size| bytes("size", size)).transpose()?;
     let size = control.resize(index, size, arguments.shrink)?;
     Ok(json!({"size": size}))
 }
@@ -184,15 +189,15 @@ fn find(control: &Control, disk: &Value) -> Result<usize, RequestError> {
     .ok_or_else(none)
 }
 
-/// A size in bytes, or text with a unit.
-fn bytes(size: &Value) -> Result<u64, RequestError> {
-    let bytes = match size {
+/// The value of the argument `name`: a number of bytes, or text with a unit.
+fn bytes(name: &str, value: &Value) -> Result<u64, RequestError> {
+    let bytes = match value {
         Value::String(text) => parse_memory(text).ok(),
-        _ => size.as_u64(),
+        _ => value.as_u64(),
     };
     bytes.ok_or_else(|| {
         let what = "is neither a number of bytes nor text with a unit, as in \"20G\"";
-        RequestError::Argument(format!("size: {size} {what}"))
+        RequestError::Argument(format!("{name}: {value} {what}"))
     })
 }
 

@@ -12,8 +12,8 @@ use vm_memory::VolatileSlice;
 
 use crate::qemu::{Image, Kind, command, write};
 
-const KINDS: [Kind; 3] = [Kind::Internal, Kind::External, Kind::Raw];
-const SIZE: u64 = (8 << 20) + 1536;
+pub const KINDS: [Kind; 3] = [Kind::Internal, Kind::External, Kind::Raw];
+pub const SIZE: u64 = (8 << 20) + 1536;
 
 /// An image with bitmaps of two granularities that follow changes, and one that does not.
 fn image(kind: Kind) -> Image {
@@ -40,7 +40,7 @@ fn image_of(kind: Kind, size: u64) -> Image {
 }
 
 /// The dirty parts of a bitmap as QEMU reads it: start and end in bytes.
-fn dirty(image: &Image, name: &str) -> Vec<(u64, u64)> {
+pub fn dirty(image: &Image, name: &str) -> Vec<(u64, u64)> {
     let socket = image.path().with_file_name("nbd.sock");
     let path = image.path();
     let mut server = Server::start(&[
@@ -103,7 +103,7 @@ impl Drop for Server {
 }
 
 /// The dirty parts of a disk of `size` bytes after `changes`, at a granularity.
-fn expected(size: u64, changes: &[(u64, u64)], granularity: u64) -> Vec<(u64, u64)> {
+pub fn expected(size: u64, changes: &[(u64, u64)], granularity: u64) -> Vec<(u64, u64)> {
     let mut ranges: Vec<(u64, u64)> = Vec::new();
     for bit in 0..size.div_ceil(granularity) {
         let (start, end) = (bit * granularity, size.min((bit + 1) * granularity));
@@ -384,9 +384,9 @@ fn tables_of_bitmaps_that_overlap_are_refused() {
 
 /// The file whose header cannot be written from some time on.
 #[derive(Debug)]
-struct NoHeader {
-    file: FileStorage,
-    fails: Arc<AtomicBool>,
+pub struct NoHeader {
+    pub file: FileStorage,
+    pub fails: Arc<AtomicBool>,
 }
 
 impl Storage for NoHeader {
@@ -400,7 +400,7 @@ impl Storage for NoHeader {
         self.file.read_bytes_at(buf, offset)
     }
     fn write_bytes_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
-        if offset < 104 && self.fails.load(Ordering::Relaxed) {
+        if offset < 65536 && self.fails.load(Ordering::Relaxed) {
             return Err(io::Error::from_raw_os_error(libc::EIO));
         }
         self.file.write_bytes_at(buf, offset)

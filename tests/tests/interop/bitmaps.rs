@@ -3,14 +3,15 @@
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::{fs, io};
+use std::time::Duration;
+use std::{fs, io, thread};
 
 use proptest::prelude::*;
 use tandem_block::qcow2::{Info, OpenOptions, Qcow2};
 use tandem_block::{Disk, Error, FileStorage, Storage};
 use vm_memory::VolatileSlice;
 
-use crate::qemu::{Image, Kind, command, write};
+use crate::qemu::{Image, Kind, at_once, command, write};
 
 pub const KINDS: [Kind; 3] = [Kind::Internal, Kind::External, Kind::Raw];
 pub const SIZE: u64 = (8 << 20) + 1536;
@@ -57,6 +58,11 @@ pub fn dirty(image: &Image, name: &str) -> Vec<(u64, u64)> {
         "driver=nbd,server.type=unix,server.path={},x-dirty-bitmap=qemu:dirty-bitmap:{name}",
         socket.display()
     );
+    // What asks too early has to be started again.
+    while !socket.exists() {
+        assert!(server.0.try_wait().unwrap().is_none());
+        thread::sleep(Duration::from_millis(1));
+    }
     let map = loop {
         let map = command(
             "qemu-img",
@@ -68,6 +74,8 @@ pub fn dirty(image: &Image, name: &str) -> Vec<(u64, u64)> {
         assert!(server.0.try_wait().unwrap().is_none(), "{map:?}");
     };
     drop(server);
+    // It is left if the server was stopped before it had ended by itself.
+    drop(fs::remove_file(&socket));
     let map: Vec<serde_json::Value> = serde_json::from_slice(&map.stdout).unwrap();
     let mut ranges: Vec<(u64, u64)> = Vec::new();
     // What is dirty is shown as a hole.
@@ -194,9 +202,7 @@ proptest! {
 
     #[test]
     fn changes_are_followed(ops in ops()) {
-        for kind in KINDS {
-            run(kind, &ops);
-        }
+        at_once(KINDS, |kind| run(kind, &ops));
     }
 }
 

@@ -8,12 +8,12 @@
 #[allow(dead_code, reason = "each test uses a part of it")]
 mod common;
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 
 use common::{Memory, assert_clean, new_image, open, open_with, write};
 use tandem_block::qcow2::{
-    BitmapAction, BitmapInfo, CreateOptions, DirtyBits, Info, OpenOptions, Qcow2,
+    BitmapAction, BitmapInfo, CreateOptions, DataFileLayout, DirtyBits, Info, OpenOptions, Qcow2,
 };
 use tandem_block::{Disk, Error, LiveDisk, Raw};
 
@@ -108,8 +108,30 @@ fn reason(error: &Error) -> String {
 
 #[test]
 fn what_changes_while_the_disk_is_written() {
-    let image = image();
-    let mut disk = open(&image, None).unwrap();
+    for (data_file, data_file_raw, data_file_layout) in [
+        (None, false, DataFileLayout::Standard),
+        (Some("data".into()), false, DataFileLayout::Standard),
+        (Some("data".into()), true, DataFileLayout::Standard),
+        (Some("data".into()), false, DataFileLayout::Packed),
+    ] {
+        let data = data_file
+            .is_some()
+            .then(|| Memory::new(vec![0; SIZE as usize]));
+        let image = new_image(&CreateOptions {
+            size: SIZE,
+            cluster_size: CLUSTER,
+            data_file,
+            data_file_raw,
+            data_file_layout,
+            ..CreateOptions::default()
+        });
+        changes_while_written(&image, data.as_ref());
+    }
+}
+
+fn changes_while_written(image: &Memory, data: Option<&Memory>) {
+    let open = || open(image, data).unwrap();
+    let mut disk = open();
     assert_eq!(listed(&disk), []);
     change(&disk, 0);
     disk.change_bitmaps(&[add("a")]).unwrap();
@@ -137,27 +159,30 @@ fn what_changes_while_the_disk_is_written() {
     expected(&disk);
     disk.close().unwrap();
     drop(disk);
-    assert_clean(&image);
-    let disk = open(&image, None).unwrap();
+    assert_clean(image);
+    let disk = open();
     let before = image.content();
     expected(&disk);
     assert_eq!(listed(&disk), listed_before);
     drop(disk);
     assert!(image.content() == before, "reading a bitmap is no change");
 
-    let mut disk = open(&image, None).unwrap();
+    let mut disk = open();
     disk.change_bitmaps(&[remove("c"), remove("a"), remove("b")])
         .unwrap();
     drop(disk);
-    assert_clean(&image);
-    assert_eq!(stored(&image), []);
+    assert_clean(image);
+    assert_eq!(stored(image), []);
 }
 
 #[test]
 fn a_list_of_changes_is_carried_out_or_not() {
     let image = image();
     let mut disk = open(&image, None).unwrap();
-    disk.change_bitmaps(&[add("a")]).unwrap();
+    disk.change_bitmaps(&[add("z")]).unwrap();
+    change(&disk, 9);
+    disk.change_bitmaps(&[enable("z", false), add("a")])
+        .unwrap();
     change(&disk, 7);
     disk.close().unwrap();
     drop(disk);
@@ -173,20 +198,26 @@ fn a_list_of_changes_is_carried_out_or_not() {
             let list = [
                 add("b"),
                 merge("b", "a"),
+                merge("a", "z"),
                 clear("a"),
                 enable("a", false),
                 last,
             ];
             assert_eq!(reason(&disk.change_bitmaps(&list).unwrap_err()), text);
         }
-        assert_eq!(set(&disk, "a")[0], 7);
-        assert_eq!(listed(&disk), [("a".to_owned(), true, false)]);
+        let expected: &[u64] = if written { &[7, 8] } else { &[7] };
+        assert_eq!(set(&disk, "a"), expected);
+        assert_eq!(set(&disk, "z"), [9]);
+        let names = [
+            ("z".to_owned(), false, false),
+            ("a".to_owned(), true, false),
+        ];
+        assert_eq!(listed(&disk), names);
         if !written {
             assert!(image.content() == before);
             change(&disk, 8);
         }
     }
-    assert_eq!(set(&disk, "a"), [7, 8]);
     disk.close().unwrap();
     let closed = disk.change_bitmaps(&[add("b")]);
     assert!(matches!(closed, Err(Error::Closed { .. })), "{closed:?}");
@@ -296,6 +327,36 @@ fn handing_over_to_another_image() {
     assert!(reason(&error.unwrap_err()).contains("different sizes"));
 }
 
+/// An image that has no room for the directory without them keeps its bitmaps, and the other one gets
+/// none: each would miss what the other one sees.
+#[test]
+fn handing_over_all_or_none() {
+    let (from, to) = (image(), image());
+    let mut old = open(&from, None).unwrap();
+    old.change_bitmaps(&[add("a"), add("off"), enable("off", false)])
+        .unwrap();
+    drop(old);
+    let device = Memory::device(from.len());
+    device.overwrite(&from.content());
+    let (mut old, mut new) = (open(&device, None).unwrap(), open(&to, None).unwrap());
+    change(&old, 0);
+    let bytes = device.len();
+    let mut at = 1;
+    // Until all room is taken.
+    while write(&old, at * BIT, BIT, 1).is_ok() {
+        at += 1;
+    }
+    let result = old.hand_over_bitmaps(&mut new);
+    assert!(matches!(result, Err(Error::Io { .. })), "{result:?}");
+    assert_eq!(device.len(), bytes);
+    assert_eq!(listed(&new), []);
+    change(&old, 0);
+    assert_eq!(set(&old, "a")[0], 0);
+    drop(new);
+    assert_eq!(stored(&to), []);
+    assert_clean(&to);
+}
+
 #[test]
 fn what_cannot_have_bitmaps() {
     let image = image();
@@ -370,10 +431,10 @@ fn each_write_is_in_one_bitmap_when_they_take_turns() {
         enabled: true,
     };
     disk.change_bitmaps(&[add(0)]).unwrap();
-    let turns = AtomicUsize::new(0);
+    let (turns, begun) = (AtomicUsize::new(0), AtomicBool::new(false));
     thread::scope(|scope| {
         let writers = (0..3).map(|number| {
-            let (disk, turns) = (&disk, &turns);
+            let (disk, turns, begun) = (&disk, &turns, &begun);
             scope.spawn(move || {
                 for i in 0..PER_THREAD {
                     while i == PER_THREAD / 2 && turns.load(Ordering::Relaxed) == 0 {
@@ -385,10 +446,14 @@ fn each_write_is_in_one_bitmap_when_they_take_turns() {
                         1 => disk.discard(at, BLOCK).unwrap(),
                         _ => write(disk, at, 512, 1).unwrap(),
                     }
+                    begun.store(true, Ordering::Relaxed);
                 }
             })
         });
         let writers = Vec::from_iter(writers);
+        while !begun.load(Ordering::Relaxed) {
+            thread::yield_now();
+        }
         for turn in 1..500 {
             let freeze = enable(&(turn - 1).to_string(), false);
             disk.change_bitmaps(&[freeze, add(turn)]).unwrap();
@@ -406,7 +471,7 @@ fn each_write_is_in_one_bitmap_when_they_take_turns() {
         in_turns += usize::from(!bits.is_empty());
         bits.into_iter().for_each(|bit| found[bit as usize] += 1);
     }
-    assert!(in_turns > 1, "nothing was written between two turns");
+    assert!(in_turns > 1, "all was written in one turn");
     assert!(found.iter().all(|count| *count == 1), "{found:?}");
     disk.close().unwrap();
     drop(disk);

@@ -162,6 +162,20 @@ mod tests {
         let word = bits.get((last / WORD_BITS) as usize).unwrap();
         assert_eq!(word.load(Ordering::Relaxed), 0);
     }
+
+    #[test]
+    fn merging() {
+        let (coarse, fine) = (Bits::new(), Bits::new());
+        coarse.set_range(0, 0);
+        coarse.set_range(2, 3);
+        fine.merge(12, &coarse, 13, (5 << 12) + 1);
+        assert_eq!(set(&fine, 1), [0, 1, 4, 5]);
+        let back = Bits::new();
+        back.set_range(1, 1);
+        back.merge(13, &fine, 12, 1 << 20);
+        assert_eq!(set(&back, 1), [0, 1, 2]);
+    }
+
     #[test]
     fn runs_of_ones() {
         let all = |value| Vec::from_iter(runs(value).map(|run| (run.start, run.end)));

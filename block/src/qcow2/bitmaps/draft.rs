@@ -83,12 +83,11 @@ impl Draft {
         Ok(Self::new(entries.into_iter().map(edited)))
     }
 
-    /// The bitmaps of an image that is open.
+    /// The bitmaps of an image that is open, as far as they are in memory.
     pub fn of(bitmaps: &Bitmaps) -> Self {
-        let has_started = bitmaps.has_started();
         Self::new(bitmaps.list().iter().map(|tracked| Edited {
             entry: tracked.entry.clone(),
-            bits: tracked.bits.clone().filter(|_| has_started),
+            bits: tracked.bits.clone(),
         }))
     }
 

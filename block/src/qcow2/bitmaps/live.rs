@@ -31,7 +31,7 @@ impl Qcow2 {
             return Ok(());
         }
         if !self.tracked()?.has_started() {
-            // What fails has failed before a mark is on disk.
+            // What is not possible has been found out before a mark is on disk.
             self.start_bitmaps(self.tracked()?)?;
             draft = self.draft_of(actions)?;
         }
@@ -43,9 +43,6 @@ impl Qcow2 {
     /// # Errors
     /// As [`change_bitmaps`](Self::change_bitmaps).
     pub fn take_bitmap(&mut self, name: &[u8]) -> Result<DirtyBits> {
-        self.check_writable()?;
-        self.usable(name)?;
-        self.start_bitmaps(self.tracked()?)?;
         let dirty = self.dirty_bits(name)?;
         let name = name.to_vec();
         self.change_bitmaps(&[BitmapAction::Clear { name }])?;

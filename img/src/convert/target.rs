@@ -125,7 +125,7 @@ impl<'a> Plan<'a> {
                     },
                     ..OpenOptions::default()
                 };
-                let disk = new.open_qcow2(&options, backing);
+                let disk = new.open_qcow2(&options, backing.map(Into::into));
                 disk.map(|disk| Opened::Qcow2(Box::new(disk)))
             }
         };

@@ -106,7 +106,7 @@ pub enum Error {
 
     /// The backing file of an image has been written since the image kept its stamp.
     #[error(
-        "'{}': its backing file '{}' has changed since ({difference}), so what the image shows would be \
+        "'{}': its backing file '{}' has changed ({difference}), so what the image shows would be \
          garbage; if it is a copy that holds the same, 'tandem-img rebase -u -b {} -F {format} {}' says \
          so; otherwise make a new image",
         file.display(),
@@ -231,6 +231,11 @@ impl Error {
                 format!("Unsupported qcow2 feature(s): {feature}")
             }
             Self::BackingFile { reason, .. } => format!("Could not open backing file: {reason}"),
+            Self::BaseChanged { file, .. } => {
+                let text = self.to_string();
+                let image = format!("'{}': its ", file.display());
+                text.strip_prefix(&image).unwrap_or(&text).to_owned()
+            }
             Self::HeaderFull { .. } => {
                 "Could not update qcow2 header: No space left on device".to_owned()
             }

@@ -139,7 +139,7 @@ pub use placement::DataFile;
 pub use policy::Follow;
 pub use rebase::{BackingName, NewBacking, set_backing_name};
 pub use snapshot::{SnapshotInfo, SnapshotName};
-pub use stamp::stamp_base;
+pub use stamp::{base_difference, stamp_base};
 
 /// How guest data lies in an external data file.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

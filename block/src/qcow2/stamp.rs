@@ -122,6 +122,22 @@ pub(super) fn check(path: &Path, header: &Header, backing: Option<&Arc<dyn Disk>
     }
 }
 
+/// What has changed of the backing file of the image at `path` since the image kept its stamp, if it
+/// does; `None` if nothing has.
+///
+/// # Errors
+/// What keeps the image, or one below it, from being read.
+pub fn base_difference(path: &Path, options: &OpenOptions) -> Result<Option<String>> {
+    let image = ImageFile::open(path, Access::Read, options.files)?;
+    let found = Found::new(image, true)?;
+    let Some(then) = &found.header.extensions.base_stamp else {
+        return Ok(None);
+    };
+    let backing = backing::open(&found, options)?;
+    let now = backing.and_then(|backing| backing.stamp().transpose());
+    Ok(now.transpose()?.and_then(|now| then.difference(&now)))
+}
+
 /// Has the image at `path` keep the stamp of its backing file as that is now, whatever it kept before.
 ///
 /// # Errors

@@ -48,6 +48,7 @@ mod disk;
 mod error;
 mod file;
 mod hints;
+mod live;
 mod lock;
 mod new_file;
 mod new_image;
@@ -67,6 +68,7 @@ pub use disk::{Disk, Extent, ExtentKind, Limits, extent_in_chain, sparse_extent_
 pub use error::{Error, Result};
 pub use file::FileOptions;
 pub use hints::FileHints;
+pub use live::{LiveDisk, LiveImage};
 pub use lock::Locking;
 pub use new_image::NewImage;
 pub use preallocation::Preallocation;

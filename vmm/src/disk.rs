@@ -7,7 +7,7 @@ use kvm_ioctls::VmFd;
 use tandem_block::qcow2::{
     BackingFormat, Base, DataFileLayout, OpenOptions, OverlayOptions, OverlayPlace, Qcow2,
 };
-use tandem_block::{CacheMode, Disk, Locking, Raw};
+use tandem_block::{CacheMode, Disk, LiveDisk, Locking, Raw};
 use tandem_devices::GuestMemory;
 use tandem_devices::bus::Bus;
 use tandem_devices::virtio::block::{Block, Handle, Options};
@@ -32,7 +32,7 @@ pub struct Image {
     /// The external data file.
     pub data_file: Option<PathBuf>,
     /// The guest's disk.
-    pub disk: Arc<dyn Disk>,
+    pub disk: Arc<LiveDisk>,
 }
 
 /// Opens the image of `config`.
@@ -48,7 +48,7 @@ pub fn open(config: &DiskConfig) -> Result<Image> {
             format: DiskFormat::Raw,
             kind: "raw",
             data_file: None,
-            disk: Arc::new(disk),
+            disk: Arc::new(LiveDisk::new(disk)),
         });
     }
     let disk = Qcow2::open(&path, &open_options(config)).map_err(with_hint)?;
@@ -128,7 +128,7 @@ impl Image {
             format: DiskFormat::Qcow2,
             kind,
             data_file: data_file.map(|file| file.path),
-            disk: Arc::new(disk),
+            disk: Arc::new(LiveDisk::new(disk)),
         }
     }
 }

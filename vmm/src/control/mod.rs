@@ -357,20 +357,21 @@ impl Operated {
     /// Size and type of the file in which the disk's bytes have the offsets that they have on the
     /// disk, if there is one.
     fn host_size(&self) -> Result<Option<(u64, FileType)>, ControlError> {
-        let disk = self.handle.disk();
-        let file = match self.image.kind {
-            "raw" | "external" | "external-raw" => disk.host_file(),
-            _ => None,
-        };
-        let Some(file) = file else { return Ok(None) };
         let host = |source: Errno| ControlError::Host {
             action: "get the size of a disk's file",
             source: source.into(),
         };
-        let kind = FileType::from_raw_mode(fstat(file).map_err(host)?.st_mode);
-        // Nobody reads or writes where the file stands.
-        let size = seek(file, SeekFrom::End(0)).map_err(host)?;
-        Ok(Some((size, kind)))
+        self.image.disk.with_image(|image| {
+            let file = match self.image.kind {
+                "raw" | "external" | "external-raw" => image.disk().host_file(),
+                _ => None,
+            };
+            let Some(file) = file else { return Ok(None) };
+            let kind = FileType::from_raw_mode(fstat(file).map_err(host)?.st_mode);
+            // Nobody reads or writes where the file stands.
+            let size = seek(file, SeekFrom::End(0)).map_err(host)?;
+            Ok(Some((size, kind)))
+        })
     }
 
     fn info(&self, index: usize) -> DiskInfo {

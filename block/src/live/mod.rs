@@ -1,0 +1,262 @@
+//! A disk that is operated on while it is used.
+//!
+//! Requests come from any thread, as to any [`Disk`]. What is done to the image as a whole, such as
+//! freezing a bitmap or exchanging an image for an overlay of it, happens at one instant between
+//! requests: each request holds the image shared, and the operation holds it alone. So it waits for
+//! the requests that are under way, and the others wait for it.
+//!
+//! [`Watcher`]s are told of each change before it happens.
+
+use std::os::fd::BorrowedFd;
+use std::sync::{Arc, PoisonError, TryLockError};
+
+use crossbeam_utils::sync::{ShardedLock, ShardedLockReadGuard};
+use vm_memory::VolatileSlice;
+
+use crate::disk::total_len;
+use crate::qcow2::Qcow2;
+use crate::{Disk, Error, Extent, Limits, Preallocation, Raw, Result, Stamp};
+
+/// A [`Raw`] or [`Qcow2`] disk that can be operated on while it is used.
+///
+/// It has no [`backing`](Disk::backing) and no [`host_file`](Disk::host_file), for these could be
+/// exchanged while the caller looks at them: see [`with_image`](LiveDisk::with_image).
+pub struct LiveDisk(ShardedLock<State>);
+
+/// What requests and operations find behind the lock.
+pub(crate) struct State {
+    pub image: LiveImage,
+    pub watchers: Vec<Arc<dyn Watcher>>,
+}
+
+/// What a [`LiveDisk`] consists of.
+pub enum LiveImage {
+    /// The file is the disk.
+    Raw(Raw),
+    /// qcow2.
+    Qcow2(Box<Qcow2>),
+}
+
+/// Who is told of each change of a disk before it happens. A failure is its own affair: a change is
+/// never refused for its sake.
+pub(crate) trait Watcher: Send + Sync {
+    /// The `len` bytes at `offset` of `disk`, a range within it, are about to change; they do so when
+    /// this returns.
+    fn before_change(&self, disk: &dyn Disk, offset: u64, len: u64);
+
+    /// Whether [`before_change`](Self::before_change) would wait for nothing. Then it is called.
+    fn is_quick(&self, offset: u64, len: u64) -> bool;
+
+    /// Whether the disk may get a size of `size` bytes.
+    ///
+    /// # Errors
+    /// [`Error::Option`] says why not.
+    fn check_size(&self, disk: &dyn Disk, size: u64) -> Result<()>;
+}
+
+impl LiveImage {
+    /// The disk that requests go to.
+    pub fn disk(&self) -> &dyn Disk {
+        match self {
+            Self::Raw(disk) => disk,
+            Self::Qcow2(disk) => &**disk,
+        }
+    }
+
+    /// The image, if it is in qcow2 format.
+    pub fn qcow2(&self) -> Option<&Qcow2> {
+        match self {
+            Self::Raw(_) => None,
+            Self::Qcow2(disk) => Some(disk),
+        }
+    }
+}
+
+impl From<Raw> for LiveImage {
+    fn from(disk: Raw) -> Self {
+        Self::Raw(disk)
+    }
+}
+
+impl From<Qcow2> for LiveImage {
+    fn from(disk: Qcow2) -> Self {
+        Self::Qcow2(Box::new(disk))
+    }
+}
+
+impl LiveDisk {
+    /// Puts `image` to use.
+    pub fn new(image: impl Into<LiveImage>) -> Self {
+        Self(ShardedLock::new(State {
+            image: image.into(),
+            watchers: Vec::new(),
+        }))
+    }
+
+    /// Has `look` look at the image as it is now. Operations wait for its end.
+    pub fn with_image<T>(&self, look: impl FnOnce(&LiveImage) -> T) -> T {
+        look(&self.shared().image)
+    }
+
+    #[cfg_attr(
+        not(test),
+        expect(dead_code, reason = "used by the operations to come")
+    )]
+    /// Carries out `operation` at an instant at which no request is under way.
+    pub(crate) fn exclusive<T>(&self, operation: impl FnOnce(&mut State) -> T) -> T {
+        // A request that panicked has left the image as valid as it would without this lock.
+        let mut state = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        operation(&mut state)
+    }
+
+    /// Keeps operations out while what is returned is held.
+    pub(crate) fn shared(&self) -> ShardedLockReadGuard<'_, State> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// As [`shared`](Self::shared), if no operation is under way.
+    fn try_shared(&self) -> Option<ShardedLockReadGuard<'_, State>> {
+        match self.0.try_read() {
+            Ok(state) => Some(state),
+            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
+    }
+
+    /// Carries out `change`, of `len` bytes at `offset`.
+    fn change<T>(
+        &self,
+        offset: u64,
+        len: u64,
+        change: impl FnOnce(&dyn Disk) -> Result<T>,
+    ) -> Result<T> {
+        let state = self.shared();
+        let disk = state.image.disk();
+        state.announce(disk, offset, len);
+        change(disk)
+    }
+}
+
+impl State {
+    /// Tells the watchers of a change of `len` bytes at `offset`, if it can come to pass.
+    fn announce(&self, disk: &dyn Disk, offset: u64, len: u64) {
+        if self.watchers.is_empty() || !is_within(disk, offset, len) {
+            return;
+        }
+        for watcher in &self.watchers {
+            watcher.before_change(disk, offset, len);
+        }
+    }
+
+    fn check_size(&self, size: u64) -> Result<()> {
+        let disk = self.image.disk();
+        let mut watchers = self.watchers.iter();
+        watchers.try_for_each(|watcher| watcher.check_size(disk, size))
+    }
+}
+
+fn is_within(disk: &dyn Disk, offset: u64, len: u64) -> bool {
+    len > 0
+        && offset
+            .checked_add(len)
+            .is_some_and(|end| end <= disk.size())
+}
+
+impl Disk for LiveDisk {
+    fn size(&self) -> u64 {
+        self.shared().image.disk().size()
+    }
+
+    fn limits(&self) -> Limits {
+        self.shared().image.disk().limits()
+    }
+
+    fn read_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> Result<()> {
+        self.shared().image.disk().read_at(bufs, offset)
+    }
+
+    fn write_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> Result<()> {
+        self.change(offset, total_len(bufs), |disk| disk.write_at(bufs, offset))
+    }
+
+    fn try_read_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> Result<bool> {
+        match self.try_shared() {
+            Some(state) => state.image.disk().try_read_at(bufs, offset),
+            None => Ok(false),
+        }
+    }
+
+    fn try_write_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> Result<bool> {
+        let Some(state) = self.try_shared() else {
+            return Ok(false);
+        };
+        let disk = state.image.disk();
+        if !state.watchers.is_empty() {
+            let len = total_len(bufs);
+            let mut watchers = state.watchers.iter();
+            if !watchers.all(|watcher| watcher.is_quick(offset, len)) {
+                return Ok(false);
+            }
+            state.announce(disk, offset, len);
+        }
+        disk.try_write_at(bufs, offset)
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> Result<()> {
+        self.change(offset, len, |disk| disk.write_zeroes(offset, len, unmap))
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> Result<()> {
+        self.change(offset, len, |disk| disk.discard(offset, len))
+    }
+
+    fn extent(&self, offset: u64, len: u64) -> Result<Extent> {
+        self.shared().image.disk().extent(offset, len)
+    }
+
+    fn stamp(&self) -> Result<Option<Stamp>> {
+        self.shared().image.disk().stamp()
+    }
+
+    fn sparse_extent(&self, offset: u64, len: u64) -> Result<Extent> {
+        self.shared().image.disk().sparse_extent(offset, len)
+    }
+
+    fn copy_from(&self, source: BorrowedFd<'_>, from: u64, offset: u64, len: u64) -> Result<bool> {
+        self.change(offset, len, |disk| {
+            disk.copy_from(source, from, offset, len)
+        })
+    }
+
+    fn resize(&self, size: u64) -> Result<()> {
+        let state = self.shared();
+        state.check_size(size)?;
+        state.image.disk().resize(size)
+    }
+
+    fn resize_preallocated(&self, size: u64, preallocation: Preallocation) -> Result<()> {
+        let state = self.shared();
+        state.check_size(size)?;
+        state.image.disk().resize_preallocated(size, preallocation)
+    }
+
+    fn follow_size(&self) -> Result<bool> {
+        let state = self.shared();
+        if !state.watchers.is_empty() {
+            let reason = "the size cannot change while the disk is being copied";
+            return Err(Error::Option(reason.to_owned()));
+        }
+        state.image.disk().follow_size()
+    }
+
+    fn flush(&self) -> Result<()> {
+        self.shared().image.disk().flush()
+    }
+
+    fn close(&self) -> Result<()> {
+        self.shared().image.disk().close()
+    }
+}
+
+#[cfg(test)]
+mod tests;

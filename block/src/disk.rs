@@ -5,7 +5,7 @@ use std::os::fd::BorrowedFd;
 use vm_memory::VolatileSlice;
 
 use crate::preallocation::Preallocation;
-use crate::{Error, Result};
+use crate::{Error, Result, Stamp};
 
 /// What a device needs to know of a disk to describe it to its guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -177,6 +177,15 @@ pub trait Disk: Send + Sync {
     /// zero.
     fn backing(&self) -> Option<&dyn Disk> {
         None
+    }
+
+    /// What tells later whether the files of this disk, and of those below it, have been written since,
+    /// by whatever program; `None` if that cannot be told. [`Stamp::of`] is for one that is kept.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    fn stamp(&self) -> Result<Option<Stamp>> {
+        Ok(None)
     }
 
     /// The file whose offsets [`extent`](Disk::extent) tells, if the system can copy from it.

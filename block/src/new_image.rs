@@ -1,6 +1,7 @@
 //! New images that are filled before anybody sees them.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use crate::file::ImageFile;
 use crate::new_file::NewFile;
@@ -137,7 +138,7 @@ impl NewImage {
     pub fn open_qcow2(
         &mut self,
         options: &OpenOptions,
-        backing: Option<Box<dyn Disk>>,
+        backing: Option<Arc<dyn Disk>>,
     ) -> Result<Qcow2> {
         let options = OpenOptions {
             read_only: false,

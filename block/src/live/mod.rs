@@ -17,7 +17,7 @@ use vm_memory::VolatileSlice;
 
 use crate::disk::total_len;
 use crate::qcow2::Qcow2;
-use crate::{Disk, Error, Extent, Limits, Preallocation, Raw, Result};
+use crate::{Disk, Error, Extent, Limits, Preallocation, Raw, Result, Stamp};
 
 pub use bitmaps::LiveBitmap;
 
@@ -212,6 +212,10 @@ impl Disk for LiveDisk {
 
     fn extent(&self, offset: u64, len: u64) -> Result<Extent> {
         self.shared().image.disk().extent(offset, len)
+    }
+
+    fn stamp(&self) -> Result<Option<Stamp>> {
+        self.shared().image.disk().stamp()
     }
 
     fn sparse_extent(&self, offset: u64, len: u64) -> Result<Extent> {

@@ -11,6 +11,7 @@ use std::ops::Range;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use vm_memory::VolatileSlice;
 
@@ -100,7 +101,7 @@ impl Found {
 
 /// Opens what lies below `top`: from the backing file that it names down to an image that names none,
 /// and then from there up to the one below `top`.
-pub(super) fn open(top: &Found, options: &OpenOptions) -> Result<Option<Box<dyn Disk>>> {
+pub(super) fn open(top: &Found, options: &OpenOptions) -> Result<Option<Arc<dyn Disk>>> {
     Ok(open_chain(top, options, None)?.below)
 }
 
@@ -112,7 +113,11 @@ pub(super) fn open(top: &Found, options: &OpenOptions) -> Result<Option<Box<dyn 
 pub(super) fn open_above(top: &Found, options: &OpenOptions, depth: usize) -> Result<Above> {
     let chain = open_chain(top, options, Some(depth))?;
     match (chain.below, chain.base) {
-        (Some(below), Some(base)) => Ok(Above { below, base }),
+        (Some(below), Some(base)) => Ok(Above {
+            below,
+            base,
+            stamped: chain.stamped,
+        }),
         _ => Err(Error::Option(
             "Image does not have a backing file".to_owned(),
         )),
@@ -122,15 +127,18 @@ pub(super) fn open_above(top: &Found, options: &OpenOptions, depth: usize) -> Re
 /// What lies below an image, without a base.
 pub(super) struct Above {
     /// The images above the base, on something in its place that has its size and cannot be read.
-    pub below: Box<dyn Disk>,
+    pub below: Arc<dyn Disk>,
     /// On what lies below it.
     pub base: Box<dyn Disk>,
+    /// Those above the base, the one on top among them, that keep a stamp, from the base up.
+    pub stamped: Vec<PathBuf>,
 }
 
 #[derive(Default)]
 struct Chain {
-    below: Option<Box<dyn Disk>>,
+    below: Option<Arc<dyn Disk>>,
     base: Option<Box<dyn Disk>>,
+    stamped: Vec<PathBuf>,
 }
 
 fn open_chain(top: &Found, options: &OpenOptions, base: Option<usize>) -> Result<Chain> {
@@ -159,7 +167,7 @@ fn open_chain(top: &Found, options: &OpenOptions, base: Option<usize>) -> Result
             })?;
             return Ok(Chain {
                 below: Some(below),
-                base: None,
+                ..Chain::default()
             });
         }
     }
@@ -189,20 +197,23 @@ fn open_chain(top: &Found, options: &OpenOptions, base: Option<usize>) -> Result
         match find(above, name, forced.take(), &options, &mut ids).map_err(wrapped)? {
             next if is_base => {
                 let base = next.open_base(&options).map_err(wrapped)?;
-                chain.below = Some(Box::new(Absent { size: base.size() }));
+                chain.below = Some(Arc::new(Absent { size: base.size() }));
                 chain.base = Some(base);
                 break;
             }
             Next::Disk(raw) => {
-                chain.below = Some(raw);
+                chain.below = Some(raw.into());
                 break;
             }
             Next::Image(image) => images.push(*image),
         }
     }
+    let stamped = |image: &&Found| image.header.extensions.base_stamp.is_some();
+    let stamped = images.iter().rev().chain([top]).filter(stamped);
+    chain.stamped = stamped.map(|image| image.image.path.clone()).collect();
     while let Some(image) = images.pop() {
         let opened = Qcow2::from_found(image, &options, chain.below.take());
-        chain.below = Some(Box::new(opened.map_err(|e| failed(&images, e.reason()))?));
+        chain.below = Some(Arc::new(opened.map_err(|e| failed(&images, e.reason()))?));
     }
     Ok(chain)
 }
@@ -249,7 +260,7 @@ fn open_given(
     path: &Path,
     format: Option<BackingFormat>,
     options: &OpenOptions,
-) -> std::result::Result<Box<dyn Disk>, String> {
+) -> std::result::Result<Arc<dyn Disk>, String> {
     let format = match format {
         Some(format) => format,
         None => format_of(&top.header, options)?,
@@ -260,9 +271,9 @@ fn open_given(
     let opened = match format {
         BackingFormat::Raw => ImageFile::open(path, Access::Read, options.files)
             .and_then(|file| Raw::from_file(file, true))
-            .map(|raw| -> Box<dyn Disk> { Box::new(raw) }),
+            .map(|raw| -> Arc<dyn Disk> { Arc::new(raw) }),
         BackingFormat::Qcow2 => {
-            Qcow2::open(path, options).map(|image| -> Box<dyn Disk> { Box::new(image) })
+            Qcow2::open(path, options).map(|image| -> Arc<dyn Disk> { Arc::new(image) })
         }
     };
     opened.map_err(|e| e.reason())
@@ -331,7 +342,10 @@ fn id(path: &Path) -> std::result::Result<(u64, u64), String> {
 }
 
 /// What the header says, and never what the file looks like: a guest could have written that.
-fn format_of(header: &Header, options: &OpenOptions) -> std::result::Result<BackingFormat, String> {
+pub(super) fn format_of(
+    header: &Header,
+    options: &OpenOptions,
+) -> std::result::Result<BackingFormat, String> {
     match (&header.extensions.backing_format, options.backing_format) {
         (Some(name), _) => BackingFormat::from_name(name)
             .ok_or_else(|| format!("Unknown driver '{}'", String::from_utf8_lossy(name))),

@@ -1,6 +1,7 @@
 //! New images that are filled before anybody sees them.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use crate::file::ImageFile;
 use crate::new_file::NewFile;
@@ -106,6 +107,11 @@ impl NewImage {
         Ok(Self { files, is_mapped })
     }
 
+    /// Whether there is something in the place of the image that it will replace, or is written to.
+    pub(crate) fn replaces(&self) -> bool {
+        self.files.image.exists()
+    }
+
     /// Whether all of the disk reads as zero: a block device shows what it held before where it has a
     /// place in the disk.
     pub fn reads_zero(&self) -> bool {
@@ -137,7 +143,7 @@ impl NewImage {
     pub fn open_qcow2(
         &mut self,
         options: &OpenOptions,
-        backing: Option<Box<dyn Disk>>,
+        backing: Option<Arc<dyn Disk>>,
     ) -> Result<Qcow2> {
         let options = OpenOptions {
             read_only: false,

@@ -16,6 +16,7 @@
 //! | `vm_state` | what lies behind the disk in the same mapping |
 //! | `resize`, `preallocate` | growing and shrinking the disk |
 //! | `backing` | what shows where the image has nothing |
+//! | `live` | what is done to the image of a disk in use |
 //! | `rebase`, `commit` | putting an image on another backing file; moving its data to one below |
 //! | `placement`, `packed` | where data lies: in the image, or in a data file of some kind |
 //! | `cache`, `l1`, `words`, `refcount` | L2 slices, the L1 table and refcounts, in memory |
@@ -72,6 +73,7 @@ mod header;
 mod info;
 mod io;
 mod l1;
+mod live;
 mod mapping;
 mod measure;
 mod nowait;
@@ -120,9 +122,11 @@ use crate::file::ImageFile;
 
 pub use amend::{AmendOptions, amend};
 pub use backing::{Backing, BackingFormat, find_backing, path_of as backing_path};
+pub(crate) use backing::{open_renamed, open_with_base};
 pub use bitmaps::{BitmapEditor, BitmapInfo};
 pub use check::{CheckOptions, CheckReport, Finding, FindingKind, Repair, check, check_storage};
 pub use commit::Commit;
+pub(crate) use commit::Part;
 pub use compress::CompressedCluster;
 pub use compressed::CompressionType;
 pub use create::{CreateOptions, DataFileReuse, create, create_with};
@@ -132,6 +136,7 @@ pub use measure::{bitmaps_size, full_size};
 pub use open::OpenOptions;
 pub use placement::DataFile;
 pub use policy::Follow;
+pub(crate) use rebase::Taking;
 pub use rebase::{BackingName, NewBacking, set_backing_name};
 pub use snapshot::{SnapshotInfo, SnapshotName};
 
@@ -155,7 +160,7 @@ pub struct Qcow2 {
     image: ImageFile,
     placement: Placement,
     /// What shows where the image has nothing.
-    backing: Option<Box<dyn Disk>>,
+    backing: Option<Arc<dyn Disk>>,
     geometry: Geometry,
     /// Of the disk, in bytes. A request that looks at it twice may see two sizes.
     size: AtomicU64,

@@ -3,7 +3,7 @@
 use crate::sync::atomic::{AtomicBool, AtomicU64};
 use crate::sync::{Mutex, lock};
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 use super::backing::{self, Backing, BackingFormat, Found};
 use super::bitmaps::Bitmaps;
@@ -91,7 +91,7 @@ impl Qcow2 {
     pub(super) fn from_found(
         found: Found,
         options: &OpenOptions,
-        backing: Option<Box<dyn Disk>>,
+        backing: Option<Arc<dyn Disk>>,
     ) -> Result<Self> {
         let path = &found.image.path;
         let data = match (found.header.has_data_file(), &options.data_file) {
@@ -130,7 +130,7 @@ impl Qcow2 {
         name: &Path,
         image: Box<dyn Storage>,
         data_file: Option<Box<dyn Storage>>,
-        backing: Option<Box<dyn Disk>>,
+        backing: Option<Arc<dyn Disk>>,
         options: &OpenOptions,
     ) -> Result<Self> {
         let cache = options.files.cache;
@@ -171,7 +171,7 @@ impl Qcow2 {
     pub(crate) fn with_files(
         image: ImageFile,
         data: Option<ImageFile>,
-        backing: Option<Box<dyn Disk>>,
+        backing: Option<Arc<dyn Disk>>,
         options: &OpenOptions,
     ) -> Result<Self> {
         let found = Found::new(image, options.read_only)?;
@@ -272,7 +272,7 @@ impl Qcow2 {
 /// The other files of an image.
 struct Files {
     data: Option<ImageFile>,
-    backing: Option<Box<dyn Disk>>,
+    backing: Option<Arc<dyn Disk>>,
 }
 
 /// The refcounts of an image to be written, after all of its metadata has been seen to lie apart.

@@ -127,12 +127,17 @@ impl Qcow2 {
     /// # Errors
     /// Those of [`check_backing_name`](Self::check_backing_name); [`Error::ReadOnly`].
     pub fn set_backing_name(self, name: Option<&BackingName>) -> Result<()> {
+        self.write_backing_name(name)?;
+        self.close()
+    }
+
+    /// As [`set_backing_name`](Self::set_backing_name), and goes on. What is below the image stays.
+    pub(crate) fn write_backing_name(&self, name: Option<&BackingName>) -> Result<()> {
         self.check_writable()?;
         self.flush()?;
         let mut header = Header::read(&*self.image.storage, &self.image.path)?;
         set(&mut header, name)?;
-        header.write(&self.image)?;
-        self.close()
+        header.write(&self.image)
     }
 
     fn below(&self, depth: usize) -> Option<&dyn Disk> {
@@ -145,12 +150,12 @@ impl Qcow2 {
 }
 
 /// Takes up what the old backing file shows and the new one does not.
-struct Taking<'a> {
-    disk: &'a Qcow2,
-    new: Option<&'a dyn Disk>,
+pub(crate) struct Taking<'a> {
+    pub disk: &'a Qcow2,
+    pub new: Option<&'a dyn Disk>,
     /// How many images of the old chain are above the new backing file, if that is one of it.
-    shared: Option<usize>,
-    compress: bool,
+    pub shared: Option<usize>,
+    pub compress: bool,
 }
 
 impl Taking<'_> {
@@ -184,7 +189,7 @@ impl Taking<'_> {
 
     /// How many of the `len` bytes at `at`, whole units or all, both backing files are known to show
     /// the same of, without reading them.
-    fn known_same(&self, at: u64, len: u64) -> Result<u64> {
+    pub(super) fn known_same(&self, at: u64, len: u64) -> Result<u64> {
         let same = match self.shared {
             Some(depth) => self.comes_from(depth, at, len)?,
             None => 0,
@@ -245,7 +250,7 @@ impl Taking<'_> {
     }
 
     /// Bytes from `at` to the end of what is taken up as a whole.
-    fn unit(&self, at: u64) -> usize {
+    pub(super) fn unit(&self, at: u64) -> usize {
         let g = self.disk.geometry;
         let unit = if self.compress {
             g.cluster_size() - g.in_cluster(at)
@@ -298,7 +303,7 @@ fn zeros(disk: Option<&dyn Disk>, at: u64, len: u64) -> Result<u64> {
 }
 
 /// Reads what `disk` has at `at`, and zeros behind its end.
-fn read(disk: Option<&dyn Disk>, at: u64, buf: &mut [u8]) -> Result<()> {
+pub(super) fn read(disk: Option<&dyn Disk>, at: u64, buf: &mut [u8]) -> Result<()> {
     let size = disk.map_or(0, Disk::size);
     let (stored, rest) = buf.split_at_mut(size.saturating_sub(at).min(buf.len() as u64) as usize);
     rest.fill(0);

@@ -1,6 +1,6 @@
 //! The disks: opened as configured, and put behind a virtio-mmio transport.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use kvm_ioctls::VmFd;
@@ -21,50 +21,72 @@ use crate::layout;
 /// An image that is open.
 #[derive(Clone)]
 pub struct Image {
-    /// Where it is.
+    /// How it has been opened, and how others will be that come to be in its place.
+    pub open_options: OpenOptions,
+    /// The guest's disk.
+    pub disk: Arc<LiveDisk>,
+}
+
+/// What a disk consists of now.
+pub struct Description {
+    /// Where its image is.
     pub path: PathBuf,
-    /// Its format.
+    /// The format of that.
     pub format: DiskFormat,
     /// Where the guest's data is.
     pub kind: &'static str,
     /// The external data file.
     pub data_file: Option<PathBuf>,
-    /// The guest's disk.
-    pub disk: Arc<LiveDisk>,
+}
+
+impl Image {
+    /// Where it is now.
+    pub fn path(&self) -> PathBuf {
+        self.disk.with_image(|image| image.path().to_owned())
+    }
+
+    /// What it consists of now.
+    pub fn describe(&self) -> Description {
+        self.disk.with_image(describe)
+    }
+}
+
+/// Tells what `image` is.
+pub fn describe(image: &LiveImage) -> Description {
+    let data_file = image.qcow2().and_then(Qcow2::data_file);
+    let (format, kind) = match (image.qcow2(), &data_file) {
+        (None, _) => (DiskFormat::Raw, "raw"),
+        (Some(_), None) => (DiskFormat::Qcow2, "internal"),
+        (Some(_), Some(file)) if file.layout == DataFileLayout::Packed => {
+            (DiskFormat::Qcow2, "packed")
+        }
+        (Some(_), Some(file)) if file.is_raw => (DiskFormat::Qcow2, "external-raw"),
+        (Some(_), Some(_)) => (DiskFormat::Qcow2, "external"),
+    };
+    Description {
+        path: image.path().to_owned(),
+        format,
+        kind,
+        data_file: data_file.map(|file| file.path),
+    }
 }
 
 /// Opens the image of `config`.
 pub fn open(config: &DiskConfig) -> Result<Image> {
-    let image = |kind, data_file, disk: LiveImage| Image {
-        path: config.path.clone(),
-        format: config.format,
-        kind,
-        data_file,
-        disk: Arc::new(LiveDisk::new(disk)),
+    let open_options = open_options(config);
+    let image: LiveImage = match config.format {
+        DiskFormat::Raw => Raw::open_with(&config.path, config.read_only, config.files)?.into(),
+        DiskFormat::Qcow2 => open_qcow2(&config.path, &open_options)?.into(),
     };
-    match config.format {
-        DiskFormat::Raw => {
-            let disk = Raw::open_with(&config.path, config.read_only, config.files)?;
-            Ok(image("raw", None, disk.into()))
-        }
-        DiskFormat::Qcow2 => {
-            let disk = open_qcow2(config)?;
-            let data_file = disk.data_file();
-            let kind = match &data_file {
-                None => "internal",
-                Some(file) if file.layout == DataFileLayout::Packed => "packed",
-                Some(file) if file.is_raw => "external-raw",
-                Some(_) => "external",
-            };
-            let path = data_file.map(|file| file.path);
-            Ok(image(kind, path, disk.into()))
-        }
-    }
+    Ok(Image {
+        open_options,
+        disk: Arc::new(LiveDisk::new(image)),
+    })
 }
 
-fn open_qcow2(config: &DiskConfig) -> Result<Qcow2> {
+fn open_options(config: &DiskConfig) -> OpenOptions {
     let default = OpenOptions::default();
-    let options = OpenOptions {
+    OpenOptions {
         read_only: config.read_only,
         data_file: config.data_file.clone(),
         follow: config.follow.unwrap_or(default.follow),
@@ -72,8 +94,11 @@ fn open_qcow2(config: &DiskConfig) -> Result<Qcow2> {
         l2_cache_size: config.l2_cache_size.unwrap_or(default.l2_cache_size),
         files: config.files,
         ..default
-    };
-    Qcow2::open(&config.path, &options).map_err(|error| match error {
+    }
+}
+
+fn open_qcow2(path: &Path, options: &OpenOptions) -> Result<Qcow2> {
+    Qcow2::open(path, options).map_err(|error| match error {
         tandem_block::Error::NotQcow2 { file, .. } => Error::NotQcow2 { path: file },
         error => error.into(),
     })
@@ -150,7 +175,7 @@ impl Attached {
 
     /// Makes everything durable, for the last time. Call it after [`Attached::stop`].
     pub fn close(&self) -> std::result::Result<(), (PathBuf, tandem_block::Error)> {
-        let path = || self.image.path.clone();
+        let path = || self.image.path();
         self.image.disk.close().map_err(|error| (path(), error))
     }
 }

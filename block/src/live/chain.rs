@@ -1,5 +1,6 @@
 //! The images that a disk in use consists of.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -108,6 +109,28 @@ pub(super) fn sole_below(top: &Qcow2, depth: usize) -> Result<ImageRef<'_>> {
     }
     let path = image.path().display();
     Err(Error::Option(format!("there is no image below '{path}'")))
+}
+
+impl LiveImage {
+    /// How many images are between this one and the one below it that is the file at `path`.
+    ///
+    /// # Errors
+    /// [`Error::Option`] if it is none of those; [`Error::Io`].
+    pub fn find_below(&self, path: &Path) -> Result<usize> {
+        let file = path.metadata().map_err(|e| Error::io(path, "find", e))?;
+        let id = (file.dev(), file.ino());
+        let mut below = self.disk().backing();
+        let mut between = 0;
+        while let Some(disk) = below {
+            if disk.as_image().and_then(|image| image.files().0.id()) == Some(id) {
+                return Ok(between);
+            }
+            below = disk.backing();
+            between += 1;
+        }
+        let (path, top) = (path.display(), self.path().display());
+        Err(Error::Option(format!("'{path}' is not below '{top}'")))
+    }
 }
 
 /// How many images are between `top` and the one below it that `other` is, too.

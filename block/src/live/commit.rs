@@ -80,8 +80,15 @@ impl LiveDisk {
         let placed = opened.and_then(|(below, base)| {
             self.exclusive(|state| {
                 let top = state.image.qcow2_mut().ok_or_else(super::in_use)?;
-                let size = top.size();
-                if size > base.disk().size() {
+                let (size, base_size) = (top.size(), base.disk().size());
+                if options.pivot && base_size > size {
+                    return Err(Error::Option(format!(
+                        "'{}' has {base_size} bytes, and the disk, which has {size}, would become \
+                         larger",
+                        base.path().display()
+                    )));
+                }
+                if size > base_size {
                     if let LiveImage::Qcow2(base) = &base {
                         base.clear_behind_end()?;
                     }

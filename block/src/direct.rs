@@ -21,7 +21,7 @@ use crate::disk::total_len;
 use crate::units::{PAGE, Units};
 use crate::vectored::{self, Direction};
 use crate::writers::Writers;
-use crate::{FileStorage, Storage};
+use crate::{FileStamp, FileStorage, Storage};
 
 /// Most bytes in a bounce buffer.
 const BOUNCE: u64 = 1 << 20;
@@ -246,6 +246,10 @@ impl Storage for Direct {
 
     fn locked(&self) -> Option<BorrowedFd<'_>> {
         self.file.locked()
+    }
+
+    fn stamp(&self) -> io::Result<Option<FileStamp>> {
+        self.file.stamp()
     }
 
     fn units(&self) -> Units {

@@ -15,7 +15,7 @@ use crate::preallocation::Preallocation;
 use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::sync::{Mutex, lock};
 use crate::writers::{Writers, Writing};
-use crate::{Disk, Error, Extent, ExtentKind, Limits, NewImage, Result, Storage};
+use crate::{Disk, Error, Extent, ExtentKind, Limits, NewImage, Result, Stamp, Storage};
 
 const NO_METADATA: &str = "Unsupported preallocation mode: metadata";
 const NOT_FOR_SHRINKING: &str = "Cannot use preallocation for shrinking files";
@@ -189,6 +189,13 @@ impl Disk for Raw {
 
     fn as_image(&self) -> Option<ImageRef<'_>> {
         Some(ImageRef::Raw(self))
+    }
+
+    fn stamp(&self) -> Result<Option<Stamp>> {
+        Ok(self.file.stamp()?.map(|file| Stamp {
+            size: self.size(),
+            files: vec![file],
+        }))
     }
 
     fn host_file(&self) -> Option<BorrowedFd<'_>> {

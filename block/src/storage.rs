@@ -4,8 +4,8 @@ use std::fmt::Debug;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
-use std::path::Path;
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use rustix::fs::{FallocateFlags, SeekFrom};
@@ -16,7 +16,7 @@ use crate::disk::total_len;
 use crate::lock::{self, Access};
 use crate::nowait::NoWait;
 use crate::units::{PAGE, Units};
-use crate::{Locking, Result, vectored};
+use crate::{FileStamp, Locking, Modified, Result, vectored};
 
 /// One host file below a disk: image metadata, guest data, or both.
 ///
@@ -106,6 +106,12 @@ pub trait Storage: Debug + Send + Sync {
 
     /// The length that it cannot exceed, in bytes, where that is fixed: that of a block device.
     fn capacity(&self) -> io::Result<Option<u64>> {
+        Ok(None)
+    }
+
+    /// What tells later whether anybody has written to it since, without a path; `None` if nothing
+    /// does.
+    fn stamp(&self) -> io::Result<Option<FileStamp>> {
         Ok(None)
     }
 
@@ -432,6 +438,20 @@ impl Storage for FileStorage {
 
     fn locked(&self) -> Option<BorrowedFd<'_>> {
         (self.locking == Locking::On).then(|| self.file.as_fd())
+    }
+
+    fn stamp(&self) -> io::Result<Option<FileStamp>> {
+        let metadata = self.file.metadata()?;
+        let modified = Modified {
+            seconds: metadata.mtime(),
+            // Less than a second.
+            nanoseconds: metadata.mtime_nsec() as u32,
+        };
+        Ok(Some(FileStamp {
+            path: PathBuf::new(),
+            len: self.size()?,
+            modified: (!self.is_block_device).then_some(modified),
+        }))
     }
 
     fn units(&self) -> Units {

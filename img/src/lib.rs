@@ -40,4 +40,5 @@ pub mod rebase;
 pub mod resize;
 pub mod size;
 pub mod snapshot;
+pub mod users;
 pub mod workers;

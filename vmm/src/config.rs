@@ -1,6 +1,7 @@
 //! What to run, and how its parts are written on a command line.
 
 mod disk;
+mod overlay;
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -151,8 +152,8 @@ pub enum Error {
     /// A key that disks do not have.
     #[error(
         "unknown disk key '{0}'; known are readonly, format, cache, locking, data-file, follow, \
-         backing-format, l2-cache-size, serial, queues, threads, poll, iops, iops-burst, bw and \
-         bw-burst"
+         backing-format, overlay, overlay-data-file, overlay-dir, l2-cache-size, serial, queues, \
+         threads, poll, iops, iops-burst, bw and bw-burst"
     )]
     DiskKey(String),
     /// A key that is there twice.
@@ -168,9 +169,12 @@ pub enum Error {
         /// What the key takes.
         expected: String,
     },
-    /// A burst without a rate.
+    /// A key that needs another one.
     #[error("disk key {0} has no meaning without {1}")]
-    DiskBurst(&'static str, &'static str),
+    DiskKeyAlone(&'static str, &'static str),
+    /// Keys that do not go together.
+    #[error("disk keys {0} and {1} exclude each other")]
+    DiskKeysExclude(&'static str, &'static str),
     /// A serial number that a disk cannot have.
     #[error(transparent)]
     DiskSerial(InvalidSerial),

@@ -74,7 +74,7 @@ impl LiveDisk {
             let begun = Instant::now();
             last_pass(state, changes, &step)?;
             let top = state.image.qcow2_mut().ok_or_else(super::in_use)?;
-            top.write_backing_name(options.backing.as_ref())?;
+            top.name_backing(options.backing.as_ref(), new.as_deref())?;
             top.put_on(new.clone());
             Ok(LiveReport {
                 stopped: begun.elapsed(),

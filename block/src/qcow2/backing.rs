@@ -117,13 +117,14 @@ pub(super) fn open_above(top: &Found, options: &OpenOptions, depth: usize) -> Re
         depth,
         shows: false,
     };
-    let Chain { below, base } = open_chain(top, options, Some(base))?;
-    let (Some(below), Some(base)) = (below, base) else {
+    let chain = open_chain(top, options, Some(base))?;
+    let (Some(below), Some(base)) = (chain.below, chain.base) else {
         return Err(no_base());
     };
     Ok(Above {
         below,
         base: base.shared(),
+        stamped: chain.stamped,
     })
 }
 
@@ -184,12 +185,15 @@ pub(super) struct Above {
     pub below: Arc<dyn Disk>,
     /// On what lies below it.
     pub base: Arc<dyn Disk>,
+    /// Those above the base, the one on top among them, that keep a stamp, from the base up.
+    pub stamped: Vec<PathBuf>,
 }
 
 #[derive(Default)]
 struct Chain {
     below: Option<Arc<dyn Disk>>,
     base: Option<LiveImage>,
+    stamped: Vec<PathBuf>,
 }
 
 fn open_chain(top: &Found, options: &OpenOptions, base: Option<Base>) -> Result<Chain> {
@@ -218,7 +222,7 @@ fn open_chain(top: &Found, options: &OpenOptions, base: Option<Base>) -> Result<
             })?;
             return Ok(Chain {
                 below: Some(below),
-                base: None,
+                ..Chain::default()
             });
         }
     }
@@ -265,6 +269,9 @@ fn open_chain(top: &Found, options: &OpenOptions, base: Option<Base>) -> Result<
             Next::Image(image) => images.push(*image),
         }
     }
+    let stamped = |image: &&Found| image.header.extensions.base_stamp.is_some();
+    let stamped = images.iter().rev().chain([top]).filter(stamped);
+    chain.stamped = stamped.map(|image| image.image.path.clone()).collect();
     while let Some(image) = images.pop() {
         let opened = Qcow2::from_found(image, &options, chain.below.take());
         chain.below = Some(Arc::new(opened.map_err(|e| failed(&images, e.reason()))?));
@@ -396,7 +403,10 @@ fn id(path: &Path) -> std::result::Result<(u64, u64), String> {
 }
 
 /// What the header says, and never what the file looks like: a guest could have written that.
-fn format_of(header: &Header, options: &OpenOptions) -> std::result::Result<BackingFormat, String> {
+pub(super) fn format_of(
+    header: &Header,
+    options: &OpenOptions,
+) -> std::result::Result<BackingFormat, String> {
     match (&header.extensions.backing_format, options.backing_format) {
         (Some(name), _) => BackingFormat::from_name(name)
             .ok_or_else(|| format!("Unknown driver '{}'", String::from_utf8_lossy(name))),

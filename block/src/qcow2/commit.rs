@@ -5,15 +5,15 @@
 //! the disk on top reads the same at any time, and after a crash.
 
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use vm_memory::VolatileSlice;
 
-use super::backing::{self, Above, Found};
+use super::backing::{self, Found};
 use super::placement::Placement;
 use super::zeroes::Zeroed;
-use super::{OpenOptions, Qcow2};
+use super::{OpenOptions, Qcow2, stamp};
 use crate::file::ImageFile;
 use crate::lock::Access;
 use crate::{Disk, ExtentKind, Result, extent_in_chain};
@@ -28,6 +28,9 @@ pub struct Commit {
     base: Arc<dyn Disk>,
     /// How many images are between the two.
     between: usize,
+    /// The images above the base that keep a stamp, from the base up.
+    stamped: Vec<PathBuf>,
+    options: OpenOptions,
 }
 
 impl Commit {
@@ -44,20 +47,29 @@ impl Commit {
         let image = ImageFile::open(path, Access::Write, options.files)?;
         let found = Found::new(image, false)?;
         // What keeps the images below from being read is no matter of writing them.
-        drop(backing::open(&found, &options)?);
-        let Above { below, base } = backing::open_above(&found, &options, between)?;
+        let read = backing::open(&found, &options)?;
+        stamp::check(&found.image.path, &found.header, read.as_ref())?;
+        drop(read);
+        let above = backing::open_above(&found, &options, between)?;
         Ok(Self {
-            top: Qcow2::from_found(found, &options, Some(below))?,
-            base,
+            top: Qcow2::from_found(found, &options, Some(above.below))?,
+            base: above.base,
             between,
+            stamped: above.stamped,
+            options,
         })
     }
 
     /// Commits `top` to `base`, which is what it lies on or, with `between` others, further down. They are
     /// open for writing, and what is below `top` is as large as `base`, whether it can be read or not.
     pub fn with_disks(top: Qcow2, base: Box<dyn Disk>, between: usize) -> Self {
-        let base = base.into();
-        Self { top, base, between }
+        Self {
+            top,
+            base: base.into(),
+            between,
+            stamped: Vec::new(),
+            options: OpenOptions::default(),
+        }
     }
 
     /// Makes the base read as the disk on top, and as large if that is larger. `progress` is told how
@@ -74,6 +86,8 @@ impl Commit {
             }
             Ok(())
         })?;
+        // The images stay as good as they are if this is broken off.
+        self.stamped.iter().try_for_each(|path| stamp::end(path))?;
         let size = self.top.size();
         if size > self.base.size() {
             self.base.resize(size)?;
@@ -119,10 +133,14 @@ impl Commit {
     pub fn finish(self, empties: bool) -> Result<()> {
         self.base.close()?;
         if empties && self.between == 0 {
-            self.top.empty()
+            self.top.empty()?;
         } else {
-            self.top.close()
+            self.top.close()?;
+            drop(self.top);
         }
+        drop(self.base);
+        let mut stamped = self.stamped.iter();
+        stamped.try_for_each(|path| stamp::stamp_base(path, &self.options))
     }
 }
 

@@ -16,7 +16,7 @@ use super::ranges::RangeGuard;
 use crate::buffers::{Buffers, fill_zero};
 use crate::disk::{check_range, total_len};
 use crate::live::ImageRef;
-use crate::{Disk, Error, Extent, Limits, Preallocation, Result};
+use crate::{Disk, Error, Extent, Limits, Preallocation, Result, Stamp};
 
 /// How often a request on a full disk looks for clusters that have come back.
 const SPACE_POLL: Duration = Duration::from_millis(1);
@@ -144,6 +144,25 @@ impl Disk for Qcow2 {
 
     fn backing(&self) -> Option<&dyn Disk> {
         self.backing.as_deref()
+    }
+
+    fn stamp(&self) -> Result<Option<Stamp>> {
+        let below = match &self.backing {
+            None => Some(Vec::new()),
+            Some(backing) => backing.stamp()?.map(|stamp| stamp.files),
+        };
+        let image = self.image.stamp()?;
+        let data = match self.placement {
+            Placement::Internal => Some(None),
+            _ => self.data().stamp()?.map(Some),
+        };
+        let (Some(image), Some(data), Some(below)) = (image, data, below) else {
+            return Ok(None);
+        };
+        Ok(Some(Stamp {
+            size: self.size(),
+            files: [image].into_iter().chain(data).chain(below).collect(),
+        }))
     }
 
     fn resize(&self, size: u64) -> Result<()> {

@@ -16,6 +16,7 @@
 //! | `vm_state` | what lies behind the disk in the same mapping |
 //! | `resize`, `preallocate` | growing and shrinking the disk |
 //! | `backing` | what shows where the image has nothing |
+//! | `stamp` | whether that has changed since |
 //! | `live` | what is done to the image of a disk in use |
 //! | `rebase`, `commit` | putting an image on another backing file; moving its data to one below |
 //! | `placement`, `packed` | where data lies: in the image, or in a data file of some kind |
@@ -28,6 +29,7 @@
 //! | `snapshot` | internal snapshots: their table, taking, applying and deleting them |
 //! | `bitmaps` | persistent bitmaps of what has changed |
 //! | `create`, `amend` | making new images, and changing options of others |
+//! | `overlay` | making images on a base that they share, and opening them |
 //! | `info`, `measure` | what a user wants to know of an image, and how large one will be |
 //! | `check` | checking and repairing an image that is not open |
 //!
@@ -79,6 +81,7 @@ mod measure;
 mod nowait;
 mod open;
 mod overlap;
+mod overlay;
 mod packed;
 mod parse;
 mod placement;
@@ -94,6 +97,7 @@ mod reserved;
 mod resize;
 mod retired;
 mod snapshot;
+mod stamp;
 mod subclusters;
 mod switch;
 mod table;
@@ -134,11 +138,13 @@ pub(crate) use create::{NewFiles, begin};
 pub use info::Info;
 pub use measure::{bitmaps_size, full_size};
 pub use open::OpenOptions;
+pub use overlay::{Base, OverlayOptions, OverlayPlace};
 pub use placement::DataFile;
 pub use policy::Follow;
 pub(crate) use rebase::Taking;
 pub use rebase::{BackingName, NewBacking, set_backing_name};
 pub use snapshot::{SnapshotInfo, SnapshotName};
+pub use stamp::{base_difference, stamp_base};
 
 /// How guest data lies in an external data file.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

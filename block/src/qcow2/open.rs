@@ -22,7 +22,7 @@ use super::requests::Requests;
 use super::reserved::{Field, Reserved};
 use super::retired::Retired;
 use super::snapshot::Snapshot;
-use super::{DataFileLayout, Qcow2, SnapshotName, bitmaps, snapshot, table};
+use super::{DataFileLayout, Qcow2, SnapshotName, bitmaps, snapshot, stamp, table};
 use crate::file::{FileOptions, ImageFile};
 use crate::lock::Access;
 use crate::{Disk, Error, Result, Storage};
@@ -196,6 +196,9 @@ impl Qcow2 {
     fn from_files(found: Found, options: &OpenOptions, files: Files) -> Result<Self> {
         let Found { image, mut header } = found;
         let Files { data, backing } = files;
+        if !matches!(options.backing, Backing::File { .. }) {
+            stamp::check(&image.path, &header, backing.as_ref())?;
+        }
         let read_only = options.read_only;
         if let Some(name) = &options.snapshot {
             snapshot::show(&image, &mut header, name, read_only)?;

@@ -16,7 +16,7 @@ use super::placement::Placement;
 use super::zeroes::Zeroed;
 use crate::file::{FileOptions, ImageFile};
 use crate::lock::Access;
-use crate::{Disk, Error, ExtentKind, Result, extent_in_chain};
+use crate::{Disk, Error, ExtentKind, Result, Stamp, extent_in_chain};
 
 /// Most bytes of a backing file's name that other programs read.
 const MAX_NAME: usize = 1023;
@@ -45,7 +45,7 @@ pub enum NewBacking<'a> {
 }
 
 /// Makes the image at `path` name another backing file, or none, whatever its disk shows then; no
-/// other file is looked for.
+/// other file is looked for, and a [stamp](super::stamp_base) of the old one ends.
 ///
 /// # Errors
 /// As [`Qcow2::check_backing_name`]; as [`Qcow2::open`] for an image that cannot be written.
@@ -70,6 +70,7 @@ fn set(header: &mut Header, name: Option<&BackingName>) -> Result<()> {
     }
     header.backing_file = name.map(|name| name.file.clone());
     header.extensions.backing_format = name.map(|name| name.format.clone());
+    header.set_base_stamp(None);
     header.forget_unknown_autoclear();
     Ok(())
 }
@@ -119,24 +120,31 @@ impl Qcow2 {
             compress,
         };
         taking.run(progress)?;
-        self.set_backing_name(name)
+        self.name_backing(name, below)?;
+        self.close()
     }
 
     /// Makes the image name another backing file, or none, whatever its disk shows then, and closes it.
+    /// A stamp of the old one ends.
     ///
     /// # Errors
     /// Those of [`check_backing_name`](Self::check_backing_name); [`Error::ReadOnly`].
     pub fn set_backing_name(self, name: Option<&BackingName>) -> Result<()> {
-        self.write_backing_name(name)?;
+        self.check_writable()?;
+        self.name_backing(name, None)?;
         self.close()
     }
 
-    /// As [`set_backing_name`](Self::set_backing_name), and goes on. What is below the image stays.
-    pub(crate) fn write_backing_name(&self, name: Option<&BackingName>) -> Result<()> {
-        self.check_writable()?;
+    /// As [`set_backing_name`](Self::set_backing_name), and goes on, on what it has been on. An image that
+    /// kept the stamp of that keeps the one of `new`, if it is given.
+    pub(crate) fn name_backing(&self, name: Option<&BackingName>, new: Option<&dyn Disk>) -> Result<()> {
         self.flush()?;
         let mut header = Header::read(&*self.image.storage, &self.image.path)?;
+        let new = new.filter(|_| header.extensions.base_stamp.is_some());
         set(&mut header, name)?;
+        if let Some(new) = new {
+            header.set_base_stamp(Stamp::of(new)?);
+        }
         header.write(&self.image)
     }
 

@@ -24,6 +24,7 @@ mod create;
 mod damage;
 mod data_file_reuse;
 mod dd;
+mod forks;
 mod image_opts;
 mod info;
 mod io;

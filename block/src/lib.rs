@@ -69,7 +69,8 @@ pub use error::{Error, Result};
 pub use file::FileOptions;
 pub use hints::FileHints;
 pub use live::{
-    CommitOptions, ForkOptions, LiveDisk, LiveImage, LiveReport, Progress, RebaseOptions,
+    CommitOptions, ForkOptions, LiveBitmap, LiveDisk, LiveImage, LiveReport, Progress,
+    RebaseOptions,
 };
 pub use lock::Locking;
 pub use new_image::NewImage;

@@ -307,8 +307,11 @@ mod tests {
             ] {
                 let text = format!("{base},overlay=temp,overlay-dir={directory}{keys}");
                 let image = open_text(&text).unwrap();
-                assert_eq!((image.describe().kind, image.describe().format), (kind, DiskFormat::Qcow2));
-                assert_eq!((&image.path, image.disk.size()), (&path.path, SIZE));
+                assert_eq!(
+                    (image.describe().kind, image.describe().format),
+                    (kind, DiskFormat::Qcow2)
+                );
+                assert_eq!((&image.path(), image.disk.size()), (&path.path, SIZE));
                 assert_eq!(byte(&*image.disk), 7);
                 write(&*image.disk, 8);
                 assert_eq!(byte(&*image.disk), 8);
@@ -321,7 +324,7 @@ mod tests {
                 for expected in [7, 9] {
                     let image = open_text(&text).unwrap();
                     let path = dir.path().join("over");
-                    assert_eq!((image.kind, &image.path), ("internal", &path));
+                    assert_eq!((image.describe().kind, &image.path()), ("internal", &path));
                     assert_eq!(byte(&*image.disk), expected);
                     write(&*image.disk, 9);
                     image.disk.close().unwrap();
@@ -331,7 +334,7 @@ mod tests {
             let data = format!("{base},overlay={directory}/over,overlay-data-file={directory}/d");
             for expected in [7, 9] {
                 let image = open_text(&data).unwrap();
-                assert_eq!(image.kind, "external");
+                assert_eq!(image.describe().kind, "external");
                 assert_eq!(byte(&*image.disk), expected);
                 write(&*image.disk, 9);
                 image.disk.close().unwrap();

@@ -41,6 +41,20 @@ impl<'a> ImageRef<'a> {
         id.is_some() && id == other.files().0.id()
     }
 
+    /// Refuses an image that others could not find by its name.
+    pub(super) fn check_named(self) -> Result<()> {
+        let (image, path) = (self.files().0, self.path());
+        let found = path.metadata().map(|file| (file.dev(), file.ino()));
+        if found.is_err() || found.ok() != image.id() {
+            let path = path.display();
+            return Err(Error::Option(format!(
+                "the image of the disk is not at '{path}': it is a temporary overlay, or has been moved or \
+                 replaced"
+            )));
+        }
+        Ok(())
+    }
+
     /// Gives up the locks of an image that is read, for it will be opened for writing.
     pub(super) fn unlock(self) {
         let (image, data) = self.files();
@@ -131,6 +145,26 @@ impl LiveImage {
         let (path, top) = (path.display(), self.path().display());
         Err(Error::Option(format!("'{path}' is not below '{top}'")))
     }
+}
+
+/// Refuses images between `top` and the one that has `depth` others above it besides `top`, that keep a
+/// stamp of what is below them: they are open, and could not be given another one.
+pub(super) fn check_stamps_above(top: &Qcow2, depth: usize) -> Result<()> {
+    let mut below = top.backing();
+    for _ in 0..depth {
+        let Some(disk) = below else { break };
+        if let Some(ImageRef::Qcow2(image)) = disk.as_image()
+            && image.keeps_stamp()?
+        {
+            let path = image.path().display();
+            return Err(Error::Option(format!(
+                "'{path}' keeps a stamp of what is below it, which would change; commit while the disk is \
+                 not in use"
+            )));
+        }
+        below = disk.backing();
+    }
+    Ok(())
 }
 
 /// How many images are between `top` and the one below it that `other` is, too.

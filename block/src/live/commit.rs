@@ -49,12 +49,19 @@ impl LiveDisk {
     /// [`max_last`](CommitOptions::max_last). The disk reads as before, and goes on as it was.
     pub fn commit(&self, options: &CommitOptions, progress: Progress<'_>) -> Result<LiveReport> {
         let changes = self.begin_watched("commit")?;
-        let done = self.open_base(options).and_then(|base| {
+        let done = self.end_stamp().and_then(|stamped| {
+            let base = self.open_base(options).inspect_err(|_| {
+                if stamped {
+                    // Without one it is as good.
+                    drop(self.stamp_below());
+                }
+            })?;
             let mut commit = Commit {
                 disk: self,
                 options,
                 changes: &changes,
-                base: &base,
+                base,
+                stamped,
                 report: LiveReport {
                     stopped: Default::default(),
                     warning: None,
@@ -67,12 +74,25 @@ impl LiveDisk {
         done
     }
 
+    /// Has the image on top keep no stamp of what is below it, for that changes: a crash leaves an image
+    /// without one. Returns whether it has kept one.
+    fn end_stamp(&self) -> Result<bool> {
+        self.exclusive(|state| {
+            let top = state.writable_qcow2()?;
+            let stamped = top.keeps_stamp()?;
+            if stamped {
+                top.keep_stamp(None)?;
+            }
+            Ok(stamped)
+        })
+    }
+
     /// Puts the images above the base on one that is open for writing.
     fn open_base(&self, options: &CommitOptions) -> Result<LiveImage> {
         let opened = {
             let state = self.shared();
             let top = state.writable_qcow2()?;
-            check_bitmaps(top, options)?;
+            chain::check_stamps_above(top, options.between)?;
             let old = chain::sole_below(top, options.between)?;
             old.unlock();
             reopen(top, old, options)
@@ -87,6 +107,9 @@ impl LiveDisk {
                          larger",
                         base.path().display()
                     )));
+                }
+                if options.pivot {
+                    check_bitmaps(top, &base, options.between)?;
                 }
                 if size > base_size {
                     if let LiveImage::Qcow2(base) = &base {
@@ -150,17 +173,47 @@ fn copy(top: &dyn Disk, base: &dyn Disk, between: usize, range: Range<u64>) -> R
     Ok(part.len)
 }
 
-/// Refuses to leave an image that has bitmaps.
-fn check_bitmaps(top: &Qcow2, options: &CommitOptions) -> Result<()> {
-    let has_bitmaps = |bitmaps: Vec<_>| !bitmaps.is_empty();
-    if options.pivot && top.bitmaps()?.is_some_and(has_bitmaps) {
-        let path = top.path().display();
-        return Err(Error::Option(format!(
-            "'{path}' has bitmaps, which would not follow the disk to its base: remove them, or commit \
-             without a pivot"
-        )));
+/// Refuses to leave an image whose bitmaps follow the disk if they cannot go with it.
+fn check_bitmaps(top: &Qcow2, base: &LiveImage, between: usize) -> Result<()> {
+    let following = top.following_bitmaps()?;
+    let refused = |why: String| {
+        let (top, base) = (top.path().display(), base.path().display());
+        let reason = format!("the bitmaps of '{top}' cannot follow the disk to '{base}': {why}");
+        Err(Error::Option(reason))
+    };
+    let Some(base) = base.qcow2() else {
+        return match following.is_empty() {
+            true => Ok(()),
+            false => refused("it is raw".to_owned()),
+        };
+    };
+    if between > 0 && !following.is_empty() {
+        return refused("there are images between".to_owned());
     }
-    Ok(())
+    let known = base.bitmaps()?;
+    let known = known.filter(|_| !following.is_empty());
+    let is_known = |name: &[u8]| known.iter().flatten().any(|other| other.name == name);
+    match following
+        .into_iter()
+        .find(|bitmap| is_known(&bitmap.name[..]))
+    {
+        Some(bitmap) => refused(format!("it has a bitmap '{}'", bitmap.name.escape_ascii())),
+        None => Ok(()),
+    }
+}
+
+/// Has the disk become `base`, and returns what it was.
+fn pivot(state: &mut State, base: &mut LiveImage) -> Result<LiveImage> {
+    let top = state.image.qcow2_mut().ok_or_else(super::in_use)?;
+    if !top.following_bitmaps()?.is_empty() {
+        // Nobody else has the base then.
+        top.put_on(None);
+        let base_image = base.qcow2_mut().ok_or_else(super::in_use);
+        let moved = base_image.and_then(|base| top.hand_over_bitmaps(base));
+        top.put_on(Some(base.shared()));
+        moved?;
+    }
+    Ok(std::mem::replace(&mut state.image, base.clone()))
 }
 
 /// A commit whose base is open for writing.
@@ -168,26 +221,42 @@ struct Commit<'a> {
     disk: &'a LiveDisk,
     options: &'a CommitOptions,
     changes: &'a Arc<Changes>,
-    base: &'a LiveImage,
+    base: LiveImage,
+    /// Whether the image on top has kept the stamp of what is below it.
+    stamped: bool,
     report: LiveReport,
 }
 
 impl Commit<'_> {
     fn run(&mut self, progress: Progress<'_>) -> Result<()> {
-        let (base, between) = (self.base.disk(), self.options.between);
-        let step = |state: &State, range| copy(state.image.disk(), base, between, range);
-        Passes::new(self.disk, self.changes, &mut *progress).run(self.options.max_last, &step)?;
+        let CommitOptions {
+            between,
+            pivot: pivots,
+            max_last,
+            ..
+        } = *self.options;
+        let shared = self.base.shared();
+        let step = move |state: &State, range| copy(state.image.disk(), &*shared, between, range);
+        Passes::new(self.disk, self.changes, &mut *progress).run(max_last, &step)?;
         // Less is left for the moment when requests wait.
-        base.flush()?;
+        self.base.disk().flush()?;
+        let (changes, base) = (self.changes, &mut self.base);
         let (replaced, stopped) = self.disk.exclusive(|state| {
             let begun = Instant::now();
-            check_bitmaps(state.writable_qcow2()?, self.options)?;
-            last_pass(state, self.changes, &step)?;
-            base.flush()?;
-            let replaced = self.options.pivot.then(|| {
-                state.unwatch(self.changes);
-                std::mem::replace(&mut state.image, self.base.clone())
-            });
+            if pivots {
+                let top = state.writable_qcow2()?;
+                check_bitmaps(top, base, between)?;
+            }
+            last_pass(state, changes, &step)?;
+            drop(step);
+            base.disk().flush()?;
+            let replaced = match pivots {
+                true => Some(pivot(state, base)?),
+                false => None,
+            };
+            if pivots {
+                state.unwatch(changes);
+            }
             Ok::<_, Error>((replaced, begun.elapsed()))
         })?;
         self.report.stopped = stopped;
@@ -267,10 +336,14 @@ impl Commit<'_> {
             return Ok(self.report);
         }
         let frozen = self.base.as_ref().and_then(ImageRef::freeze);
+        let stamped = match self.stamped {
+            true => self.disk.stamp_below(),
+            false => Ok(()),
+        };
         done?;
         // The disk needs what the base has.
         let warning = frozen?;
-        self.report.warning = self.report.warning.or(warning);
+        self.report.warning = self.report.warning.or(warning).or(stamped.err());
         Ok(self.report)
     }
 }

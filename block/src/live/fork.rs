@@ -9,10 +9,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
+use super::chain::Gone;
 use super::{LiveDisk, LiveImage, LiveReport, State};
 use crate::file::{ImageFile, is_at};
 use crate::lock::{Access, Locking};
-use crate::qcow2::{Backing, BackingFormat, CreateOptions, OpenOptions, Qcow2};
+use crate::qcow2::{Backing, BackingFormat, CreateOptions, OpenOptions, Qcow2, stamp_base};
 use crate::{Disk, Error, FileOptions, FileStorage, NewImage, Result};
 
 /// How to fork a disk in use.
@@ -42,9 +43,15 @@ impl LiveDisk {
     }
 
     fn fork_alone(&self, options: &ForkOptions) -> Result<LiveReport> {
-        let base = self.shared().image.clone();
-        let (overlay, fork) = New::both(&base, options)?;
-        let size = base.disk().size();
+        let (overlay, fork, size, placeholder) = {
+            let base = &self.shared().image;
+            base.as_ref()?.check_named()?;
+            let (overlay, fork) = New::both(base, options)?;
+            // The new image is on this until the disk goes on with it.
+            let reason = "the disk has not been forked yet".to_owned();
+            let placeholder = Arc::new(Gone::new(base, reason));
+            (overlay, fork, base.disk().size(), placeholder)
+        };
         let open = OpenOptions {
             read_only: false,
             data_file: None,
@@ -52,7 +59,7 @@ impl LiveDisk {
             ..options.open.clone()
         };
         let image = ImageFile::open(&options.overlay, Access::Write, open.files)?;
-        let top = Qcow2::with_files(image, None, Some(base.shared()), &open)?;
+        let mut top = Qcow2::with_files(image, None, Some(placeholder), &open)?;
         // Less is left for the moment when requests wait.
         self.flush()?;
         let report = self.exclusive(|state| {
@@ -61,17 +68,47 @@ impl LiveDisk {
                 let reason = "the size of the disk has changed meanwhile";
                 return Err(Error::Option(reason.to_owned()));
             }
-            let warning = state.image.as_ref()?.freeze()?;
+            let warning = freeze(state, &mut top)?;
+            top.put_on(Some(state.image.shared()));
             state.image = LiveImage::Qcow2(Arc::new(top));
             Ok(LiveReport {
                 stopped: begun.elapsed(),
                 warning,
             })
-        })?;
+        });
+        let mut report = report?;
         overlay.keep();
         fork.keep();
+        // A stamp tells of a base that has been written. Without one the images are as good.
+        let open = OpenOptions {
+            read_only: false,
+            ..open
+        };
+        let stamped = self
+            .stamp_below()
+            .and_then(|()| stamp_base(&options.fork, &open));
+        report.warning = report.warning.or(stamped.err());
         Ok(report)
     }
+}
+
+/// Has the image of the disk only read from now on; the bitmaps that follow the disk go to `top`. Returns
+/// what could not be stored, and is not needed for the disk.
+fn freeze(state: &mut State, top: &mut Qcow2) -> Result<Option<Error>> {
+    let has_bitmaps = match state.image.qcow2() {
+        Some(image) => !image.following_bitmaps()?.is_empty(),
+        None => false,
+    };
+    if has_bitmaps {
+        let image = state.image.qcow2_mut().ok_or_else(super::in_use)?;
+        image.hand_over_bitmaps(top)?;
+    }
+    state.image.as_ref()?.freeze().inspect_err(|_| {
+        if let Some(image) = state.image.qcow2_mut().filter(|_| has_bitmaps) {
+            // They are lost only if nothing can be written any more.
+            drop(top.hand_over_bitmaps(image));
+        }
+    })
 }
 
 /// A new file, which goes unless it is kept.

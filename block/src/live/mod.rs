@@ -9,10 +9,12 @@
 //!
 //! | module | what it knows |
 //! | --- | --- |
+//! | `bitmaps` | the persistent bitmaps of the disk |
 //! | `chain` | the images below one another, and handing their locks over |
 //! | `changes`, `passes` | going through a disk that changes meanwhile, until all of it has been seen |
 //! | `commit`, `rebase`, `fork` | what is done so to the images of a disk |
 
+mod bitmaps;
 mod chain;
 mod changes;
 mod commit;
@@ -30,8 +32,9 @@ use vm_memory::VolatileSlice;
 
 use crate::disk::total_len;
 use crate::qcow2::Qcow2;
-use crate::{Disk, Error, Extent, Limits, Preallocation, Raw, Result};
+use crate::{Disk, Error, Extent, Limits, Preallocation, Raw, Result, Stamp};
 
+pub use bitmaps::LiveBitmap;
 use chain::Gone;
 pub use chain::ImageRef;
 use changes::Changes;
@@ -176,11 +179,25 @@ impl LiveDisk {
     fn begin_watched(&self, operation: &'static str) -> Result<Arc<Changes>> {
         self.exclusive(|state| {
             let top = state.writable_qcow2()?;
+            state.image.as_ref()?.check_named()?;
             let changes = Arc::new(Changes::new(top.size(), top.cluster_size()));
             state.begin(operation)?;
             state.watchers.push(changes.clone());
             Ok(changes)
         })
+    }
+
+    /// Has the qcow2 image of the disk keep the stamp of what is below it, which does not change any more.
+    fn stamp_below(&self) -> Result<()> {
+        let below = {
+            let state = self.shared();
+            state.writable_qcow2()?.lower().cloned()
+        };
+        let Some(below) = below else { return Ok(()) };
+        // This may wait for the clock.
+        let stamp = Stamp::of(&*below)?;
+        drop(below);
+        self.exclusive(|state| state.writable_qcow2()?.keep_stamp(stamp))
     }
 
     fn end_watched(&self, changes: &Arc<Changes>) {

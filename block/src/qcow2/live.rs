@@ -6,15 +6,16 @@ use std::sync::Arc;
 
 use vm_memory::VolatileSlice;
 
-use super::Qcow2;
 use super::entry::Entry;
+use super::header::Header;
 use super::mapping::Kind;
 use super::placement::Placement;
 use super::rebase::{self, Taking};
 use super::zeroes::Zeroed;
+use super::{BitmapInfo, Qcow2};
 use crate::buffers::Buffers;
 use crate::file::ImageFile;
-use crate::{Disk, Error, ExtentKind, Result};
+use crate::{Disk, Error, ExtentKind, Result, Stamp};
 
 /// Bytes of a backing file that are looked at at once.
 const PIECE: u64 = 1 << 20;
@@ -52,6 +53,26 @@ impl Qcow2 {
     pub(crate) fn freeze(&self) -> Result<Option<Error>> {
         self.write_back()?;
         Ok(self.close().err())
+    }
+
+    /// Whether the image keeps the stamp of what is below it.
+    pub(crate) fn keeps_stamp(&self) -> Result<bool> {
+        let header = Header::read(&*self.image.storage, &self.image.path)?;
+        Ok(header.extensions.base_stamp.is_some())
+    }
+
+    /// Has the image keep this stamp of what is below it, or none. No request is under way.
+    pub(crate) fn keep_stamp(&self, stamp: Option<Stamp>) -> Result<()> {
+        self.check_writable()?;
+        let mut header = Header::read(&*self.image.storage, &self.image.path)?;
+        header.set_base_stamp(stamp);
+        header.write(&self.image)
+    }
+
+    /// The bitmaps that follow changes of the disk.
+    pub(crate) fn following_bitmaps(&self) -> Result<Vec<BitmapInfo>> {
+        let bitmaps = self.bitmaps()?.unwrap_or_default().into_iter();
+        Ok(bitmaps.filter(|bitmap| bitmap.auto).collect())
     }
 
     /// Makes what a raw data file holds behind the end of the disk zeros: a disk that grows shows it.

@@ -127,7 +127,7 @@ use crate::file::ImageFile;
 pub use amend::{AmendOptions, amend};
 pub use backing::{Backing, BackingFormat, find_backing, path_of as backing_path};
 pub(crate) use backing::{open_renamed, open_with_base};
-pub use bitmaps::{BitmapEditor, BitmapInfo};
+pub use bitmaps::{BitmapAction, BitmapEditor, BitmapInfo, DirtyBits};
 pub use check::{CheckOptions, CheckReport, Finding, FindingKind, Repair, check, check_storage};
 pub use commit::Commit;
 pub(crate) use commit::Part;
@@ -185,7 +185,7 @@ pub struct Qcow2 {
     corrupt: AtomicBool,
     /// Everything has been stored for the last time.
     closed: AtomicBool,
-    /// `None` without any, or in an image that is open read-only.
+    /// `None` in an image that is open read-only.
     bitmaps: Option<Bitmaps>,
     /// `None` in an image that is open read-only.
     refcounts: Option<Mutex<Refcounts>>,

@@ -137,7 +137,11 @@ impl Qcow2 {
 
     /// As [`set_backing_name`](Self::set_backing_name), and goes on, on what it has been on. An image that
     /// kept the stamp of that keeps the one of `new`, if it is given.
-    pub(crate) fn name_backing(&self, name: Option<&BackingName>, new: Option<&dyn Disk>) -> Result<()> {
+    pub(crate) fn name_backing(
+        &self,
+        name: Option<&BackingName>,
+        new: Option<&dyn Disk>,
+    ) -> Result<()> {
         self.flush()?;
         let mut header = Header::read(&*self.image.storage, &self.image.path)?;
         let new = new.filter(|_| header.extensions.base_stamp.is_some());

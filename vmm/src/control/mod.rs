@@ -1,6 +1,7 @@
 //! Operating a VM while it runs: what its owner can ask for, by [`Control`] or over a
 //! [socket](ControlSocket).
 
+mod bitmaps;
 mod client;
 mod error;
 mod growth;

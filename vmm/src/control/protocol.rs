@@ -1,14 +1,13 @@
 //! The language of the control socket: a request on a line, and its answer on a line.
 
-use std::path::PathBuf;
+mod bitmaps;
+mod images;
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
-use tandem_block::qcow2::{BackingFormat, BackingName};
 
-use super::jobs::micros;
-use super::{CommitBase, Control, ControlError, device_name};
+use super::{Control, ControlError, device_name};
 use crate::config::parse_memory;
 
 /// Most bytes of a request, without the end of its line.
@@ -25,7 +24,9 @@ pub(super) enum RequestError {
     NoCommand,
     #[error(
         "unknown command '{0}'; known are status, disks, metrics, flush, pause, resume, resize, \
-         commit, rebase, fork, jobs, job-cancel and shutdown"
+         shutdown, commit, \
+         rebase, fork, jobs, job-cancel, bitmaps, bitmap-add, bitmap-remove, bitmap-enable, bitmap-disable, bitmap-clear, \
+         bitmap-merge and bitmap-transaction"
     )]
     UnknownCommand(String),
     #[error("{0}")]
@@ -85,39 +86,6 @@ struct ResizeArguments {
     shrink: bool,
 }
 
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct CommitArguments {
-    disk: Value,
-    base: Option<Value>,
-    #[serde(default)]
-    pivot: bool,
-    max_last: Option<Value>,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct RebaseArguments {
-    disk: Value,
-    backing: String,
-    format: Option<String>,
-    max_last: Option<Value>,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct ForkArguments {
-    disk: Value,
-    overlay: PathBuf,
-    fork: PathBuf,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct JobArguments {
-    job: u64,
-}
-
 /// Carries out the request in `text`, and returns the line that answers it.
 pub(super) fn answer(control: &Control, text: &[u8]) -> String {
     let mut request = match serde_json::from_slice::<Map<String, Value>>(text) {
@@ -147,14 +115,14 @@ fn carry_out(control: &Control, mut request: Map<String, Value>) -> Result<Value
     match command.as_str() {
         "flush" => flush(control, arguments(&command, request)?),
         "resize" => resize(control, arguments(&command, request)?),
-        "commit" => commit(control, arguments(&command, request)?),
-        "rebase" => rebase(control, arguments(&command, request)?),
-        "fork" => fork(control, arguments(&command, request)?),
-        "job-cancel" => cancel(control, arguments(&command, request)?),
+        "commit" | "rebase" | "fork" | "job-cancel" => {
+            images::carry_out(control, &command, request)
+        }
         "status" | "disks" | "metrics" | "jobs" | "pause" | "resume" | "shutdown" => {
             let NoArguments {} = arguments(&command, request)?;
             simple(control, &command)
         }
+        _ if command.starts_with("bitmap") => bitmaps::carry_out(control, command, request),
         _ => Err(RequestError::UnknownCommand(command)),
     }
 }
@@ -186,74 +154,10 @@ fn flush(control: &Control, arguments: FlushArguments) -> Result<Value, RequestE
 
 fn resize(control: &Control, arguments: ResizeArguments) -> Result<Value, RequestError> {
     let index = find(control, &arguments.disk)?;
-    let size = arguments.size.as_ref().map(bytes).transpose()?;
+    let size = arguments.size.as_ref();
+    let size = size.map(|size| bytes("size", size)).transpose()?;
     let size = control.resize(index, size, arguments.shrink)?;
     Ok(json!({"size": size}))
-}
-
-fn commit(control: &Control, arguments: CommitArguments) -> Result<Value, RequestError> {
-    let index = find(control, &arguments.disk)?;
-    let base = match &arguments.base {
-        None => CommitBase::Between(0),
-        Some(Value::String(path)) => CommitBase::Path(path.into()),
-        Some(number) => number
-            .as_u64()
-            .and_then(|number| usize::try_from(number).ok())
-            .map(CommitBase::Between)
-            .ok_or_else(|| {
-                let what =
-                    "is neither a path nor how many images are between the disk and its base";
-                RequestError::Argument(format!("base: {number} {what}"))
-            })?,
-    };
-    let max_last = arguments.max_last.as_ref().map(bytes).transpose()?;
-    let job = control.commit(index, &base, arguments.pivot, max_last)?;
-    Ok(json!({"job": job}))
-}
-
-fn rebase(control: &Control, arguments: RebaseArguments) -> Result<Value, RequestError> {
-    let index = find(control, &arguments.disk)?;
-    let RebaseArguments {
-        backing, format, ..
-    } = arguments;
-    let wrong = |what: &str| RequestError::Argument(format!("command rebase: {what}"));
-    let backing = match format {
-        None if backing.is_empty() => None,
-        Some(_) if backing.is_empty() => {
-            return Err(wrong("no backing file has a format"));
-        }
-        None => {
-            return Err(wrong(
-                "the format of the backing file is needed: raw or qcow2",
-            ));
-        }
-        Some(format) => {
-            let known = BackingFormat::from_name(format.as_bytes());
-            let known = known.ok_or_else(|| wrong(&format!("unknown format '{format}'")))?;
-            Some(BackingName {
-                file: backing.into_bytes(),
-                format: known.name().into(),
-            })
-        }
-    };
-    let max_last = arguments.max_last.as_ref().map(bytes).transpose()?;
-    let job = control.rebase(index, backing, max_last)?;
-    Ok(json!({"job": job}))
-}
-
-fn fork(control: &Control, arguments: ForkArguments) -> Result<Value, RequestError> {
-    let index = find(control, &arguments.disk)?;
-    let report = control.fork(index, arguments.overlay, arguments.fork)?;
-    let mut answer = json!({"stopped_us": micros(&report)});
-    if let Some(warning) = &report.warning {
-        answer["warning"] = json!(warning.to_string());
-    }
-    Ok(answer)
-}
-
-fn cancel(control: &Control, arguments: JobArguments) -> Result<Value, RequestError> {
-    control.cancel_job(arguments.job)?;
-    Ok(json!({}))
 }
 
 fn state(control: &Control) -> Value {
@@ -292,15 +196,15 @@ fn find(control: &Control, disk: &Value) -> Result<usize, RequestError> {
     .ok_or_else(none)
 }
 
-/// A size in bytes, or text with a unit.
-fn bytes(size: &Value) -> Result<u64, RequestError> {
-    let bytes = match size {
+/// The value of the argument `name`: a number of bytes, or text with a unit.
+fn bytes(name: &str, value: &Value) -> Result<u64, RequestError> {
+    let bytes = match value {
         Value::String(text) => parse_memory(text).ok(),
-        _ => size.as_u64(),
+        _ => value.as_u64(),
     };
     bytes.ok_or_else(|| {
         let what = "is neither a number of bytes nor text with a unit, as in \"20G\"";
-        RequestError::Argument(format!("size: {size} {what}"))
+        RequestError::Argument(format!("{name}: {value} {what}"))
     })
 }
 

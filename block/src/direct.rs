@@ -10,7 +10,7 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::ops::Range;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 
 use rustix::fs::{AtFlags, StatxFlags};
@@ -242,6 +242,10 @@ impl Storage for Direct {
 
     fn capacity(&self) -> io::Result<Option<u64>> {
         self.file.capacity()
+    }
+
+    fn locked(&self) -> Option<BorrowedFd<'_>> {
+        self.file.locked()
     }
 
     fn stamp(&self) -> io::Result<Option<FileStamp>> {

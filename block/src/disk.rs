@@ -4,6 +4,7 @@ use std::os::fd::BorrowedFd;
 
 use vm_memory::VolatileSlice;
 
+use crate::live::ImageRef;
 use crate::preallocation::Preallocation;
 use crate::{Error, Result, Stamp};
 
@@ -176,6 +177,12 @@ pub trait Disk: Send + Sync {
     /// The disk below, which shows where this one has nothing; what lies behind its end reads as
     /// zero.
     fn backing(&self) -> Option<&dyn Disk> {
+        None
+    }
+
+    /// What this is, if it is an image that this crate has opened.
+    #[doc(hidden)]
+    fn as_image(&self) -> Option<ImageRef<'_>> {
         None
     }
 

@@ -152,6 +152,19 @@ pub enum Error {
         file: PathBuf,
     },
 
+    /// The image of a disk in use could not be kept.
+    #[error("'{}' cannot be used any more: {reason}", file.display())]
+    Gone {
+        /// The image.
+        file: PathBuf,
+        /// Why.
+        reason: String,
+    },
+
+    /// An operation that takes time was ended before it was complete.
+    #[error("the operation has been cancelled")]
+    Cancelled,
+
     /// A request was broken off by a panic in the middle of a change to what is allocated, and
     /// nothing is written any more that depends on it.
     #[error(

@@ -11,7 +11,7 @@ use vm_memory::VolatileSlice;
 
 use crate::cache_mode::CacheMode;
 use crate::direct::Direct;
-use crate::lock::{Access, Locking};
+use crate::lock::{self, Access, Locking};
 use crate::new_file::sync_directory;
 use crate::preallocation::Preallocation;
 use crate::units::Units;
@@ -113,6 +113,38 @@ impl ImageFile {
             Box::new(storage)
         };
         Ok(Self::new(storage, path, cache))
+    }
+
+    /// Gives up the locks, so that the file can be opened in another way.
+    pub fn unlock(&self) {
+        if let Some(file) = self.storage.locked() {
+            lock::release(file);
+        }
+    }
+
+    /// Takes the locks again that [`unlock`](Self::unlock) has given up.
+    pub fn lock_again(&self, access: Access) -> Result<()> {
+        match self.storage.locked() {
+            Some(file) => lock::acquire(file, &self.path, access, Locking::On),
+            None => Ok(()),
+        }
+    }
+
+    /// Keeps writers off, and readers no more: the file will not be written from here.
+    pub fn end_writing(&self) -> Result<()> {
+        match self.storage.locked() {
+            Some(file) => lock::downgrade(file, &self.path),
+            None => Ok(()),
+        }
+    }
+
+    /// Device and inode; of what is in its place now, if the storage does not tell.
+    pub fn id(&self) -> Option<(u64, u64)> {
+        let stat = match self.storage.locked().or_else(|| self.storage.fd()) {
+            Some(file) => rustix::fs::fstat(file),
+            None => rustix::fs::stat(&self.path),
+        };
+        stat.ok().map(|stat| (stat.st_dev, stat.st_ino))
     }
 
     pub fn read_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> Result<()> {

@@ -68,7 +68,10 @@ pub use disk::{Disk, Extent, ExtentKind, Limits, extent_in_chain, sparse_extent_
 pub use error::{Error, Result};
 pub use file::FileOptions;
 pub use hints::FileHints;
-pub use live::{LiveBitmap, LiveDisk, LiveImage};
+pub use live::{
+    CommitOptions, ForkOptions, LiveBitmap, LiveDisk, LiveImage, LiveReport, Progress,
+    RebaseOptions,
+};
 pub use lock::Locking;
 pub use new_image::NewImage;
 pub use preallocation::Preallocation;

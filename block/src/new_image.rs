@@ -107,6 +107,11 @@ impl NewImage {
         Ok(Self { files, is_mapped })
     }
 
+    /// Whether there is something in the place of the image that it will replace, or is written to.
+    pub(crate) fn replaces(&self) -> bool {
+        self.files.image.exists()
+    }
+
     /// Whether all of the disk reads as zero: a block device shows what it held before where it has a
     /// place in the disk.
     pub fn reads_zero(&self) -> bool {

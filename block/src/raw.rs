@@ -9,6 +9,7 @@ use crate::cache_mode::CacheMode;
 use crate::disk::{check_range, total_len};
 use crate::file::{FileOptions, ImageFile};
 use crate::hints::FileHints;
+use crate::live::ImageRef;
 use crate::lock::Access;
 use crate::preallocation::Preallocation;
 use crate::sync::atomic::{AtomicU64, Ordering};
@@ -53,11 +54,6 @@ impl Raw {
         Self::from_file(file, read_only)
     }
 
-    /// The file, as it was named when it was opened.
-    pub(crate) fn path(&self) -> &Path {
-        &self.file.path
-    }
-
     /// Creates a disk of `size` bytes, rounded up to whole sectors.
     ///
     /// A file that exists is replaced once the new one is complete. On a block device, only the
@@ -93,6 +89,15 @@ impl Raw {
             ImageFile::new(storage, name, CacheMode::default()),
             read_only,
         )
+    }
+
+    /// Where the file was found.
+    pub fn path(&self) -> &Path {
+        &self.file.path
+    }
+
+    pub(crate) fn file(&self) -> &ImageFile {
+        &self.file
     }
 
     pub(crate) fn from_file(file: ImageFile, read_only: bool) -> Result<Self> {
@@ -180,6 +185,10 @@ impl Disk for Raw {
             kind,
             offset: Some(offset),
         })
+    }
+
+    fn as_image(&self) -> Option<ImageRef<'_>> {
+        Some(ImageRef::Raw(self))
     }
 
     fn stamp(&self) -> Result<Option<Stamp>> {

@@ -119,6 +119,12 @@ pub trait Storage: Debug + Send + Sync {
     fn units(&self) -> Units {
         Units::default()
     }
+
+    /// The file that has the locks, if they keep others off.
+    #[doc(hidden)]
+    fn locked(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
 }
 
 /// A regular file or a host block device.
@@ -126,7 +132,7 @@ pub trait Storage: Debug + Send + Sync {
 pub struct FileStorage {
     file: File,
     is_block_device: bool,
-    is_locked: bool,
+    locking: Locking,
     nowait: NoWait,
     units: Units,
 }
@@ -180,14 +186,14 @@ impl FileStorage {
             },
             file,
             is_block_device,
-            is_locked: false,
+            locking: Locking::Off,
         })
     }
 
     /// Locks the file, which is called `path`, until this is dropped.
     pub(crate) fn lock(&mut self, path: &Path, access: Access, locking: Locking) -> Result<()> {
         lock::acquire(&self.file, path, access, locking)?;
-        self.is_locked = true;
+        self.locking = locking;
         Ok(())
     }
 
@@ -242,7 +248,7 @@ impl FileStorage {
 
 impl Drop for FileStorage {
     fn drop(&mut self) {
-        if self.is_locked {
+        if self.locking != Locking::Off {
             lock::release(&self.file);
         }
     }
@@ -428,6 +434,10 @@ impl Storage for FileStorage {
             return self.size().map(Some);
         }
         Ok(None)
+    }
+
+    fn locked(&self) -> Option<BorrowedFd<'_>> {
+        (self.locking == Locking::On).then(|| self.file.as_fd())
     }
 
     fn stamp(&self) -> io::Result<Option<FileStamp>> {

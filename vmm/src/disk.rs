@@ -1,13 +1,13 @@
 //! The disks: opened as configured, and put behind a virtio-mmio transport.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use kvm_ioctls::VmFd;
 use tandem_block::qcow2::{
     BackingFormat, Base, DataFileLayout, OpenOptions, OverlayOptions, OverlayPlace, Qcow2,
 };
-use tandem_block::{CacheMode, Disk, LiveDisk, Locking, Raw};
+use tandem_block::{CacheMode, Disk, LiveDisk, LiveImage, Locking, Raw};
 use tandem_devices::GuestMemory;
 use tandem_devices::bus::Bus;
 use tandem_devices::virtio::block::{Block, Handle, Options};
@@ -23,36 +23,74 @@ use crate::layout;
 /// An image that is open.
 #[derive(Clone)]
 pub struct Image {
-    /// Where it is; of a temporary overlay, what it stands on.
+    /// How it has been opened, and how others will be that come to be in its place.
+    pub open_options: OpenOptions,
+    /// What a temporary overlay, which has no name, stands on.
+    temporary_on: Option<PathBuf>,
+    /// The guest's disk.
+    pub disk: Arc<LiveDisk>,
+}
+
+/// What a disk consists of now.
+pub struct Description {
+    /// Where its image is; of a temporary overlay, what it stands on.
     pub path: PathBuf,
-    /// Its format.
+    /// The format of that.
     pub format: DiskFormat,
     /// Where the guest's data is.
     pub kind: &'static str,
     /// The external data file.
     pub data_file: Option<PathBuf>,
-    /// The guest's disk.
-    pub disk: Arc<LiveDisk>,
+}
+
+impl Image {
+    /// Where it is now.
+    pub fn path(&self) -> PathBuf {
+        self.describe().path
+    }
+
+    /// What it consists of now.
+    pub fn describe(&self) -> Description {
+        let mut description = self.disk.with_image(describe);
+        if let Some(base) = &self.temporary_on {
+            description.path.clone_from(base);
+        }
+        description
+    }
+}
+
+/// Tells what `image` is.
+pub fn describe(image: &LiveImage) -> Description {
+    let data_file = image.qcow2().and_then(Qcow2::data_file);
+    let (format, kind) = match (image.qcow2(), &data_file) {
+        (None, _) => (DiskFormat::Raw, "raw"),
+        (Some(_), None) => (DiskFormat::Qcow2, "internal"),
+        (Some(_), Some(file)) if file.layout == DataFileLayout::Packed => {
+            (DiskFormat::Qcow2, "packed")
+        }
+        (Some(_), Some(file)) if file.is_raw => (DiskFormat::Qcow2, "external-raw"),
+        (Some(_), Some(_)) => (DiskFormat::Qcow2, "external"),
+    };
+    Description {
+        path: image.path().to_owned(),
+        format,
+        kind,
+        data_file: data_file.map(|file| file.path),
+    }
 }
 
 /// Opens the image of `config`.
 pub fn open(config: &DiskConfig) -> Result<Image> {
-    let path = config.path.clone();
     if let Some(place) = &config.overlay {
         return open_overlay(config, place);
     }
+    let open_options = open_options(config);
     if config.format == DiskFormat::Raw {
-        let disk = Raw::open_with(&path, config.read_only, config.files)?;
-        return Ok(Image {
-            path,
-            format: DiskFormat::Raw,
-            kind: "raw",
-            data_file: None,
-            disk: Arc::new(LiveDisk::new(disk)),
-        });
+        let disk = Raw::open_with(&config.path, config.read_only, config.files)?;
+        return Ok(Image::new(disk, open_options));
     }
-    let disk = Qcow2::open(&path, &open_options(config)).map_err(with_hint)?;
-    Ok(Image::qcow2(path, disk))
+    let disk = Qcow2::open(&config.path, &open_options).map_err(with_hint)?;
+    Ok(Image::new(disk, open_options))
 }
 
 /// Opens the overlay of the image of `config`, which is made if it is not there yet.
@@ -79,7 +117,11 @@ fn open_overlay(config: &DiskConfig, place: &OverlayPlace) -> Result<Image> {
                 // Nobody finds it after a failure of power.
                 files.cache = CacheMode::Unsafe;
             }
-            Ok(Image::qcow2(config.path.clone(), base.overlay(&options)?))
+            let overlay = base.overlay(&options)?;
+            Ok(Image {
+                temporary_on: Some(config.path.clone()),
+                ..Image::new(overlay, options.open)
+            })
         }
         OverlayPlace::Kept { path, data_file } => {
             let disk = if path.exists() {
@@ -88,7 +130,7 @@ fn open_overlay(config: &DiskConfig, place: &OverlayPlace) -> Result<Image> {
             } else {
                 base.overlay(&options)?
             };
-            Ok(Image::qcow2(path.clone(), disk))
+            Ok(Image::new(disk, options.open))
         }
     }
 }
@@ -115,20 +157,11 @@ fn with_hint(error: tandem_block::Error) -> Error {
 }
 
 impl Image {
-    fn qcow2(path: PathBuf, disk: Qcow2) -> Self {
-        let data_file = disk.data_file();
-        let kind = match &data_file {
-            None => "internal",
-            Some(file) if file.layout == DataFileLayout::Packed => "packed",
-            Some(file) if file.is_raw => "external-raw",
-            Some(_) => "external",
-        };
+    fn new(image: impl Into<LiveImage>, open_options: OpenOptions) -> Self {
         Self {
-            path,
-            format: DiskFormat::Qcow2,
-            kind,
-            data_file: data_file.map(|file| file.path),
-            disk: Arc::new(LiveDisk::new(disk)),
+            open_options,
+            temporary_on: None,
+            disk: Arc::new(LiveDisk::new(image)),
         }
     }
 }
@@ -204,7 +237,7 @@ impl Attached {
 
     /// Makes everything durable, for the last time. Call it after [`Attached::stop`].
     pub fn close(&self) -> std::result::Result<(), (PathBuf, tandem_block::Error)> {
-        let path = || self.image.path.clone();
+        let path = || self.image.path();
         self.image.disk.close().map_err(|error| (path(), error))
     }
 }
@@ -274,8 +307,11 @@ mod tests {
             ] {
                 let text = format!("{base},overlay=temp,overlay-dir={directory}{keys}");
                 let image = open_text(&text).unwrap();
-                assert_eq!((image.kind, image.format), (kind, DiskFormat::Qcow2));
-                assert_eq!((&image.path, image.disk.size()), (&path.path, SIZE));
+                assert_eq!(
+                    (image.describe().kind, image.describe().format),
+                    (kind, DiskFormat::Qcow2)
+                );
+                assert_eq!((&image.path(), image.disk.size()), (&path.path, SIZE));
                 assert_eq!(byte(&*image.disk), 7);
                 write(&*image.disk, 8);
                 assert_eq!(byte(&*image.disk), 8);
@@ -288,7 +324,7 @@ mod tests {
                 for expected in [7, 9] {
                     let image = open_text(&text).unwrap();
                     let path = dir.path().join("over");
-                    assert_eq!((image.kind, &image.path), ("internal", &path));
+                    assert_eq!((image.describe().kind, &image.path()), ("internal", &path));
                     assert_eq!(byte(&*image.disk), expected);
                     write(&*image.disk, 9);
                     image.disk.close().unwrap();
@@ -298,7 +334,7 @@ mod tests {
             let data = format!("{base},overlay={directory}/over,overlay-data-file={directory}/d");
             for expected in [7, 9] {
                 let image = open_text(&data).unwrap();
-                assert_eq!(image.kind, "external");
+                assert_eq!(image.describe().kind, "external");
                 assert_eq!(byte(&*image.disk), expected);
                 write(&*image.disk, 9);
                 image.disk.close().unwrap();

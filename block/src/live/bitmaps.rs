@@ -1,6 +1,6 @@
 //! The persistent bitmaps of a disk that is used.
 
-use super::{LiveDisk, LiveImage};
+use super::{LiveDisk, LiveImage, in_use};
 use crate::qcow2::{BitmapAction, BitmapInfo, DirtyBits, Qcow2};
 use crate::{Error, Raw, Result};
 
@@ -41,9 +41,10 @@ impl LiveDisk {
     /// # Errors
     /// [`Error::Bitmap`] for a raw disk; otherwise as [`Qcow2::change_bitmaps`].
     pub fn change_bitmaps(&self, actions: &[BitmapAction]) -> Result<()> {
-        self.exclusive(|state| match &mut state.image {
-            LiveImage::Raw(disk) => Err(no_place(disk)),
-            LiveImage::Qcow2(disk) => disk.change_bitmaps(actions),
+        self.exclusive(|state| {
+            state.image.with_bitmaps()?;
+            let disk = state.image.qcow2_mut().ok_or_else(in_use)?;
+            disk.change_bitmaps(actions)
         })
     }
 
@@ -61,6 +62,7 @@ impl LiveImage {
         match self {
             Self::Raw(disk) => Err(no_place(disk)),
             Self::Qcow2(disk) => Ok(disk),
+            Self::Gone(gone) => Err(gone.error()),
         }
     }
 }

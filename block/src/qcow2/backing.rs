@@ -17,10 +17,12 @@ use vm_memory::VolatileSlice;
 
 use super::header::Header;
 use super::policy::{self, Follow};
+use super::rebase::BackingName;
 use super::{OpenOptions, Qcow2, check};
 use crate::buffers::{Buffers, fill_zero};
-use crate::file::ImageFile;
-use crate::lock::Access;
+use crate::file::{FileOptions, ImageFile};
+use crate::live::LiveImage;
+use crate::lock::{Access, Locking};
 use crate::{Disk, Error, ExtentKind, Limits, Raw, Result, extent_in_chain};
 
 /// Most images below one another.
@@ -111,17 +113,70 @@ pub(super) fn open(top: &Found, options: &OpenOptions) -> Result<Option<Arc<dyn 
 /// # Errors
 /// [`Error::Option`] if there is no such image.
 pub(super) fn open_above(top: &Found, options: &OpenOptions, depth: usize) -> Result<Above> {
-    let chain = open_chain(top, options, Some(depth))?;
-    match (chain.below, chain.base) {
-        (Some(below), Some(base)) => Ok(Above {
-            below,
-            base,
-            stamped: chain.stamped,
-        }),
-        _ => Err(Error::Option(
-            "Image does not have a backing file".to_owned(),
-        )),
-    }
+    let base = Base {
+        depth,
+        shows: false,
+    };
+    let chain = open_chain(top, options, Some(base))?;
+    let (Some(below), Some(base)) = (chain.below, chain.base) else {
+        return Err(no_base());
+    };
+    Ok(Above {
+        below,
+        base: base.shared(),
+        stamped: chain.stamped,
+    })
+}
+
+/// As [`open_above`], and the images above the base are on it.
+///
+/// # Errors
+/// Those of [`open_above`].
+pub(crate) fn open_with_base(
+    top: &Path,
+    options: &OpenOptions,
+    depth: usize,
+) -> Result<(Arc<dyn Disk>, LiveImage)> {
+    let base = Base { depth, shows: true };
+    let chain = open_chain(&look(top, options)?, options, Some(base))?;
+    chain.below.zip(chain.base).ok_or_else(no_base)
+}
+
+/// Opens what is below the image at `top` once it has `name` as the name of its backing file.
+///
+/// # Errors
+/// As [`Qcow2::open`].
+pub(crate) fn open_renamed(
+    top: &Path,
+    name: &BackingName,
+    options: &OpenOptions,
+) -> Result<Option<Arc<dyn Disk>>> {
+    let mut top = look(top, options)?;
+    top.header.backing_file = Some(name.file.clone());
+    top.header.extensions.backing_format = Some(name.format.clone());
+    open(&top, options)
+}
+
+/// Reads the header of an image that is in use.
+fn look(image: &Path, options: &OpenOptions) -> Result<Found> {
+    let unlocked = FileOptions {
+        locking: Locking::Off,
+        ..options.files
+    };
+    Found::new(ImageFile::open(image, Access::Look, unlocked)?, true)
+}
+
+fn no_base() -> Error {
+    Error::Option("Image does not have a backing file".to_owned())
+}
+
+/// An image below another that is opened for writing.
+#[derive(Clone, Copy)]
+struct Base {
+    /// How many others are between the two.
+    depth: usize,
+    /// Whether those show what it has.
+    shows: bool,
 }
 
 /// What lies below an image, without a base.
@@ -129,7 +184,7 @@ pub(super) struct Above {
     /// The images above the base, on something in its place that has its size and cannot be read.
     pub below: Arc<dyn Disk>,
     /// On what lies below it.
-    pub base: Box<dyn Disk>,
+    pub base: Arc<dyn Disk>,
     /// Those above the base, the one on top among them, that keep a stamp, from the base up.
     pub stamped: Vec<PathBuf>,
 }
@@ -137,11 +192,11 @@ pub(super) struct Above {
 #[derive(Default)]
 struct Chain {
     below: Option<Arc<dyn Disk>>,
-    base: Option<Box<dyn Disk>>,
+    base: Option<LiveImage>,
     stamped: Vec<PathBuf>,
 }
 
-fn open_chain(top: &Found, options: &OpenOptions, base: Option<usize>) -> Result<Chain> {
+fn open_chain(top: &Found, options: &OpenOptions, base: Option<Base>) -> Result<Chain> {
     let given = &options.backing;
     let options = OpenOptions {
         read_only: true,
@@ -184,7 +239,8 @@ fn open_chain(top: &Found, options: &OpenOptions, base: Option<usize>) -> Result
     let mut chain = Chain::default();
     while let Some(name) = &images.last().unwrap_or(top).header.backing_file {
         let above = images.last().unwrap_or(top);
-        let is_base = base == Some(images.len());
+        let is_base = base.is_some_and(|base| base.depth == images.len());
+        let shows = base.is_some_and(|base| base.shows);
         let options = OpenOptions {
             read_only: !is_base,
             ..options.clone()
@@ -197,12 +253,17 @@ fn open_chain(top: &Found, options: &OpenOptions, base: Option<usize>) -> Result
         match find(above, name, forced.take(), &options, &mut ids).map_err(wrapped)? {
             next if is_base => {
                 let base = next.open_base(&options).map_err(wrapped)?;
-                chain.below = Some(Arc::new(Absent { size: base.size() }));
+                chain.below = Some(if shows {
+                    base.shared()
+                } else {
+                    let size = base.disk().size();
+                    Arc::new(Absent { size })
+                });
                 chain.base = Some(base);
                 break;
             }
-            Next::Disk(raw) => {
-                chain.below = Some(raw.into());
+            Next::Raw(raw) => {
+                chain.below = Some(Arc::new(raw));
                 break;
             }
             Next::Image(image) => images.push(*image),
@@ -281,18 +342,18 @@ fn open_given(
 
 /// A backing file.
 enum Next {
-    Disk(Box<dyn Disk>),
+    Raw(Raw),
     Image(Box<Found>),
 }
 
 impl Next {
     /// Opens what is to be written, on top of what lies below it.
-    fn open_base(self, options: &OpenOptions) -> Result<Box<dyn Disk>> {
+    fn open_base(self, options: &OpenOptions) -> Result<LiveImage> {
         match self {
-            Self::Disk(raw) => Ok(raw),
+            Self::Raw(raw) => Ok(raw.into()),
             Self::Image(image) => {
                 let below = open(&image, options)?;
-                Ok(Box::new(Qcow2::from_found(*image, options, below)?))
+                Ok(Qcow2::from_found(*image, options, below)?.into())
             }
         }
     }
@@ -329,7 +390,7 @@ fn find(
     };
     let file = ImageFile::open_with(&path, open, access, options.files)?;
     Ok(match format {
-        BackingFormat::Raw => Next::Disk(Box::new(Raw::from_file(file, read_only)?)),
+        BackingFormat::Raw => Next::Raw(Raw::from_file(file, read_only)?),
         BackingFormat::Qcow2 => Next::Image(Box::new(Found::new(file, read_only)?)),
     })
 }

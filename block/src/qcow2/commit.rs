@@ -4,7 +4,9 @@
 //! Until all of that is on disk the images above it are not touched, and hide what the base has; so
 //! the disk on top reads the same at any time, and after a crash.
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use vm_memory::VolatileSlice;
 
@@ -23,7 +25,7 @@ const PIECE: u64 = 2 << 20;
 pub struct Commit {
     /// Without the base and what lies below that.
     top: Qcow2,
-    base: Box<dyn Disk>,
+    base: Arc<dyn Disk>,
     /// How many images are between the two.
     between: usize,
     /// The images above the base that keep a stamp, from the base up.
@@ -63,7 +65,7 @@ impl Commit {
     pub fn with_disks(top: Qcow2, base: Box<dyn Disk>, between: usize) -> Self {
         Self {
             top,
-            base,
+            base: base.into(),
             between,
             stamped: Vec::new(),
             options: OpenOptions::default(),
@@ -109,27 +111,16 @@ impl Commit {
         Ok(())
     }
 
-    /// Calls `f` on what the images above the base have, and what lies behind its end: data in parts
-    /// of up to [`PIECE`] bytes.
+    /// Calls `f` on what the images above the base have, and what lies behind its end.
     fn for_each_part(&self, mut f: impl FnMut(Part) -> Result<()>) -> Result<()> {
         let size = self.top.size();
         let mut offset = 0;
         while offset < size {
-            let (depth, extent) = extent_in_chain(&self.top, offset, size - offset)?;
-            let (is_zero, len) = match extent.kind {
-                ExtentKind::Data | ExtentKind::Compressed => (false, extent.len.min(PIECE)),
-                // Unallocated, if the image below this one ends before. That goes for the base, too: a
-                // raw data file of it may hold anything there.
-                ExtentKind::Zero | ExtentKind::Unallocated => (true, extent.len),
-            };
-            if depth <= self.between {
-                f(Part {
-                    offset,
-                    len,
-                    is_zero,
-                })?;
+            let part = Part::find(&self.top, offset..size)?;
+            offset += part.len;
+            if part.depth <= self.between {
+                f(part)?;
             }
-            offset += len;
         }
         Ok(())
     }
@@ -153,16 +144,37 @@ impl Commit {
     }
 }
 
-/// A part of the disk that the base takes up.
-struct Part {
-    offset: u64,
-    len: u64,
-    is_zero: bool,
+/// A part of the disk that one image shows.
+pub(crate) struct Part {
+    pub offset: u64,
+    pub len: u64,
+    pub is_zero: bool,
+    /// How many images are above that one.
+    pub depth: usize,
+}
+
+impl Part {
+    /// The one that `range` of `top` begins with: up to [`PIECE`] bytes of data.
+    pub fn find(top: &dyn Disk, range: Range<u64>) -> Result<Self> {
+        let (depth, extent) = extent_in_chain(top, range.start, range.end - range.start)?;
+        let (is_zero, len) = match extent.kind {
+            ExtentKind::Data | ExtentKind::Compressed => (false, extent.len.min(PIECE)),
+            // Unallocated, if the image below this one ends before. That goes for the base, too: a
+            // raw data file of it may hold anything there.
+            ExtentKind::Zero | ExtentKind::Unallocated => (true, extent.len),
+        };
+        Ok(Self {
+            offset: range.start,
+            len,
+            is_zero,
+            depth,
+        })
+    }
 }
 
 impl Qcow2 {
     /// Removes all mappings, so that the backing file shows everywhere, and closes the image.
-    fn empty(self) -> Result<()> {
+    pub(crate) fn empty(self) -> Result<()> {
         self.check_writable()?;
         let clusters = self.geometry.clusters(self.size());
         self.unmap_clusters(0..clusters, Zeroed::Emptied)?;

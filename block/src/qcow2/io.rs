@@ -15,6 +15,7 @@ use super::placement::Placement;
 use super::ranges::RangeGuard;
 use crate::buffers::{Buffers, fill_zero};
 use crate::disk::{check_range, total_len};
+use crate::live::ImageRef;
 use crate::{Disk, Error, Extent, Limits, Preallocation, Result, Stamp};
 
 /// How often a request on a full disk looks for clusters that have come back.
@@ -137,6 +138,10 @@ impl Disk for Qcow2 {
         Ok(is_copied)
     }
 
+    fn as_image(&self) -> Option<ImageRef<'_>> {
+        Some(ImageRef::Qcow2(self))
+    }
+
     fn backing(&self) -> Option<&dyn Disk> {
         self.backing.as_deref()
     }
@@ -218,7 +223,7 @@ impl Qcow2 {
     }
 
     /// Calls `write` until it finds room for its data and tables, or no more clusters come back.
-    pub(super) fn with_space(&self, write: impl Fn() -> Result<()>) -> Result<()> {
+    pub(super) fn with_space(&self, mut write: impl FnMut() -> Result<()>) -> Result<()> {
         loop {
             let returned = self.retired.returned();
             match write() {

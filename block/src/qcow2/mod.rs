@@ -17,6 +17,7 @@
 //! | `resize`, `preallocate` | growing and shrinking the disk |
 //! | `backing` | what shows where the image has nothing |
 //! | `stamp` | whether that has changed since |
+//! | `live` | what is done to the image of a disk in use |
 //! | `rebase`, `commit` | putting an image on another backing file; moving its data to one below |
 //! | `placement`, `packed` | where data lies: in the image, or in a data file of some kind |
 //! | `cache`, `l1`, `words`, `refcount` | L2 slices, the L1 table and refcounts, in memory |
@@ -74,6 +75,7 @@ mod header;
 mod info;
 mod io;
 mod l1;
+mod live;
 mod mapping;
 mod measure;
 mod nowait;
@@ -124,9 +126,11 @@ use crate::file::ImageFile;
 
 pub use amend::{AmendOptions, amend};
 pub use backing::{Backing, BackingFormat, find_backing, path_of as backing_path};
+pub(crate) use backing::{open_renamed, open_with_base};
 pub use bitmaps::{BitmapAction, BitmapEditor, BitmapInfo, DirtyBits};
 pub use check::{CheckOptions, CheckReport, Finding, FindingKind, Repair, check, check_storage};
 pub use commit::Commit;
+pub(crate) use commit::Part;
 pub use compress::CompressedCluster;
 pub use compressed::CompressionType;
 pub use create::{CreateOptions, DataFileReuse, create, create_with};
@@ -137,6 +141,7 @@ pub use open::OpenOptions;
 pub use overlay::{Base, OverlayOptions, OverlayPlace};
 pub use placement::DataFile;
 pub use policy::Follow;
+pub(crate) use rebase::Taking;
 pub use rebase::{BackingName, NewBacking, set_backing_name};
 pub use snapshot::{SnapshotInfo, SnapshotName};
 pub use stamp::{base_difference, stamp_base};

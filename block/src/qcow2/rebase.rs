@@ -120,7 +120,8 @@ impl Qcow2 {
             compress,
         };
         taking.run(progress)?;
-        self.name_backing(name, below)
+        self.name_backing(name, below)?;
+        self.close()
     }
 
     /// Makes the image name another backing file, or none, whatever its disk shows then, and closes it.
@@ -130,12 +131,17 @@ impl Qcow2 {
     /// Those of [`check_backing_name`](Self::check_backing_name); [`Error::ReadOnly`].
     pub fn set_backing_name(self, name: Option<&BackingName>) -> Result<()> {
         self.check_writable()?;
-        self.name_backing(name, None)
+        self.name_backing(name, None)?;
+        self.close()
     }
 
-    /// As [`set_backing_name`](Self::set_backing_name). An image that kept the stamp of what it was on
-    /// keeps that of `new`, if it is given.
-    fn name_backing(&self, name: Option<&BackingName>, new: Option<&dyn Disk>) -> Result<()> {
+    /// As [`set_backing_name`](Self::set_backing_name), and goes on, on what it has been on. An image that
+    /// kept the stamp of that keeps the one of `new`, if it is given.
+    pub(crate) fn name_backing(
+        &self,
+        name: Option<&BackingName>,
+        new: Option<&dyn Disk>,
+    ) -> Result<()> {
         self.flush()?;
         let mut header = Header::read(&*self.image.storage, &self.image.path)?;
         let new = new.filter(|_| header.extensions.base_stamp.is_some());
@@ -143,8 +149,7 @@ impl Qcow2 {
         if let Some(new) = new {
             header.set_base_stamp(Stamp::of(new)?);
         }
-        header.write(&self.image)?;
-        self.close()
+        header.write(&self.image)
     }
 
     fn below(&self, depth: usize) -> Option<&dyn Disk> {
@@ -157,12 +162,12 @@ impl Qcow2 {
 }
 
 /// Takes up what the old backing file shows and the new one does not.
-struct Taking<'a> {
-    disk: &'a Qcow2,
-    new: Option<&'a dyn Disk>,
+pub(crate) struct Taking<'a> {
+    pub disk: &'a Qcow2,
+    pub new: Option<&'a dyn Disk>,
     /// How many images of the old chain are above the new backing file, if that is one of it.
-    shared: Option<usize>,
-    compress: bool,
+    pub shared: Option<usize>,
+    pub compress: bool,
 }
 
 impl Taking<'_> {
@@ -196,7 +201,7 @@ impl Taking<'_> {
 
     /// How many of the `len` bytes at `at`, whole units or all, both backing files are known to show
     /// the same of, without reading them.
-    fn known_same(&self, at: u64, len: u64) -> Result<u64> {
+    pub(super) fn known_same(&self, at: u64, len: u64) -> Result<u64> {
         let same = match self.shared {
             Some(depth) => self.comes_from(depth, at, len)?,
             None => 0,
@@ -257,7 +262,7 @@ impl Taking<'_> {
     }
 
     /// Bytes from `at` to the end of what is taken up as a whole.
-    fn unit(&self, at: u64) -> usize {
+    pub(super) fn unit(&self, at: u64) -> usize {
         let g = self.disk.geometry;
         let unit = if self.compress {
             g.cluster_size() - g.in_cluster(at)
@@ -310,7 +315,7 @@ fn zeros(disk: Option<&dyn Disk>, at: u64, len: u64) -> Result<u64> {
 }
 
 /// Reads what `disk` has at `at`, and zeros behind its end.
-fn read(disk: Option<&dyn Disk>, at: u64, buf: &mut [u8]) -> Result<()> {
+pub(super) fn read(disk: Option<&dyn Disk>, at: u64, buf: &mut [u8]) -> Result<()> {
     let size = disk.map_or(0, Disk::size);
     let (stored, rest) = buf.split_at_mut(size.saturating_sub(at).min(buf.len() as u64) as usize);
     rest.fill(0);

@@ -42,6 +42,10 @@ pub enum ControlError {
         source: tandem_block::Error,
     },
 
+    /// There is no such job.
+    #[error("there is no job {0}")]
+    NoSuchJob(u64),
+
     /// The host could not do it.
     #[error("could not {action}: {source}")]
     Host {

@@ -1,6 +1,7 @@
 //! The language of the control socket: a request on a line, and its answer on a line.
 
 mod bitmaps;
+mod images;
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -23,7 +24,8 @@ pub(super) enum RequestError {
     NoCommand,
     #[error(
         "unknown command '{0}'; known are status, disks, metrics, flush, pause, resume, resize, \
-         shutdown, bitmaps, bitmap-add, bitmap-remove, bitmap-enable, bitmap-disable, bitmap-clear, \
+         shutdown, commit, \
+         rebase, fork, jobs, job-cancel, bitmaps, bitmap-add, bitmap-remove, bitmap-enable, bitmap-disable, bitmap-clear, \
          bitmap-merge and bitmap-transaction"
     )]
     UnknownCommand(String),
@@ -48,6 +50,7 @@ impl RequestError {
             Self::NotPermitted => "not-permitted",
             Self::Control(error) => match error {
                 ControlError::NoSuchDisk(_) => "no-such-disk",
+                ControlError::NoSuchJob(_) => "no-such-job",
                 ControlError::Ended => "ended",
                 ControlError::WouldShrink { .. } => "would-shrink",
                 ControlError::NeedsSize => "needs-size",
@@ -112,7 +115,10 @@ fn carry_out(control: &Control, mut request: Map<String, Value>) -> Result<Value
     match command.as_str() {
         "flush" => flush(control, arguments(&command, request)?),
         "resize" => resize(control, arguments(&command, request)?),
-        "status" | "disks" | "metrics" | "pause" | "resume" | "shutdown" => {
+        "commit" | "rebase" | "fork" | "job-cancel" => {
+            images::carry_out(control, &command, request)
+        }
+        "status" | "disks" | "metrics" | "jobs" | "pause" | "resume" | "shutdown" => {
             let NoArguments {} = arguments(&command, request)?;
             simple(control, &command)
         }
@@ -126,6 +132,7 @@ fn simple(control: &Control, command: &str) -> Result<Value, RequestError> {
     match command {
         "disks" => Ok(json!({"disks": value(&control.disks())})),
         "metrics" => Ok(value(&control.metrics())),
+        "jobs" => Ok(json!({"jobs": value(&control.jobs())})),
         "pause" => control.pause().map(|()| state(control)),
         "resume" => control.resume().map(|()| state(control)),
         "shutdown" => {

@@ -8,6 +8,7 @@
 //! [`Watcher`]s are told of each change before it happens.
 
 use std::os::fd::BorrowedFd;
+use std::path::Path;
 use std::sync::{Arc, PoisonError, TryLockError};
 
 use crossbeam_utils::sync::{ShardedLock, ShardedLockReadGuard};
@@ -52,6 +53,9 @@ pub(crate) trait Watcher: Send + Sync {
     /// # Errors
     /// [`Error::Option`] says why not.
     fn check_size(&self, disk: &dyn Disk, size: u64) -> Result<()>;
+
+    /// The disk, which is `image`, is about to be closed. Nothing changes any more.
+    fn close(&self, image: &mut LiveImage);
 }
 
 impl LiveImage {
@@ -60,6 +64,14 @@ impl LiveImage {
         match self {
             Self::Raw(disk) => disk,
             Self::Qcow2(disk) => &**disk,
+        }
+    }
+
+    /// The file, as it was named.
+    pub(crate) fn path(&self) -> &Path {
+        match self {
+            Self::Raw(disk) => disk.path(),
+            Self::Qcow2(disk) => disk.path(),
         }
     }
 
@@ -98,10 +110,6 @@ impl LiveDisk {
         look(&self.shared().image)
     }
 
-    #[cfg_attr(
-        not(test),
-        expect(dead_code, reason = "used by the operations to come")
-    )]
     /// Carries out `operation` at an instant at which no request is under way.
     pub(crate) fn exclusive<T>(&self, operation: impl FnOnce(&mut State) -> T) -> T {
         // A request that panicked has left the image as valid as it would without this lock.
@@ -250,7 +258,12 @@ impl Disk for LiveDisk {
     }
 
     fn close(&self) -> Result<()> {
-        self.shared().image.disk().close()
+        self.exclusive(|state| {
+            for watcher in state.watchers.drain(..) {
+                watcher.close(&mut state.image);
+            }
+            state.image.disk().close()
+        })
     }
 }
 

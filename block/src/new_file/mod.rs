@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 
+pub(crate) use self::names::unnamed_in;
 use self::names::{Placed, create_unnamed, directory_of, exchange, link_beside, replace};
 use crate::hints::FileHints;
 use crate::lock::{self, Access, Locking};

@@ -46,6 +46,15 @@ pub(super) fn create_unnamed(target: &Path, mode: u32) -> io::Result<(File, Opti
     }
 }
 
+/// Creates a file in `dir` that nobody else finds, and that goes with its last user.
+pub(crate) fn unnamed_in(dir: &Path) -> io::Result<File> {
+    let (file, path) = create_unnamed(&dir.join("scratch"), 0o600)?;
+    if let Some(path) = path {
+        std::fs::remove_file(path)?;
+    }
+    Ok(file)
+}
+
 /// Gives the name `target` to the file `new`. If another file has it, that must be `old`.
 pub(super) fn replace(new: &Path, target: &Path, old: Option<&File>) -> io::Result<Placed> {
     if let Some(old) = old {

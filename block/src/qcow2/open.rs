@@ -16,7 +16,7 @@ use super::packed::Packed;
 use super::parse::offset;
 use super::placement::{External, Passthrough, Placement};
 use super::policy::{self, Follow};
-use super::ranges::RangeLocks;
+use crate::ranges::RangeLocks;
 use super::refcount::Refcounts;
 use super::requests::Requests;
 use super::reserved::{Field, Reserved};

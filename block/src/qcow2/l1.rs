@@ -85,7 +85,7 @@ impl L1Table {
     /// Offsets of the L2 tables.
     pub fn tables(&self) -> impl Iterator<Item = u64> + '_ {
         self.entries
-            .indices()
+            .indices(0)
             .map(|index| self.get(index).offset())
             .filter(|offset| *offset != 0)
     }

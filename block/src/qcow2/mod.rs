@@ -119,7 +119,7 @@ use crate::ranges::RangeLocks;
 
 pub use amend::{AmendOptions, amend};
 pub use backing::{Backing, BackingFormat, find_backing, path_of as backing_path};
-pub use bitmaps::{BitmapEditor, BitmapInfo};
+pub use bitmaps::{BitmapAction, BitmapEditor, BitmapInfo, DirtyBits};
 pub use check::{CheckOptions, CheckReport, Finding, FindingKind, Repair, check, check_storage};
 pub use commit::Commit;
 pub use compress::CompressedCluster;
@@ -174,7 +174,7 @@ pub struct Qcow2 {
     corrupt: AtomicBool,
     /// Everything has been stored for the last time.
     closed: AtomicBool,
-    /// `None` without any, or in an image that is open read-only.
+    /// `None` in an image that is open read-only.
     bitmaps: Option<Bitmaps>,
     /// `None` in an image that is open read-only.
     refcounts: Option<Mutex<Refcounts>>,

@@ -224,7 +224,7 @@ impl Qcow2 {
         let bitmaps = if read_only {
             None
         } else {
-            Bitmaps::open(&image, &header)?
+            Some(Bitmaps::open(&image, &header)?)
         };
         let data_end = match &placement {
             Placement::Packed(packed) => packed.file.size()?,

@@ -64,7 +64,9 @@ mod units;
 mod vectored;
 mod writers;
 
-pub use backup::{Backup, BackupId, BackupOptions, BackupState, BackupStatus, Chunk, ChunkExtent};
+pub use backup::{
+    Backup, BackupId, BackupKind, BackupOptions, BackupState, BackupStatus, Chunk, ChunkExtent,
+};
 pub use cache_mode::CacheMode;
 pub use disk::{Disk, Extent, ExtentKind, Limits, extent_in_chain, sparse_extent_in_chain};
 pub use error::{Error, Result};

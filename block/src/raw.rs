@@ -90,6 +90,11 @@ impl Raw {
         )
     }
 
+    /// The file, as it was named.
+    pub(crate) fn path(&self) -> &Path {
+        &self.file.path
+    }
+
     pub(crate) fn from_file(file: ImageFile, read_only: bool) -> Result<Self> {
         Ok(Self {
             size: AtomicU64::new(file.size()?.next_multiple_of(512)),

@@ -85,7 +85,10 @@ impl Granules {
             let base = index * WORD_BITS;
             let low = start.saturating_sub(base);
             let high = (end - base).min(WORD_BITS);
-            (index as usize, u64::MAX >> (WORD_BITS - high) & u64::MAX << low)
+            (
+                index as usize,
+                u64::MAX >> (WORD_BITS - high) & u64::MAX << low,
+            )
         })
     }
 }

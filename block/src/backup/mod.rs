@@ -16,20 +16,24 @@
 //! Two bits for each granule that the backup wants: 4 MiB for 1 TiB in granules of 64 KiB. And some 50
 //! bytes for each granule in the scratch file, 800 KiB for 1 GiB.
 
+mod bitmap;
 mod granules;
 mod protect;
 mod read;
 mod scratch;
 
 use std::fmt;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
 
 use crate::live::{LiveImage, State};
 use crate::sync::{Mutex, lock};
-use crate::{Disk, Error, LiveDisk, Result};
+use crate::{Error, LiveDisk, Result};
 
+pub(crate) use bitmap::History;
+use bitmap::Selection;
 use granules::Granules;
 use protect::Protection;
 pub use read::{Chunk, ChunkExtent};
@@ -46,6 +50,8 @@ const MAX_GRANULES: u64 = 1 << 30;
 /// What a backup is to be.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BackupOptions {
+    /// What is copied.
+    pub kind: BackupKind,
     /// Where the scratch file is made; `None`: in the directory of the image.
     pub scratch_dir: Option<PathBuf>,
     /// Most bytes that the scratch file may have.
@@ -55,10 +61,30 @@ pub struct BackupOptions {
 impl Default for BackupOptions {
     fn default() -> Self {
         Self {
+            kind: BackupKind::Full { track: None },
             scratch_dir: None,
             scratch_size: 1 << 30,
         }
     }
+}
+
+/// What a backup copies.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum BackupKind {
+    /// All of the disk.
+    Full {
+        /// The bitmap that tells from the instant on what has changed, if there is to be one. It is made
+        /// if it is not there. Unless the backup succeeds, it is as if that had not been.
+        track: Option<Vec<u8>>,
+    },
+    /// What a bitmap has as dirty.
+    Since {
+        /// The bitmap.
+        bitmap: Vec<u8>,
+        /// The bitmap goes on as it is. Otherwise it tells, from the instant on, what has changed since;
+        /// unless the backup succeeds, it is as if that had not been.
+        keep: bool,
+    },
 }
 
 /// The name of a backup, which no other one has.
@@ -120,6 +146,8 @@ pub struct BackupStatus {
 /// ```
 pub struct Backup {
     id: BackupId,
+    base: Option<BackupId>,
+    kind: BackupKind,
     disk: Arc<LiveDisk>,
     protection: Arc<Protection>,
     reader: Mutex<Reader>,
@@ -143,14 +171,16 @@ impl LiveDisk {
     /// Begins a backup of the disk as it is at this instant.
     ///
     /// # Errors
-    /// [`Error::Backup`] if there are too many already, or the disk is too large; [`Error::Io`] if there
-    /// is no scratch file.
+    /// [`Error::Backup`] if there are too many already, the disk is too large, or the bitmap cannot be used
+    /// for it; [`Error::Bitmap`] if there is no such bitmap; [`Error::Io`].
     pub fn begin_backup(disk: &Arc<Self>, options: &BackupOptions) -> Result<Backup> {
         let id = BackupId::new()?;
         disk.exclusive(|state| {
-            let (reader, protection) = begin(state, options)?;
+            let (reader, base, protection) = begin(state, options)?;
             Ok(Backup {
                 id,
+                base,
+                kind: options.kind.clone(),
                 disk: disk.clone(),
                 protection,
                 reader: Mutex::new(reader),
@@ -160,9 +190,13 @@ impl LiveDisk {
 }
 
 /// Begins a backup at the instant at which nobody uses `state`.
-fn begin(state: &mut State, options: &BackupOptions) -> Result<(Reader, Arc<Protection>)> {
+fn begin(
+    state: &mut State,
+    options: &BackupOptions,
+) -> Result<(Reader, Option<BackupId>, Arc<Protection>)> {
     if state.watchers.len() >= MAX_BACKUPS {
-        let reason = format!("there are {MAX_BACKUPS} backups and other copies of this disk already");
+        let reason =
+            format!("there are {MAX_BACKUPS} backups and other copies of this disk already");
         return Err(Error::Backup(reason));
     }
     let size = state.image.disk().size();
@@ -172,21 +206,31 @@ fn begin(state: &mut State, options: &BackupOptions) -> Result<(Reader, Arc<Prot
         None => directory_of(state.image.path()).to_owned(),
     };
     let scratch = Scratch::new(&dir, options.scratch_size, granule_bits)?;
-    let protection = Arc::new(Protection::new(size, granule_bits, scratch));
+    // The last that can fail.
+    let selection = Selection::new(state, &options.kind)?;
+    let protection = Protection::new(size, granule_bits, scratch, selection.taken);
     let wanted = Granules::new(size.div_ceil(1 << granule_bits));
-    let all = 0..size.div_ceil(1 << granule_bits);
-    wanted.insert(all.clone());
-    protection.protected.insert(all);
-    state.watchers.push(protection.clone());
+    let want = |granules: Range<u64>| {
+        wanted.insert(granules.clone());
+        protection.protected.insert(granules);
+    };
+    match selection.dirty {
+        None => want(protection.granules(0, size)),
+        Some(dirty) => dirty.ranges(0).for_each(|range| {
+            want(protection.granules(range.start, range.end - range.start));
+        }),
+    }
     let reader = Reader {
-        total: size,
+        total: protection.wanted_bytes(&wanted, 0..u64::MAX),
         released: 0,
         wanted,
         start: 0,
         end: 0,
         is_over: false,
     };
-    Ok((reader, protection))
+    let protection = Arc::new(protection);
+    state.watchers.push(protection.clone());
+    Ok((reader, selection.base, protection))
 }
 
 /// The granules of a backup of `image`, which has `size` bytes.
@@ -213,6 +257,16 @@ impl Backup {
     /// Its name.
     pub fn id(&self) -> BackupId {
         self.id
+    }
+
+    /// The backup that this one goes on from, as far as this process has seen it.
+    pub fn base(&self) -> Option<BackupId> {
+        self.base
+    }
+
+    /// What it copies.
+    pub fn kind(&self) -> &BackupKind {
+        &self.kind
     }
 
     /// The size of the disk at the instant, in bytes.
@@ -258,33 +312,43 @@ impl Backup {
                 "the backup has been read up to offset {end} of {size} only"
             )));
         }
-        self.end(&mut reader);
-        Ok(())
+        self.end(&mut reader, true)
     }
 
-    /// Gives the backup up.
-    pub fn cancel(&self) {
-        self.end(&mut lock(&self.reader));
+    /// Gives the backup up. Its bitmap tells again what it told before.
+    ///
+    /// # Errors
+    /// The bitmap could not get that back, and is of no use any more. The backup has ended anyway.
+    pub fn cancel(&self) -> Result<()> {
+        self.end(&mut lock(&self.reader), false)
     }
 
-    fn end(&self, reader: &mut Reader) {
+    fn end(&self, reader: &mut Reader, is_success: bool) -> Result<()> {
         if std::mem::replace(&mut reader.is_over, true) {
-            return;
+            return Ok(());
         }
         let protection = &self.protection;
         protection.fail("the backup has ended".to_owned());
         self.disk.exclusive(|state| {
-            let same = |watcher: &Arc<dyn crate::live::Watcher>| {
-                std::ptr::addr_eq(Arc::as_ptr(watcher), Arc::as_ptr(protection))
-            };
-            state.watchers.retain(|watcher| !same(watcher));
-        });
+            let own = Arc::as_ptr(protection);
+            state
+                .watchers
+                .retain(|watcher| !std::ptr::addr_eq(Arc::as_ptr(watcher), own));
+            match protection.take_back() {
+                Some(taken) if is_success => state.history.succeed(taken, self.id),
+                Some(taken) => taken.give_back(&mut state.image, &mut state.history)?,
+                // The disk has been closed.
+                None => {}
+            }
+            Ok(())
+        })
     }
 }
 
 impl Drop for Backup {
+    /// Gives it up, if it has not been ended.
     fn drop(&mut self) {
-        self.cancel();
+        let _ = self.cancel();
     }
 }
 
@@ -324,7 +388,11 @@ impl FromStr for BackupId {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<Self> {
-        let wrong = || Error::Backup(format!("'{text}' is no name of a backup: 32 hexadecimal digits"));
+        let wrong = || {
+            Error::Backup(format!(
+                "'{text}' is no name of a backup: 32 hexadecimal digits"
+            ))
+        };
         if text.len() != 32 || !text.bytes().all(|byte| byte.is_ascii_hexdigit()) {
             return Err(wrong());
         }
@@ -332,6 +400,3 @@ impl FromStr for BackupId {
         Ok(Self(number.to_be_bytes()))
     }
 }
-
-#[cfg(test)]
-mod tests;

@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use vm_memory::VolatileSlice;
 
+use super::bitmap::{History, Taken};
 use super::granules::Granules;
 use super::scratch::Scratch;
 use crate::live::{LiveImage, Watcher};
@@ -32,10 +33,13 @@ pub(super) struct Protection {
     is_over: AtomicBool,
     /// Why, if the backup has not been ended by its owner.
     failure: Mutex<Option<String>>,
+    /// What goes back to the bitmap unless the backup succeeds.
+    taken: Mutex<Option<Taken>>,
 }
 
 impl Protection {
-    pub fn new(size: u64, granule_bits: u32, scratch: Scratch) -> Self {
+    /// Of nothing yet.
+    pub fn new(size: u64, granule_bits: u32, scratch: Scratch, taken: Option<Taken>) -> Self {
         Self {
             size,
             granule_bits,
@@ -44,6 +48,7 @@ impl Protection {
             scratch,
             is_over: AtomicBool::new(false),
             failure: Mutex::default(),
+            taken: Mutex::new(taken),
         }
     }
 
@@ -52,6 +57,11 @@ impl Protection {
         lock(&self.failure).get_or_insert(reason);
         self.is_over.store(true, Ordering::Release);
         self.scratch.give_up();
+    }
+
+    /// What has been taken from a bitmap, if nobody has it yet.
+    pub fn take_back(&self) -> Option<Taken> {
+        lock(&self.taken).take()
     }
 
     /// Why the backup has failed, if it has.
@@ -160,7 +170,11 @@ impl Watcher for Protection {
         Err(Error::Option(reason))
     }
 
-    fn close(&self, _image: &mut LiveImage) {
+    fn close(&self, image: &mut LiveImage, history: &mut History) {
         self.fail("the disk has been closed".to_owned());
+        if let Some(taken) = self.take_back() {
+            // An image that cannot be written marks its bitmaps as useless.
+            let _ = taken.give_back(image, history);
+        }
     }
 }

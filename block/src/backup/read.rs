@@ -8,7 +8,7 @@ use super::protect::{Protection, zero_or_data};
 use super::{Backup, Reader};
 use crate::ranges::RangeGuard;
 use crate::sync::lock;
-use crate::{Disk, Error, LiveDisk, Result};
+use crate::{Error, LiveDisk, Result};
 
 /// Most extents of a [`Chunk`].
 const MAX_EXTENTS: usize = 4096;
@@ -217,7 +217,8 @@ impl Protection {
             return Ok((true, len));
         }
         let len = len.min(buffer.len() as u64);
-        self.scratch.read(granule, within, &mut buffer[..len as usize])?;
+        self.scratch
+            .read(granule, within, &mut buffer[..len as usize])?;
         Ok((false, len))
     }
 }

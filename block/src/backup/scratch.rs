@@ -145,7 +145,10 @@ mod tests {
         scratch.keep(3, &[3; 4096]).unwrap();
         scratch.keep(100, &[9; 512]).unwrap();
         let full = scratch.keep(5, &[5; 4096]).unwrap_err().to_string();
-        assert!(full.contains("is full: more than its 16384 bytes"), "{full}");
+        assert!(
+            full.contains("is full: more than its 16384 bytes"),
+            "{full}"
+        );
         let mut buffer = [0; 512];
         let mut byte = |granule| {
             let kept = scratch.read(granule, 0, &mut buffer).unwrap();

@@ -14,6 +14,7 @@ use std::sync::{Arc, PoisonError, TryLockError};
 use crossbeam_utils::sync::{ShardedLock, ShardedLockReadGuard};
 use vm_memory::VolatileSlice;
 
+use crate::backup::History;
 use crate::disk::total_len;
 use crate::qcow2::Qcow2;
 use crate::{Disk, Error, Extent, Limits, Preallocation, Raw, Result};
@@ -28,6 +29,7 @@ pub struct LiveDisk(ShardedLock<State>);
 pub(crate) struct State {
     pub image: LiveImage,
     pub watchers: Vec<Arc<dyn Watcher>>,
+    pub history: History,
 }
 
 /// What a [`LiveDisk`] consists of.
@@ -54,8 +56,9 @@ pub(crate) trait Watcher: Send + Sync {
     /// [`Error::Option`] says why not.
     fn check_size(&self, disk: &dyn Disk, size: u64) -> Result<()>;
 
-    /// The disk, which is `image`, is about to be closed. Nothing changes any more.
-    fn close(&self, image: &mut LiveImage);
+    /// The disk, which is `image`, is about to be closed. Nothing changes any more. `history` tells of
+    /// its backups.
+    fn close(&self, image: &mut LiveImage, history: &mut History);
 }
 
 impl LiveImage {
@@ -102,6 +105,7 @@ impl LiveDisk {
         Self(ShardedLock::new(State {
             image: image.into(),
             watchers: Vec::new(),
+            history: History::default(),
         }))
     }
 
@@ -260,7 +264,7 @@ impl Disk for LiveDisk {
     fn close(&self) -> Result<()> {
         self.exclusive(|state| {
             for watcher in state.watchers.drain(..) {
-                watcher.close(&mut state.image);
+                watcher.close(&mut state.image, &mut state.history);
             }
             state.image.disk().close()
         })

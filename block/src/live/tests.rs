@@ -34,7 +34,7 @@ impl Watcher for Told {
         (size == 8192).then_some(()).ok_or_else(reason)
     }
 
-    fn close(&self, _image: &mut LiveImage) {
+    fn close(&self, _image: &mut LiveImage, _history: &mut History) {
         self.is_closed.store(true, Ordering::Relaxed);
     }
 }

@@ -12,9 +12,9 @@ use super::Qcow2;
 use super::allocator::Allocation;
 use super::mapping::{Kind, Place};
 use super::placement::Placement;
-use crate::ranges::RangeGuard;
 use crate::buffers::{Buffers, fill_zero};
 use crate::disk::{check_range, total_len};
+use crate::ranges::RangeGuard;
 use crate::{Disk, Error, Extent, Limits, Preallocation, Result};
 
 /// How often a request on a full disk looks for clusters that have come back.

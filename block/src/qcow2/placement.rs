@@ -4,7 +4,7 @@ use crate::sync::Mutex;
 use crate::sync::atomic::Ordering;
 use std::collections::HashMap;
 use std::ops::Range;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::geometry::ENTRY_SIZE;
 use super::header::MAX_L1_SIZE;
@@ -198,6 +198,11 @@ pub struct DataFile {
 }
 
 impl Qcow2 {
+    /// The image file, as it was named.
+    pub(crate) fn path(&self) -> &Path {
+        &self.image.path
+    }
+
     /// The external data file, if there is one.
     pub fn data_file(&self) -> Option<DataFile> {
         let file = match &self.placement {

@@ -64,6 +64,7 @@ mod units;
 mod vectored;
 mod writers;
 
+pub use backup::stream as backup_stream;
 pub use backup::{
     Backup, BackupId, BackupKind, BackupOptions, BackupState, BackupStatus, Chunk, ChunkExtent,
 };

@@ -369,7 +369,7 @@ fn what_does_not_succeed_gives_the_bitmap_back() {
         );
         assert!(backup.finish().is_err());
     }
-    drop((disk, backups));
+    drop((disk, backup, backups));
     let disk = Qcow2::open(&dir.path().join("with-bitmap"), &OpenOptions::default()).unwrap();
     let bitmaps = disk.bitmaps().unwrap().unwrap();
     let names = Vec::from_iter(

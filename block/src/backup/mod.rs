@@ -21,6 +21,7 @@ mod granules;
 mod protect;
 mod read;
 mod scratch;
+pub mod stream;
 
 use std::fmt;
 use std::ops::Range;

@@ -1,6 +1,7 @@
 //! Operating a VM while it runs: what its owner can ask for, by [`Control`] or over a
 //! [socket](ControlSocket).
 
+mod backup;
 mod client;
 mod error;
 mod growth;
@@ -21,6 +22,7 @@ use crate::disk::Image;
 use crate::exit::{Exit, ExitReason};
 use crate::gate::Gate;
 
+pub use backup::BackupInfo;
 pub use error::ControlError;
 pub(crate) use growth::GrowthWatch;
 pub use socket::ControlSocket;
@@ -53,6 +55,7 @@ struct Shared {
     /// Held by whoever pauses or resumes.
     pausing: Mutex<()>,
     is_paused: AtomicBool,
+    backups: Mutex<Vec<backup::Running>>,
 }
 
 /// A disk to operate.
@@ -144,6 +147,7 @@ impl Control {
             under_way: RwLock::default(),
             pausing: Mutex::default(),
             is_paused: AtomicBool::new(false),
+            backups: Mutex::default(),
         }))
     }
 

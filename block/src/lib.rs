@@ -73,7 +73,7 @@ pub use disk::{Disk, Extent, ExtentKind, Limits, extent_in_chain, sparse_extent_
 pub use error::{Error, Result};
 pub use file::FileOptions;
 pub use hints::FileHints;
-pub use live::{LiveDisk, LiveImage};
+pub use live::{LiveBitmap, LiveDisk, LiveImage};
 pub use lock::Locking;
 pub use new_image::NewImage;
 pub use preallocation::Preallocation;

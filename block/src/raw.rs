@@ -53,6 +53,11 @@ impl Raw {
         Self::from_file(file, read_only)
     }
 
+    /// The file, as it was named when it was opened.
+    pub(crate) fn path(&self) -> &Path {
+        &self.file.path
+    }
+
     /// Creates a disk of `size` bytes, rounded up to whole sectors.
     ///
     /// A file that exists is replaced once the new one is complete. On a block device, only the
@@ -88,11 +93,6 @@ impl Raw {
             ImageFile::new(storage, name, CacheMode::default()),
             read_only,
         )
-    }
-
-    /// The file, as it was named.
-    pub(crate) fn path(&self) -> &Path {
-        &self.file.path
     }
 
     pub(crate) fn from_file(file: ImageFile, read_only: bool) -> Result<Self> {

@@ -315,6 +315,14 @@ fn increments_follow_a_full_backup() {
         }
         backup.finish().unwrap();
     }
+    // Who clears it knows what he is doing, but nothing goes on from the last backup.
+    disk.change_bitmaps(&[BitmapAction::Clear { name: name.clone() }])
+        .unwrap();
+    let kind = BackupKind::Since {
+        bitmap: name,
+        keep: true,
+    };
+    assert_eq!(begin(&disk, &options(kind)).base(), None);
 }
 
 #[test]
@@ -357,6 +365,11 @@ fn what_does_not_succeed_gives_the_bitmap_back() {
         track: Some(b"made".to_vec()),
     };
     let backups = [track, made].map(|kind| begin(&disk, &options(kind)));
+    let clear = BitmapAction::Clear {
+        name: b"b".to_vec(),
+    };
+    let refused = disk.change_bitmaps(&[clear]).unwrap_err().to_string();
+    assert!(refused.contains("'b' belongs to a backup"), "{refused}");
     write(&*disk, 9 * GRANULE, 4096, 1).unwrap();
     disk.close().unwrap();
     for backup in &backups {
@@ -598,7 +611,7 @@ fn mistakes_are_told() {
     );
     let error = LiveDisk::begin_backup(&disk, &since(true)).err().unwrap();
     assert!(
-        error.to_string().contains("'raw'") || error.to_string().contains("no bitmaps"),
+        error.to_string().contains("no place for bitmaps"),
         "{error}"
     );
 }

@@ -8,11 +8,14 @@
 #[allow(dead_code, reason = "each test uses a part of it")]
 mod common;
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+
 use common::{Memory, assert_clean, new_image, open, open_with, write};
 use tandem_block::qcow2::{
     BitmapAction, BitmapInfo, CreateOptions, DirtyBits, Info, OpenOptions, Qcow2,
 };
-use tandem_block::{Disk, Error};
+use tandem_block::{Disk, Error, LiveDisk, Raw};
 
 const CLUSTER: u64 = 4096;
 const SIZE: u64 = (64 << 20) + 512;
@@ -344,4 +347,82 @@ fn without_room() {
         assert_eq!(stored(&device).len(), names);
     }
     assert!(failed > 0 && done > 0, "{failed} {done}");
+}
+
+/// While several threads write, each write is in the one bitmap that follows changes at the time: in
+/// no other one, and none is lost.
+#[test]
+fn each_write_is_in_one_bitmap_when_they_take_turns() {
+    const BLOCK: u64 = 4096;
+    const PER_THREAD: u64 = 2000;
+    let options = CreateOptions {
+        size: SIZE,
+        cluster_size: CLUSTER,
+        data_file: Some("data".into()),
+        data_file_raw: true,
+        ..CreateOptions::default()
+    };
+    let (image, data) = (new_image(&options), Memory::new(vec![0; SIZE as usize]));
+    let disk = LiveDisk::new(open(&image, Some(&data)).unwrap());
+    let add = |turn: usize| BitmapAction::Add {
+        name: name(&turn.to_string()),
+        granularity: Some(BLOCK),
+        enabled: true,
+    };
+    disk.change_bitmaps(&[add(0)]).unwrap();
+    let turns = AtomicUsize::new(0);
+    thread::scope(|scope| {
+        let writers = (0..3).map(|number| {
+            let (disk, turns) = (&disk, &turns);
+            scope.spawn(move || {
+                for i in 0..PER_THREAD {
+                    while i == PER_THREAD / 2 && turns.load(Ordering::Relaxed) == 0 {
+                        thread::yield_now();
+                    }
+                    let at = (number * PER_THREAD + i) * BLOCK;
+                    match i % 3 {
+                        0 => disk.write_zeroes(at, 512, false).unwrap(),
+                        1 => disk.discard(at, BLOCK).unwrap(),
+                        _ => write(disk, at, 512, 1).unwrap(),
+                    }
+                }
+            })
+        });
+        let writers = Vec::from_iter(writers);
+        for turn in 1..500 {
+            let freeze = enable(&(turn - 1).to_string(), false);
+            disk.change_bitmaps(&[freeze, add(turn)]).unwrap();
+            turns.store(turn, Ordering::Relaxed);
+            if writers.iter().all(|writer| writer.is_finished()) {
+                break;
+            }
+        }
+    });
+    let mut found = vec![0; 3 * PER_THREAD as usize];
+    let mut in_turns = 0;
+    for turn in 0..=turns.into_inner() {
+        let dirty = disk.read_bitmap(turn.to_string().as_bytes()).unwrap();
+        let bits = bits(&dirty);
+        in_turns += usize::from(!bits.is_empty());
+        bits.into_iter().for_each(|bit| found[bit as usize] += 1);
+    }
+    assert!(in_turns > 1, "nothing was written between two turns");
+    assert!(found.iter().all(|count| *count == 1), "{found:?}");
+    disk.close().unwrap();
+    drop(disk);
+    assert_clean(&image);
+}
+
+#[test]
+fn a_raw_disk_has_no_place_for_bitmaps() {
+    let data = Memory::new(vec![0; 4096]);
+    let raw = Raw::with_storage("disk.raw".as_ref(), Box::new(data), false).unwrap();
+    let disk = LiveDisk::new(raw);
+    for error in [
+        disk.change_bitmaps(&[add("a")]).unwrap_err(),
+        disk.bitmaps().unwrap_err(),
+        disk.read_bitmap(b"a").err().unwrap(),
+    ] {
+        assert!(reason(&error).contains("data_file='disk.raw'"), "{error}");
+    }
 }

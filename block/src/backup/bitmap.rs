@@ -5,7 +5,7 @@
 
 use super::{BackupId, BackupKind};
 use crate::live::{LiveImage, State};
-use crate::qcow2::{BitmapAction, DirtyBits, Qcow2};
+use crate::qcow2::{BitmapAction, DirtyBits};
 use crate::{Error, Result};
 
 /// What is known of the backups of a disk that bitmaps go on from.
@@ -50,7 +50,7 @@ impl Selection {
             BackupKind::Since { bitmap, keep } => {
                 selection.base = state.history.base(bitmap);
                 if *keep {
-                    let dirty = qcow2(&mut state.image)?.read_bitmap(bitmap)?;
+                    let dirty = state.image.with_bitmaps_mut()?.read_bitmap(bitmap)?;
                     selection.dirty = Some(dirty);
                 } else {
                     let taken = state.take_bitmap(bitmap)?;
@@ -66,7 +66,11 @@ impl Selection {
 impl State {
     /// Makes the bitmap `name` start anew, or anyway.
     fn begin_bitmap(&mut self, name: &[u8]) -> Result<Taken> {
-        let bitmaps = qcow2(&mut self.image)?.bitmaps()?.unwrap_or_default();
+        let bitmaps = self
+            .image
+            .with_bitmaps_mut()?
+            .bitmaps()?
+            .unwrap_or_default();
         if bitmaps.iter().any(|bitmap| bitmap.name == name) {
             return self.take_bitmap(name);
         }
@@ -76,7 +80,7 @@ impl State {
             granularity: None,
             enabled: true,
         };
-        qcow2(&mut self.image)?.change_bitmaps(&[add])?;
+        self.image.with_bitmaps_mut()?.change_bitmaps(&[add])?;
         self.history.taken.push(name.clone());
         Ok(Taken { name, bits: None })
     }
@@ -88,9 +92,9 @@ impl State {
             Error::Backup(format!("bitmap '{name}' {reason}"))
         };
         if self.history.taken.iter().any(|taken| taken == name) {
-            return Err(wrong("belongs to a backup that is under way"));
+            return Err(in_use(name));
         }
-        let image = qcow2(&mut self.image)?;
+        let image = self.image.with_bitmaps_mut()?;
         let bitmaps = image.bitmaps()?.unwrap_or_default();
         if bitmaps
             .iter()
@@ -116,6 +120,25 @@ impl History {
         Some(found.1)
     }
 
+    /// Refuses to change bitmaps that belong to backups under way as `actions` say.
+    ///
+    /// # Errors
+    /// [`Error::Backup`]
+    pub fn check(&self, actions: &[BitmapAction]) -> Result<()> {
+        let is_taken = |name: &&[u8]| self.taken.iter().any(|taken| taken == name);
+        match actions.iter().filter_map(changed).find(is_taken) {
+            Some(name) => Err(in_use(name)),
+            None => Ok(()),
+        }
+    }
+
+    /// Bitmaps have been changed as `actions` say: those do not go on from any backup.
+    pub fn note(&mut self, actions: &[BitmapAction]) {
+        for changed in actions.iter().filter_map(changed) {
+            self.bases.retain(|(name, _)| name != changed);
+        }
+    }
+
     /// The backup `id` has succeeded: its bitmap tells what has changed since.
     pub(super) fn succeed(&mut self, taken: Taken, id: BackupId) {
         self.forget(&taken);
@@ -135,7 +158,7 @@ impl Taken {
     /// It is gone, or the image cannot be written any more.
     pub fn give_back(self, image: &mut LiveImage, history: &mut History) -> Result<()> {
         history.forget(&self);
-        let image = qcow2(image)?;
+        let image = image.with_bitmaps_mut()?;
         let name = self.name;
         match self.bits {
             Some(bits) => image.put_back_bitmap(&name, &bits),
@@ -145,9 +168,20 @@ impl Taken {
     }
 }
 
-fn qcow2(image: &mut LiveImage) -> Result<&mut Qcow2> {
-    match image {
-        LiveImage::Qcow2(disk) => Ok(disk),
-        LiveImage::Raw(_) => Err(Error::Backup("a raw disk has no bitmaps".to_owned())),
+/// The bitmap that `action` changes so that it does not tell any more what it has told. One that has
+/// more than it needs is still right.
+fn changed(action: &BitmapAction) -> Option<&[u8]> {
+    match action {
+        BitmapAction::Remove { name }
+        | BitmapAction::Clear { name }
+        | BitmapAction::SetEnabled { name, .. } => Some(name),
+        BitmapAction::Add { .. } | BitmapAction::Merge { .. } => None,
     }
+}
+
+fn in_use(name: &[u8]) -> Error {
+    let name = name.escape_ascii();
+    Error::Backup(format!(
+        "bitmap '{name}' belongs to a backup that is under way"
+    ))
 }

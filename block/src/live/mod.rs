@@ -7,6 +7,8 @@
 //!
 //! [`Watcher`]s are told of each change before it happens.
 
+mod bitmaps;
+
 use std::os::fd::BorrowedFd;
 use std::path::Path;
 use std::sync::{Arc, PoisonError, TryLockError};
@@ -18,6 +20,8 @@ use crate::backup::History;
 use crate::disk::total_len;
 use crate::qcow2::Qcow2;
 use crate::{Disk, Error, Extent, Limits, Preallocation, Raw, Result};
+
+pub use bitmaps::LiveBitmap;
 
 /// A [`Raw`] or [`Qcow2`] disk that can be operated on while it is used.
 ///

@@ -2,6 +2,7 @@
 //! [socket](ControlSocket).
 
 mod backup;
+mod bitmaps;
 mod client;
 mod error;
 mod growth;

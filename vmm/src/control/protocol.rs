@@ -2,6 +2,7 @@
 //! followed by bytes.
 
 mod backup;
+mod bitmaps;
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -24,7 +25,8 @@ pub(super) enum RequestError {
     NoCommand,
     #[error(
         "unknown command '{0}'; known are status, disks, metrics, flush, pause, resume, resize, \
-         backup-begin, backup-read, backup-end, backups and shutdown"
+         shutdown, bitmaps, bitmap-add, bitmap-remove, bitmap-enable, bitmap-disable, bitmap-clear, \
+         bitmap-merge, bitmap-transaction, backups, backup-begin, backup-read and backup-end"
     )]
     UnknownCommand(String),
     #[error("{0}")]
@@ -130,6 +132,7 @@ fn carry_out(
             let NoArguments {} = arguments(&command, request)?;
             simple(control, &command)
         }
+        _ if command.starts_with("bitmap") => bitmaps::carry_out(control, command, request),
         _ => Err(RequestError::UnknownCommand(command)),
     }
 }
@@ -161,11 +164,8 @@ fn flush(control: &Control, arguments: FlushArguments) -> Result<Value, RequestE
 
 fn resize(control: &Control, arguments: ResizeArguments) -> Result<Value, RequestError> {
     let index = find(control, &arguments.disk)?;
-    let size = arguments
-        .size
-        .as_ref()
-        .map(|size| bytes("size", size))
-        .transpose()?;
+    let size = arguments.size.as_ref();
+    let size = size.map(|size| bytes("size", size)).transpose()?;
     let size = control.resize(index, size, arguments.shrink)?;
     Ok(json!({"size": size}))
 }
@@ -206,15 +206,15 @@ fn find(control: &Control, disk: &Value) -> Result<usize, RequestError> {
     .ok_or_else(none)
 }
 
-/// The argument `name`: a size in bytes, or text with a unit.
-fn bytes(name: &str, size: &Value) -> Result<u64, RequestError> {
-    let bytes = match size {
+/// The value of the argument `name`: a number of bytes, or text with a unit.
+fn bytes(name: &str, value: &Value) -> Result<u64, RequestError> {
+    let bytes = match value {
         Value::String(text) => parse_memory(text).ok(),
-        _ => size.as_u64(),
+        _ => value.as_u64(),
     };
     bytes.ok_or_else(|| {
         let what = "is neither a number of bytes nor text with a unit, as in \"20G\"";
-        RequestError::Argument(format!("{name}: {size} {what}"))
+        RequestError::Argument(format!("{name}: {value} {what}"))
     })
 }
 

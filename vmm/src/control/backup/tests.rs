@@ -177,8 +177,8 @@ fn bitmaps_and_failures() {
         (json!({"since": "x"}), "disk", "'x' not found"),
         (
             json!({"disk": "vda", "since": "b"}),
-            "backup",
-            "a raw disk has no bitmaps",
+            "disk",
+            "no place for bitmaps",
         ),
         (json!({"scratch_dir": "/nowhere"}), "disk", "/nowhere"),
         (json!({"speed": 1}), "bad-argument", "speed"),

@@ -1,7 +1,7 @@
 use super::*;
 use crate::control::test_common::{SIZE, control};
 
-fn ask(control: &Control, request: &str) -> Value {
+pub fn ask(control: &Control, request: &str) -> Value {
     let line = answer(control, request.as_bytes(), &mut Vec::new());
     let (last, text) = line.as_bytes().split_last().unwrap();
     assert_eq!(*last, b'\n');
@@ -10,7 +10,7 @@ fn ask(control: &Control, request: &str) -> Value {
 }
 
 /// The kind and the message of the error that answers `request`.
-fn error(control: &Control, request: &str) -> (String, String) {
+pub fn error(control: &Control, request: &str) -> (String, String) {
     let answer = ask(control, request);
     assert_eq!(answer.get("ok"), None, "{answer}");
     let text = |key: &str| answer["error"][key].as_str().unwrap().to_owned();

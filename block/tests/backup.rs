@@ -534,6 +534,30 @@ fn what_cannot_be_read_fails_the_backup_alone() {
     assert!(backup.read(GRANULE, &mut [0; 512]).is_err());
 }
 
+/// Whoever writes clusters need not look for the rest of one.
+#[test]
+fn a_backup_has_whole_granules() {
+    let dir = tempfile::tempdir().unwrap();
+    for image in images(dir.path()) {
+        let disk = live(image);
+        let backup = begin(&disk, &full());
+        let mut random = Random(9);
+        let mut at = 0;
+        while at < SIZE {
+            let room = GRANULE + random.below(4 * GRANULE);
+            let chunk = backup.read(at, &mut vec![0; room as usize]).unwrap();
+            for extent in &chunk.extents {
+                let end = extent.offset + extent.len;
+                assert_eq!(extent.offset % GRANULE, 0);
+                assert!(end % GRANULE == 0 || end == SIZE, "{end}");
+            }
+            assert!(chunk.next > at);
+            at = chunk.next;
+            random.change(&*disk);
+        }
+    }
+}
+
 #[test]
 fn a_disk_in_a_backup_may_grow_and_not_shrink() {
     let dir = tempfile::tempdir().unwrap();

@@ -254,17 +254,15 @@ fn apply(
     let mut last: Option<Applied> = None;
     for name in names {
         let failed = |reason: String| format!("'{}': {reason}", name.display());
-        let mut from: Box<dyn Read> = match name == "-" {
+        let from: Box<dyn Read> = match name == "-" {
             true => Box::new(io::stdin().lock()),
             false => Box::new(File::open(name).map_err(|e| failed(e.to_string()))?),
         };
+        let mut from = BufReader::new(from);
         let mut has_any = false;
-        loop {
-            let reader =
-                StreamReader::new(BufReader::new(from)).map_err(|e| failed(e.to_string()))?;
-            let Some(mut reader) = reader else {
-                break;
-            };
+        while let Some(mut reader) =
+            StreamReader::new(&mut from).map_err(|e| failed(e.to_string()))?
+        {
             has_any = true;
             follows(args, last.as_ref(), reader.header(), exists).map_err(failed)?;
             let outcome = apply_one(&mut reader, sink, progress);
@@ -282,7 +280,6 @@ fn apply(
                 Err(Broken::Stream(error)) => return Err(failed(error.to_string())),
                 Err(Broken::Sink(reason)) => return Err(reason),
             }
-            from = Box::new(reader.into_inner());
         }
         if !has_any {
             return Err(failed("there is no stream in it".to_owned()));

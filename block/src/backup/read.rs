@@ -21,7 +21,8 @@ const LOOK: u64 = 1 << 30;
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Chunk {
-    /// What the backup has, in order. What lies between is not part of it.
+    /// What the backup has, in order. What lies between is not part of it. Read from the beginning of a
+    /// granule, with room for one, they are whole granules, but for the end of the disk.
     pub extents: Vec<ChunkExtent>,
     /// Bytes in the buffer: of all extents that are not zero, one behind the other.
     pub bytes: usize,
@@ -88,10 +89,13 @@ impl Backup {
         };
         while let Some(run) = self.next_run(reader, chunk.next) {
             chunk.next = run.start;
-            if chunk.extents.len() >= MAX_EXTENTS {
+            let room = &mut buffer[chunk.bytes..];
+            let granule = self.protection.granule_end(run.start + 1) - run.start;
+            let is_full = chunk.bytes > 0 && (room.len() as u64) < granule;
+            if is_full || chunk.extents.len() >= MAX_EXTENTS {
                 return Ok(chunk);
             }
-            let (is_zero, len) = self.read_run(run.clone(), &mut buffer[chunk.bytes..])?;
+            let (is_zero, len) = self.read_run(run.clone(), room)?;
             if len == 0 {
                 return Ok(chunk);
             }
@@ -183,18 +187,46 @@ impl Protection {
         let Some((held, len)) = self.hold(run.start, len) else {
             return Ok(None);
         };
-        let (is_zero, len) = zero_or_data(disk, run.start, len)?;
-        if is_zero {
-            return Ok(Some((true, len)));
+        let (is_zero, found) = zero_or_data(disk, run.start, len)?;
+        let end = run.start + found;
+        // Only whole granules are told as zero: nobody shall have to look for the rest of one.
+        let whole = if found == len {
+            end
+        } else {
+            self.granule_start(end)
+        };
+        if is_zero && whole > run.start {
+            return Ok(Some((true, whole - run.start)));
         }
         drop(held);
-        let len = len.min(PIECE).min(buffer.len() as u64);
+        let end = self.granule_end(end).min(run.end);
+        let len = self.room(run.start, end, buffer.len() as u64);
         let Some((_held, len)) = self.hold(run.start, len) else {
             return Ok(None);
         };
         let bytes = &mut buffer[..len as usize];
         disk.read_at(&[VolatileSlice::from(bytes)], run.start)?;
         Ok(Some((false, len)))
+    }
+
+    /// How many of the bytes from `start` to `end` are read at once where there is room for `room`: whole
+    /// granules, if there is room for one.
+    fn room(&self, start: u64, end: u64, room: u64) -> u64 {
+        let most = PIECE.max(1 << self.granule_bits).min(room);
+        if end - start <= most {
+            return end - start;
+        }
+        let whole = self.granule_start(start + most);
+        if whole > start { whole - start } else { most }
+    }
+
+    fn granule_start(&self, offset: u64) -> u64 {
+        offset >> self.granule_bits << self.granule_bits
+    }
+
+    /// Where the granule ends that has the byte before `offset`, or the disk.
+    fn granule_end(&self, offset: u64) -> u64 {
+        (offset.div_ceil(1 << self.granule_bits) << self.granule_bits).min(self.size)
     }
 
     /// Holds the range of `len` bytes at `offset`, and tells how many of them are protected; `None` if the

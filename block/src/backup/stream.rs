@@ -321,11 +321,6 @@ impl<R: Read> StreamReader<R> {
         }))
     }
 
-    /// What lies behind the stream.
-    pub fn into_inner(self) -> R {
-        self.from
-    }
-
     fn fill(&mut self, bytes: &mut [u8]) -> Result<()> {
         match fill(&mut self.from, bytes)? == bytes.len() {
             true => Ok(()),
@@ -442,13 +437,12 @@ mod tests {
         let bytes = [stream(), stream()].concat();
         let mut rest = &bytes[..];
         for _ in 0..2 {
-            let mut reader = StreamReader::new(rest).unwrap().unwrap();
+            let mut reader = StreamReader::new(&mut rest).unwrap().unwrap();
             assert_eq!(*reader.header(), header());
             let mut data = Vec::new();
             assert_eq!(reader.good(), 65536);
             while reader.next(&mut data).unwrap().is_some() {}
             assert_eq!(reader.good(), 8 << 20);
-            rest = reader.into_inner();
         }
         assert!(StreamReader::new(rest).unwrap().is_none());
         let max = MAX_DATA as u64;

@@ -158,8 +158,8 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
         return cancelled.map_err(error);
     }
     let (disk, target) = match (&args.operands[..], request.resume) {
-        ([target], Some(_)) => (None, target),
-        ([disk, target], None) => (Some(disk.as_os_str()), target),
+        ([target], Some(_)) => (OsStr::new(""), target),
+        ([disk, target], None) => (disk.as_os_str(), target),
         (_, Some(_)) => return Err(args.name.usage("Expecting one target")),
         (_, None) => return Err(args.name.usage("Expecting a disk and a target")),
     };
@@ -175,25 +175,20 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
     Ok(())
 }
 
-fn begin(request: &Request<'_>, disk: Option<&OsStr>) -> Result<Box<dyn Source>, Failure> {
-    let name = &request.args.name;
-    let source: Result<Box<dyn Source>, String> = match (request.control, request.resume, disk) {
-        (Some(socket), Some((id, _)), _) => Control::connect(socket)
-            .and_then(|control| control.resume(id))
-            .map(|source| Box::new(source) as _),
-        (Some(socket), None, Some(disk)) => Control::connect(socket)
-            .and_then(|control| control.begin(request, &disk.to_string_lossy()))
-            .map(|source| Box::new(source) as _),
-        (_, _, Some(file)) => {
-            let image = Image::from_operand(request.args, file, "format")?;
-            let opened = |reason: String| could_not_open(file, &reason);
-            Local::begin(request, &image)
-                .map(|source| Box::new(source) as _)
-                .map_err(opened)
-        }
-        (None, _, None) => Err("--resume needs --control".to_owned()),
+/// Begins the backup of `disk`, or finds the one that is read on.
+fn begin(request: &Request<'_>, disk: &OsStr) -> Result<Box<dyn Source>, Failure> {
+    let error = |reason: String| request.args.name.error(&reason);
+    let Some(socket) = request.control else {
+        let image = Image::from_operand(request.args, disk, "format")?;
+        let source = Local::begin(request, &image);
+        let source = source.map_err(|reason| error(could_not_open(disk, &reason)))?;
+        return Ok(Box::new(source));
     };
-    source.map_err(|reason| name.error(&reason))
+    let source = Control::connect(socket).and_then(|control| match request.resume {
+        Some((id, _)) => control.resume(id),
+        None => control.begin(request, &disk.to_string_lossy()),
+    });
+    Ok(Box::new(source.map_err(error)?))
 }
 
 /// Copies `source` to the target called `name`.

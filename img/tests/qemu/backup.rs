@@ -40,80 +40,74 @@ const CHANGES: [&[&str]; 2] = [
 /// A full backup and two increments, as a chain of images and as streams.
 #[test]
 fn full_and_increments() {
-    for options in [
+    let kinds = [
         "",
         "-o cluster_size=2M",
-        "-o data_file=data",
         "-o data_file=data,data_file_raw=on",
         "-o extended_l2=on",
-    ] {
-        let place = Place::tandem();
-        place.make(&format!("create -q -f qcow2 {options} disk 8M"));
-        place.qemu_io(
-            "disk",
-            &["write -P 1 0 3M", "write -P 2 5M 2M", "write -z 7M 64k"],
-        );
-        quietly(&place, "backup --track b disk 0.qcow2");
-        quietly(&place, "backup --track s -O stream disk 0.stream");
-        quietly(&place, "backup -O raw disk copy.raw");
-        let mut streams = "0.stream".to_owned();
-        for (i, changes) in (1..).zip(CHANGES) {
-            place.qemu_io_as("qcow2", "disk", changes);
-            let expected = content(&place, "disk");
-            let before = i - 1;
-            quietly(&place, "backup --since b --keep -O raw -n disk copy.raw");
-            quietly(
-                &place,
-                &format!("backup --since b -b {before}.qcow2 -F qcow2 disk {i}.qcow2"),
-            );
-            quietly(
-                &place,
-                &format!("backup --since s -b {before}.stream -O stream disk {i}.stream"),
-            );
-            streams += &format!(" {i}.stream");
-            place.make(&format!("check -q {i}.qcow2"));
-            assert!(
-                content(&place, &format!("{i}.qcow2")) == expected,
-                "{options}, {i}"
-            );
-            assert!(
-                fs::read(place.path("copy.raw")).unwrap() == expected,
-                "{options}, {i}"
-            );
-            quietly(&place, &format!("restore {streams} restored.raw"));
-            assert!(
-                fs::read(place.path("restored.raw")).unwrap() == expected,
-                "{options}, {i}"
-            );
-            quietly(
-                &place,
-                &format!("restore -O qcow2 {streams} restored.qcow2"),
-            );
-            place.make("check -q restored.qcow2");
-            assert!(
-                content(&place, "restored.qcow2") == expected,
-                "{options}, {i}"
-            );
+    ];
+    // Most of the time goes by waiting for the disk.
+    std::thread::scope(|scope| {
+        for options in kinds {
+            scope.spawn(move || full_and_increments_of(options));
         }
-        // Only what has changed is in the last one, in units of 64 KiB or clusters.
-        let map = place.qemu_img(&words("map --output=json 2.qcow2")).stdout;
-        let own = map.lines().filter(|line| line.contains("\"depth\": 0"));
-        assert!((1..=3).contains(&own.count()), "{map}");
-        // One more increment onto what has been restored.
-        place.qemu_io("disk", &["write -P 9 2M 1M"]);
-        quietly(
-            &place,
-            "backup --since s -b 2.stream -O stream disk 3.stream",
-        );
-        for (format, name) in [("raw", "restored.raw"), ("qcow2", "restored.qcow2")] {
-            quietly(&place, &format!("restore -n -O {format} 3.stream {name}"));
-            assert!(
-                content(&place, name) == content(&place, "disk"),
-                "{options}"
-            );
-        }
-        place.make("check -q disk");
+    });
+}
+
+fn full_and_increments_of(options: &str) {
+    let place = Place::tandem();
+    place.make(&format!("create -q -f qcow2 {options} disk 8M"));
+    let first = ["write -P 1 0 3M", "write -P 2 5M 2M", "write -z 7M 64k"];
+    place.qemu_io("disk", &first);
+    quietly(&place, "backup --track b disk 0.qcow2");
+    quietly(&place, "backup --track s -O stream disk 0.stream");
+    quietly(&place, "backup -O raw disk copy.raw");
+    for (before, changes) in CHANGES.into_iter().enumerate() {
+        place.qemu_io_as("qcow2", "disk", changes);
+        let i = before + 1;
+        quietly(&place, "backup --since b --keep -O raw -n disk copy.raw");
+        let chain = format!("backup --since b -b {before}.qcow2 -F qcow2 disk {i}.qcow2");
+        quietly(&place, &chain);
+        let stream = format!("backup --since s -b {before}.stream -O stream disk {i}.stream");
+        quietly(&place, &stream);
     }
+    let expected = content(&place, "disk");
+    place.make("check -q 2.qcow2");
+    assert!(content(&place, "2.qcow2") == expected, "{options}");
+    assert!(
+        fs::read(place.path("copy.raw")).unwrap() == expected,
+        "{options}"
+    );
+    let streams = "0.stream 1.stream 2.stream";
+    quietly(&place, &format!("restore {streams} restored.raw"));
+    assert!(
+        fs::read(place.path("restored.raw")).unwrap() == expected,
+        "{options}"
+    );
+    quietly(
+        &place,
+        &format!("restore -O qcow2 {streams} restored.qcow2"),
+    );
+    place.make("check -q restored.qcow2");
+    assert!(content(&place, "restored.qcow2") == expected, "{options}");
+    // Only what has changed is in the last one, in units of 64 KiB or clusters.
+    let map = place.qemu_img(&words("map --output=json 2.qcow2")).stdout;
+    let own = map.lines().filter(|line| line.contains("\"depth\": 0"));
+    assert!((1..=3).contains(&own.count()), "{map}");
+    // One more increment onto what has been restored.
+    place.qemu_io("disk", &["write -P 9 2M 1M"]);
+    quietly(
+        &place,
+        "backup --since s -b 2.stream -O stream disk 3.stream",
+    );
+    for (format, name) in [("raw", "restored.raw"), ("qcow2", "restored.qcow2")] {
+        quietly(&place, &format!("restore -n -O {format} 3.stream {name}"));
+        assert!(
+            content(&place, name) == content(&place, "disk"),
+            "{options}"
+        );
+    }
+    place.make("check -q disk");
 }
 
 /// A disk that has become larger, or smaller, since the backup before.

@@ -1,6 +1,7 @@
 //! Operating a VM while it runs: what its owner can ask for, by [`Control`] or over a
 //! [socket](ControlSocket).
 
+mod backup;
 mod bitmaps;
 mod client;
 mod error;
@@ -24,6 +25,7 @@ use crate::disk::{self, Image};
 use crate::exit::{Exit, ExitReason};
 use crate::gate::Gate;
 
+pub use backup::BackupInfo;
 pub use error::ControlError;
 pub(crate) use growth::GrowthWatch;
 pub use images::CommitBase;
@@ -59,6 +61,7 @@ struct Shared {
     pausing: Mutex<()>,
     is_paused: AtomicBool,
     jobs: jobs::Jobs,
+    backups: Mutex<Vec<backup::Running>>,
 }
 
 /// A disk to operate.
@@ -151,6 +154,7 @@ impl Control {
             pausing: Mutex::default(),
             is_paused: AtomicBool::new(false),
             jobs: jobs::Jobs::default(),
+            backups: Mutex::default(),
         }))
     }
 

@@ -43,6 +43,7 @@ mod layout;
 mod memory;
 pub mod metrics;
 mod private_socket;
+pub mod sandbox;
 mod serve;
 pub mod signals;
 mod terminal;

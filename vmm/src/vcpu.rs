@@ -2,7 +2,7 @@
 
 use std::io;
 use std::os::unix::thread::JoinHandleExt;
-use std::sync::Arc;
+use std::sync::{Arc, RwLock};
 use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
 
@@ -21,6 +21,7 @@ use crate::error::{Error, HostContext, KvmContext, Result};
 use crate::exit::{Exit, ExitReason};
 use crate::gate::Gate;
 use crate::layout;
+use crate::sandbox::{self, Role};
 
 /// State in which the boot processor starts. The other CPUs wait for it to start them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -177,6 +178,13 @@ impl Vcpu {
             let mut cpu = self;
             // Says so if the thread ends in a panic.
             let _guard = PanicGuard(&machine.exit, index);
+            if machine.seccomp
+                && let Err(error) = sandbox::enter(Role::Cpu)
+            {
+                machine.exit.end(Err(error));
+            }
+            // A panic elsewhere does not keep it from looking at the end.
+            drop(machine.setup.read());
             machine.gate.inside(|| {
                 while !machine.exit.has_ended() {
                     if let Err(error) = cpu.step(&machine) {
@@ -323,6 +331,10 @@ pub struct Machine {
     pub exit: Arc<Exit>,
     /// The way into the guest.
     pub gate: Arc<Gate>,
+    /// Locked for writing until CPUs may enter the guest.
+    pub setup: RwLock<()>,
+    /// Whether the threads of CPUs are confined.
+    pub seccomp: bool,
     /// The guest's RAM, which is here to stay mapped as long as any CPU.
     pub _mem: GuestMemory,
 }

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use super::Control;
 use crate::error::{HostContext, Result};
+use crate::sandbox::Role;
 
 /// How often a device is asked for its size: the system tells nobody of a change.
 const INTERVAL: Duration = Duration::from_secs(2);
@@ -40,7 +41,11 @@ impl GrowthWatch {
         let control = control.clone();
         let thread = Builder::new()
             .name("device-growth".to_owned())
-            .spawn(move || watch(&control, disks, &ended))
+            .spawn(move || {
+                if control.enter(Role::Watch) {
+                    watch(&control, disks, &ended);
+                }
+            })
             .host("start the thread that watches block devices")?;
         Ok(Some(Self {
             end: Some(end),

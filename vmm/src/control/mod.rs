@@ -23,6 +23,7 @@ use tandem_devices::virtio::block::{Handle, Stats};
 use crate::disk::{self, Image};
 use crate::exit::{Exit, ExitReason};
 use crate::gate::Gate;
+use crate::sandbox::{self, Role};
 
 pub use error::ControlError;
 pub(crate) use growth::GrowthWatch;
@@ -75,6 +76,8 @@ pub(crate) struct MachineInfo {
     pub cpus: u8,
     pub memory: u64,
     pub started: Instant,
+    /// Whether its threads are confined.
+    pub seccomp: bool,
 }
 
 /// What a VM is doing.
@@ -310,6 +313,16 @@ impl Control {
                 .write()
                 .unwrap_or_else(PoisonError::into_inner),
         );
+    }
+
+    /// Confines this thread to `role`, if those of the VM are to be confined. Returns whether it may go
+    /// on: otherwise the VM ends.
+    pub(crate) fn enter(&self, role: Role) -> bool {
+        if !self.0.machine.seccomp {
+            return true;
+        }
+        let entered = sandbox::enter(role);
+        entered.map_err(|error| self.0.exit.end(Err(error))).is_ok()
     }
 
     pub(crate) fn operated(&self) -> &[Operated] {

@@ -19,6 +19,7 @@ use super::Metrics;
 use crate::config::MetricsTarget;
 use crate::control::Control;
 use crate::error::{Error, HostContext, Result};
+use crate::sandbox::Role;
 
 /// Lines that may be asked for while an earlier one waits for its reader.
 const MAX_WAITING: usize = 16;
@@ -157,7 +158,9 @@ impl MetricsLog {
             dropped: dropped.clone(),
         };
         let body = move || {
-            writer.run(&receiver, interval);
+            if writer.control.enter(Role::Watch) {
+                writer.run(&receiver, interval);
+            }
             drop(ends);
         };
         let thread = Builder::new().name("metrics".to_owned()).spawn(body);

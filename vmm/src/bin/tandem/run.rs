@@ -16,6 +16,7 @@ use tandem_vmm::{
 };
 
 use crate::disk_keys::{DISK_KEYS, disk_parser};
+use crate::sandbox::SandboxArgs;
 
 /// What to run.
 #[derive(Args)]
@@ -73,6 +74,13 @@ pub struct Run {
     /// Unix socket to operate the VM with while it runs
     #[arg(long, value_name = "PATH")]
     control: Option<PathBuf>,
+
+    /// Directory below which requests to the control socket may name files; may be repeated
+    #[arg(long = "allow-dir", value_name = "DIR", requires = "control")]
+    allowed: Vec<PathBuf>,
+
+    #[command(flatten)]
+    sandbox: SandboxArgs,
 }
 
 /// A day.
@@ -160,10 +168,15 @@ impl Run {
         config.cpus = self.cpus;
         config.disks = self.disks;
         config.serial = self.serial;
+        config.seccomp = self.sandbox.is_on();
         let mut vmm = Vmm::build(&config)?;
         let control = vmm.control();
-        let bind = |path| ControlSocket::bind(path, control.clone());
-        let socket = self.control.as_deref().map(bind).transpose()?;
+        let socket = self.control.as_deref().map(ControlSocket::bind);
+        let socket = socket.transpose()?;
+        // All files are open, and there is no second thread yet.
+        self.sandbox.confine_files(self.allowed, self.control)?;
+        let serve = |socket: ControlSocket| socket.serve(control.clone());
+        let socket = socket.map(serve).transpose()?;
         let interval = Duration::from_secs(self.metrics_interval);
         let interval = Some(interval).filter(|i| self.metrics.is_some() && !i.is_zero());
         let log = MetricsLog::start(output, interval, control.clone())?;

@@ -3,7 +3,7 @@
 use std::io;
 use std::os::unix::thread::JoinHandleExt;
 use std::sync::{Arc, RwLock};
-use std::thread::{Builder, JoinHandle};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use kvm_bindings::{
@@ -172,17 +172,13 @@ impl Vcpu {
     /// Starts running the CPU on a thread of its own, until `machine.exit` ends.
     pub fn start(self, machine: Arc<Machine>) -> Result<Running> {
         let index = self.index;
+        let role = machine.seccomp.then_some(Role::Cpu);
         let body = move || {
             // Dropped in reverse order: the CPU must be closed before its memory can go.
             let machine = machine;
             let mut cpu = self;
             // Says so if the thread ends in a panic.
             let _guard = PanicGuard(&machine.exit, index);
-            if machine.seccomp
-                && let Err(error) = sandbox::enter(Role::Cpu)
-            {
-                machine.exit.end(Err(error));
-            }
             // A panic elsewhere does not keep it from looking at the end.
             drop(machine.setup.read());
             machine.gate.inside(|| {
@@ -193,8 +189,7 @@ impl Vcpu {
                 }
             });
         };
-        let thread = Builder::new().name(format!("vcpu{index}")).spawn(body);
-        thread.map(Running).host("start the thread of a CPU")
+        sandbox::spawn(format!("vcpu{index}"), role, body).map(Running)
     }
 
     /// Runs the guest until it leaves for something that this process has to do, and does that.

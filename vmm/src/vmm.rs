@@ -177,7 +177,11 @@ impl Vmm {
             }
         }
         // After the CPUs' threads have been started, which would have to do with as little otherwise.
-        self.control.enter(Role::Main);
+        if machine.seccomp
+            && let Err(error) = sandbox::enter(Role::Main)
+        {
+            exit.end(Err(error));
+        }
         drop(setup);
         while !exit.has_ended() {
             if let Err(e) = events.run().map_err(io::Error::other) {

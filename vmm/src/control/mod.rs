@@ -23,7 +23,7 @@ use tandem_devices::virtio::block::{Handle, Stats};
 use crate::disk::{self, Image};
 use crate::exit::{Exit, ExitReason};
 use crate::gate::Gate;
-use crate::sandbox::{self, Role};
+use crate::sandbox::Role;
 
 pub use error::ControlError;
 pub(crate) use growth::GrowthWatch;
@@ -315,14 +315,9 @@ impl Control {
         );
     }
 
-    /// Confines this thread to `role`, if those of the VM are to be confined. Returns whether it may go
-    /// on: otherwise the VM ends.
-    pub(crate) fn enter(&self, role: Role) -> bool {
-        if !self.0.machine.seccomp {
-            return true;
-        }
-        let entered = sandbox::enter(role);
-        entered.map_err(|error| self.0.exit.end(Err(error))).is_ok()
+    /// `role`, if the threads of the VM are to be confined.
+    pub(crate) fn confined(&self, role: Role) -> Option<Role> {
+        self.0.machine.seccomp.then_some(role)
     }
 
     pub(crate) fn operated(&self) -> &[Operated] {

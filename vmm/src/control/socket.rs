@@ -10,9 +10,9 @@ use std::time::Duration;
 
 use super::protocol::RequestError;
 use super::{Control, client};
-use crate::error::{HostContext, Result};
+use crate::error::Result;
 use crate::private_socket::PrivateSocket;
-use crate::sandbox::Role;
+use crate::sandbox::{self, Role};
 
 /// Most clients at a time. Each one has a thread.
 const MAX_CLIENTS: usize = 16;
@@ -48,13 +48,9 @@ impl ControlSocket {
     /// [`Error::Host`](crate::Error::Host).
     pub fn serve(mut self, control: Control) -> Result<Self> {
         let (listener, is_over) = (self.socket.listener(), self.is_over.clone());
-        let body = move || {
-            if control.enter(Role::Control) {
-                accept(&listener, &control, &is_over);
-            }
-        };
-        let thread = Builder::new().name("control".to_owned()).spawn(body);
-        self.thread = Some(thread.host("start the thread of the control socket")?);
+        let role = control.confined(Role::Control);
+        let body = move || accept(&listener, &control, &is_over);
+        self.thread = Some(sandbox::spawn("control".to_owned(), role, body)?);
         Ok(self)
     }
 }

@@ -65,6 +65,7 @@ const DISKS: &[c_long] = &[
     SYS_statx,
     SYS_fstatfs,
     SYS_fadvise64,
+    SYS_copy_file_range,
 ];
 
 /// Event loops.
@@ -95,6 +96,7 @@ const CLIENTS: &[c_long] = &[
 /// Files that requests of the control socket name. Which ones is for Landlock to say.
 const FILES: &[c_long] = &[
     SYS_openat,
+    SYS_openat2,
     SYS_getcwd,
     SYS_stat,
     SYS_lstat,
@@ -109,7 +111,6 @@ const FILES: &[c_long] = &[
     SYS_fchmod,
     SYS_fchown,
     SYS_flock,
-    SYS_copy_file_range,
 ];
 
 /// What the names of files are for. Where a role has no use for it, it is answered by an error: the
@@ -130,7 +131,7 @@ pub(super) const REFUSED: &[c_long] = &[
 
 /// Requests of KVM for a CPU that runs: `KVM_RUN`, `KVM_KVMCLOCK_CTRL`, `KVM_GET_REGS`.
 const CPU_REQUESTS: &[u64] = &[0xae80, 0xaead, 0x8090_ae81];
-/// Modes of a terminal.
+/// Modes of a terminal, which any thread restores that the process crashes on.
 const TERMINAL_REQUESTS: &[u64] = &[TCGETS, TCSETS, TCGETS2, TCSETS2];
 /// Whether a socket blocks.
 const SOCKET_REQUESTS: &[u64] = &[FIONBIO];
@@ -174,10 +175,7 @@ const NAMESPACES: c_int = CLONE_NEWNS
 /// What `role` may do.
 pub(super) fn allowed(role: Role) -> Result<Rules, BackendError> {
     let (groups, requests): (&[&[c_long]], &[&[u64]]) = match role {
-        Role::Main => (
-            &[DISKS, EVENTS, &[SYS_unlink, SYS_shutdown]],
-            &[TERMINAL_REQUESTS],
-        ),
+        Role::Main => (&[DISKS, EVENTS, &[SYS_unlink, SYS_shutdown]], &[]),
         Role::Cpu => (&[DISKS, EVENTS], &[CPU_REQUESTS]),
         Role::Control => (
             &[DISKS, EVENTS, CLIENTS, FILES],
@@ -192,10 +190,9 @@ pub(super) fn allowed(role: Role) -> Result<Rules, BackendError> {
     };
     let calls = groups.iter().copied().chain([EVERY]).flatten();
     let mut rules: Rules = calls.map(|call| (*call, vec![])).collect();
-    let requests: Vec<_> = requests.iter().copied().flatten().copied().collect();
-    if !requests.is_empty() {
-        rules.insert(SYS_ioctl, one_of(1, &requests)?);
-    }
+    let requests = requests.iter().copied().chain([TERMINAL_REQUESTS]);
+    let requests: Vec<_> = requests.flatten().copied().collect();
+    rules.insert(SYS_ioctl, one_of(1, &requests)?);
     if matches!(role, Role::Cpu | Role::Control | Role::Server) {
         let mask = (THREAD | NAMESPACES) as u64;
         rules.insert(SYS_clone, when(0, Qword, MaskedEq(mask), THREAD as u64)?);

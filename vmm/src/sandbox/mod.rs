@@ -32,6 +32,8 @@ mod violation;
 
 use std::collections::BTreeMap;
 use std::io;
+use std::sync::mpsc::sync_channel;
+use std::thread::{Builder, JoinHandle};
 
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompFilter, SeccompRule, TargetArch, apply_filter,
@@ -74,6 +76,28 @@ pub fn enter(role: Role) -> Result<()> {
     install(role)
         .map_err(io::Error::other)
         .host("filter its own system calls (--no-sandbox does without)")
+}
+
+/// Starts a thread that carries out `body`. Where it has a `role`, it has entered that on return.
+pub(crate) fn spawn(
+    name: String,
+    role: Option<Role>,
+    body: impl FnOnce() + Send + 'static,
+) -> Result<JoinHandle<()>> {
+    let (sender, entered) = sync_channel(1);
+    let body = move || {
+        let outcome = role.map_or(Ok(()), enter);
+        let may_go_on = outcome.is_ok();
+        // Somebody waits for it.
+        let _ = sender.send(outcome);
+        if may_go_on {
+            body();
+        }
+    };
+    let failed = "start a thread of the VM";
+    let thread = Builder::new().name(name).spawn(body).host(failed)?;
+    entered.recv().map_err(io::Error::other).host(failed)??;
+    Ok(thread)
 }
 
 fn install(role: Role) -> std::result::Result<(), seccompiler::Error> {

@@ -113,9 +113,11 @@ const FILES: &[c_long] = &[
     SYS_flock,
 ];
 
-/// What the names of files are for. Where a role has no use for it, it is answered by an error: the
-/// standard library looks for files when it reports a panic, and goes on without.
+/// What is not there (`ENOSYS`) where a role has no use for it, since libraries try it and go on without.
+/// The flags of `clone3` are in memory, where no filter can look; the C library falls back to `clone`.
+/// And the standard library looks for files when it reports a panic.
 pub(super) const REFUSED: &[c_long] = &[
+    SYS_clone3,
     SYS_open,
     SYS_openat,
     SYS_openat2,

@@ -101,31 +101,22 @@ pub(crate) fn spawn(
 }
 
 fn install(role: Role) -> std::result::Result<(), seccompiler::Error> {
-    // The strictest answer of several filters counts, and that of the last one is stricter than any
-    // error. So it lets pass what the others refuse.
+    // The strictest answer of several filters counts, and that of the last one is stricter than an
+    // error. So it lets pass what the first one refuses.
     let mut allowed = calls::allowed(role)?;
-    let refused = calls::REFUSED
-        .iter()
-        .filter(|call| !allowed.contains_key(call));
+    let refused = calls::REFUSED.iter();
+    let refused = refused.filter(|call| !allowed.contains_key(call));
     let refused: Rules = refused.map(|call| (*call, vec![])).collect();
-    allowed.extend(refused.keys().map(|call| (*call, vec![])));
-    // The flags of this one are in memory, where no filter can look; libraries fall back to `clone`.
-    let unknown = Rules::from([(libc::SYS_clone3, vec![])]);
-    allowed.extend(unknown.clone());
+    allowed.extend(refused.clone());
 
-    let except = |rules, errno: i32| {
-        compile(
-            rules,
-            SeccompAction::Allow,
-            SeccompAction::Errno(errno as u32),
-        )
-    };
-    let filters = [
-        except(unknown, libc::ENOSYS)?,
-        except(refused, libc::EACCES)?,
+    let error = SeccompAction::Errno(libc::ENOSYS as u32);
+    for filter in [
+        compile(refused, SeccompAction::Allow, error)?,
         compile(allowed, SeccompAction::Trap, SeccompAction::Allow)?,
-    ];
-    filters.iter().try_for_each(|filter| apply_filter(filter))
+    ] {
+        apply_filter(&filter)?;
+    }
+    Ok(())
 }
 
 /// A filter that answers what `rules` match by `matched`, and everything else by `other`.

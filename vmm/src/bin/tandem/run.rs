@@ -119,12 +119,17 @@ Metrics and control:
   line: {{\"command\":\"pause\"}}. The commands are status, disks, metrics, flush, pause, resume, resize and
   shutdown. README.md describes both.
 
+Sandbox:
+  Once its files are open, and before the guest runs, tandem keeps itself to the system calls that each
+  thread needs (seccomp), and from all other files (Landlock). Requests to the socket of --control may name
+  files below the directories of --allow-dir. A forbidden system call ends it, and one line says which it was.
+
 Exit status:
   0      The guest powered off or restarted (also after a panic), or Ctrl-A X was typed
   1      The VM could not be built, broke (triple fault, KVM failure), or a disk could not be flushed
   2      The command line is wrong
   Killed by SIGTERM, SIGINT, SIGHUP or SIGQUIT (a shell shows 128 + number): the same, after the disks
-  have been flushed and closed
+  have been flushed and closed; by SIGSYS: the sandbox has forbidden something
   Errors of a disk are for the guest to handle and leave the exit status alone; the last one of each
   disk is printed when the VM ends.
 

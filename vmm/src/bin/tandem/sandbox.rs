@@ -11,7 +11,7 @@ use tandem_vmm::sandbox::{self, Enforced, FileRules, Role};
 /// Whether the process confines itself.
 #[derive(Args)]
 pub struct SandboxArgs {
-    /// Do without the filters of system calls and the rules for files
+    /// Do without the filters of system calls and the rules for files that confine this program
     #[arg(long)]
     no_sandbox: bool,
 }

@@ -24,6 +24,7 @@ use tandem_devices::virtio::block::{Handle, Stats};
 use crate::disk::{self, Image};
 use crate::exit::{Exit, ExitReason};
 use crate::gate::Gate;
+use crate::sandbox::Role;
 
 pub use backup::BackupInfo;
 pub use error::ControlError;
@@ -78,6 +79,8 @@ pub(crate) struct MachineInfo {
     pub cpus: u8,
     pub memory: u64,
     pub started: Instant,
+    /// Whether its threads are confined.
+    pub seccomp: bool,
 }
 
 /// What a VM is doing.
@@ -314,6 +317,11 @@ impl Control {
                 .write()
                 .unwrap_or_else(PoisonError::into_inner),
         );
+    }
+
+    /// `role`, if the threads of the VM are to be confined.
+    pub(crate) fn confined(&self, role: Role) -> Option<Role> {
+        self.0.machine.seccomp.then_some(role)
     }
 
     pub(crate) fn operated(&self) -> &[Operated] {

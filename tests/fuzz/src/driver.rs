@@ -132,7 +132,7 @@ impl<'m> Driver<'m> {
     }
 
     fn header(&self, addr: u64, input: &mut Input<'_>) {
-        let (kind, sector) = (*input.choose(&TYPES), input.value());
+        let (kind, sector) = (input.choose(&TYPES), input.value());
         self.put(addr, &kind.to_le_bytes());
         self.put(addr.wrapping_add(8), &sector.to_le_bytes());
     }
@@ -327,7 +327,7 @@ impl Machine {
         self.write(0x70, 0);
         self.write(0x70, 3);
         let more = [FEATURE_EVENT_IDX, FEATURE_RING_RESET, 1 << 12, 1 << 13];
-        let features = FEATURES | *input.choose(&more) ^ *input.choose(&more);
+        let features = FEATURES | input.choose(&more) ^ input.choose(&more);
         for half in [0, 1] {
             self.write(0x24, half);
             self.write(0x20, (features >> (32 * half)) as u32);
@@ -372,14 +372,14 @@ impl Machine {
 
     fn read_any(&self, input: &mut Input<'_>) {
         let mut bytes = [0xee; 16];
-        let len = *input.choose(&[4, 4, 4, 1, 2, 8, 0, 16]);
+        let len = input.choose(&[4, 4, 4, 1, 2, 8, 0, 16]);
         self.device.read(Self::register(input), &mut bytes[..len]);
     }
 
     fn write_any(&self, input: &mut Input<'_>) {
         let register = Self::register(input);
         let value = input.value().to_le_bytes();
-        let len = *input.choose(&[4, 4, 4, 1, 2, 8, 0, 3]);
+        let len = input.choose(&[4, 4, 4, 1, 2, 8, 0, 3]);
         self.device.write(register, &value[..len]);
     }
 }

@@ -65,7 +65,11 @@ impl<'a> Input<'a> {
         usize::from(self.byte()) % end
     }
 
-    pub fn choose<'t, T>(&mut self, choices: &'t [T]) -> &'t T {
+    pub fn choose<T: Copy>(&mut self, choices: &[T]) -> T {
+        choices[self.below(choices.len())]
+    }
+
+    pub fn pick<'t, T>(&mut self, choices: &'t [T]) -> &'t T {
         &choices[self.below(choices.len())]
     }
 

@@ -4,8 +4,8 @@ use std::path::Path;
 use std::sync::LazyLock;
 
 use tandem_block::qcow2::{
-    BackingFormat, BitmapEditor, CompressionType, CreateOptions, DataFileLayout, OpenOptions,
-    Qcow2, create,
+    AmendOptions, BackingFormat, BitmapEditor, CompressionType, CreateOptions, DataFileLayout,
+    OpenOptions, Qcow2, create,
 };
 use tandem_block::{Disk, Raw, VolatileSlice};
 
@@ -22,7 +22,7 @@ pub struct Kind {
 }
 
 /// What the images show that have a backing file: less than their own size.
-pub const BACKING_LEN: usize = 60 << 10;
+const BACKING_LEN: usize = 60 << 10;
 const CLUSTER: u64 = 512;
 /// Of a disk: a few L2 tables of the smallest clusters.
 const SIZE: u64 = 80 << 10;
@@ -101,10 +101,13 @@ pub static KINDS: LazyLock<Vec<Kind>> = LazyLock::new(|| {
     ]
 });
 
+/// The content of what the images lie on that have a backing file.
+pub static BELOW: LazyLock<Vec<u8>> =
+    LazyLock::new(|| (0..BACKING_LEN).map(|n| (n >> 9) as u8 | 1).collect());
+
 /// What the images that have a backing file lie on.
 pub fn below() -> Box<dyn Disk> {
-    let bytes = (0..BACKING_LEN).map(|n| (n >> 9) as u8 | 1).collect();
-    let storage = Box::new(Memory::new(bytes));
+    let storage = Box::new(Memory::new(BELOW.clone()));
     Box::new(Raw::with_storage(Path::new("below"), storage, true).unwrap())
 }
 
@@ -143,6 +146,14 @@ fn make(options: &CreateOptions, steps: &[fn(&Files)]) -> Kind {
         data: options.data_file.as_ref().map(|_| read("data")),
         has_backing: options.backing_file.is_some(),
     };
+    if files.data.is_some() {
+        // Its name is not to have this directory in it.
+        let named = AmendOptions {
+            data_file: Some("data".into()),
+            ..AmendOptions::default()
+        };
+        files.open().amend(&named, &mut |_, _| {}).unwrap();
+    }
     fill(&files);
     steps.iter().for_each(|step| step(&files));
     let image = files.image.bytes().clone();

@@ -8,10 +8,12 @@
 //! | `kinds` | valid images of all kinds |
 //! | `places` | where the structures of an image are, and changing them |
 //! | `exercise` | all that can be done with an image, and what must hold |
+//! | `files` | a directory of images, and what they must not lead to |
 //! | `driver` | what a guest can do with a block device |
 
 pub mod driver;
 pub mod exercise;
+pub mod files;
 pub mod input;
 pub mod kinds;
 pub mod limit;

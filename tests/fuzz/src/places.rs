@@ -32,6 +32,8 @@ const FIELDS: [(u64, u64); 18] = [
     (100, 4),
     (104, 1),
 ];
+/// Most bytes of an image.
+const LONGEST: usize = 1 << 20;
 const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 const COPIED: u64 = 1 << 63;
 const COMPRESSED: u64 = 1 << 62;
@@ -172,7 +174,7 @@ pub fn edit(image: &mut Vec<u8>, places: &[Place], input: &mut Input<'_>) {
 }
 
 fn pick(places: &[Place], input: &mut Input<'_>) -> (Place, u64) {
-    let place = *input.choose(places);
+    let place = input.choose(places);
     (place, u64::from(input.u16()) % place.count.max(1))
 }
 
@@ -182,7 +184,7 @@ fn edit_bytes(image: &mut Vec<u8>, how: u8, input: &mut Input<'_>) {
     if how >= 0xf8 {
         // Up to four times as long, so that what leads past the end may lead inside.
         let len = at % (4 * image.len() + 1);
-        return image.resize(len, 0);
+        return image.resize(len.min(LONGEST), 0);
     }
     let len = image.len();
     if len > 0 {

@@ -21,5 +21,5 @@ fuzz_target!(|bytes: &[u8]| {
     };
     // What is done is told by the last bytes, of which an image makes little use.
     let last = &bytes[bytes.len() - bytes.len().min(40)..];
-    limited(|| exercise(&files, &mut Input::new(last)));
+    limited(|| exercise(&files, false, &mut Input::new(last)));
 });

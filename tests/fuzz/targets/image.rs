@@ -15,14 +15,15 @@ fuzz_target!(
     },
     |bytes: &[u8]| {
     let mut input = Input::new(bytes);
-    let kind = input.choose(&KINDS);
+    let kind = input.pick(&KINDS);
     let mut image = kind.image.clone();
-    for _ in 0..input.below(9) {
+    let edits = input.below(9);
+    for _ in 0..edits {
         edit(&mut image, &kind.places, &mut input);
     }
     let files = Files {
         image: Memory::new(image),
         data: kind.data.clone().map(Memory::new),
     };
-    limited(|| exercise(&files, &mut input));
+    limited(|| exercise(&files, edits == 0, &mut input));
 });

@@ -128,7 +128,7 @@ impl Connection<'_> {
             let len = input.below(64);
             return self.send(input.bytes(len), &[]);
         }
-        let (mut code, words, files) = *input.choose(&SHAPES);
+        let (mut code, words, files) = input.choose(&SHAPES);
         let mut body: Vec<u8> = (0..words).flat_map(|_| word(input).to_le_bytes()).collect();
         let meant = match code {
             12 => 1,

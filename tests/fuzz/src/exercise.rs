@@ -24,13 +24,13 @@ use crate::memory::Memory;
 
 const NAME: &str = "image";
 /// Most bytes of a disk whose content is followed.
-const MODEL: u64 = 1 << 20;
+const MODEL: u64 = 256 << 10;
 /// Most bytes that are read or written at once.
-const TRANSFER: usize = 20 << 10;
+const TRANSFER: usize = 8 << 10;
 /// Most extents that are looked at.
-const EXTENTS: usize = 64;
+const EXTENTS: usize = 40;
 /// Most things that are done to a disk.
-const STEPS: usize = 16;
+const STEPS: usize = 10;
 /// Most bytes of findings that are told.
 const FINDINGS: usize = 1000;
 const NAMES: [&[u8]; 5] = [b"snapshot", b"a", b"1", b"b", b""];
@@ -396,7 +396,7 @@ impl<'f> Session<'f> {
     fn resize(&mut self, input: &mut Input<'_>) {
         let old = self.disk().size();
         let size = match input.byte() {
-            0..192 => u64::from(input.u16()) << 9,
+            0..224 => u64::from(input.u16() % 512) << 9,
             _ => input.value(),
         };
         let how = input.choose(&[
@@ -517,7 +517,7 @@ fn amend(disk: Qcow2, input: &mut Input<'_>) -> Result<()> {
         1 => options.refcount_bits = Some(1 << input.below(8)),
         2 => options.lazy_refcounts = Some(input.bool()),
         3 => options.data_file_raw = Some(input.bool()),
-        _ => options.size = Some(u64::from(input.u16()) << 9),
+        _ => options.size = Some(u64::from(input.u16() % 512) << 9),
     }
     disk.amend(&options, &mut |_, _| {})
 }

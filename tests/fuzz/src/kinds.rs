@@ -22,10 +22,10 @@ pub struct Kind {
 }
 
 /// What the images show that have a backing file: less than their own size.
-const BACKING_LEN: usize = 60 << 10;
+const BACKING_LEN: usize = 40 << 10;
 const CLUSTER: u64 = 512;
 /// Of a disk: a few L2 tables of the smallest clusters.
-const SIZE: u64 = 80 << 10;
+const SIZE: u64 = 64 << 10;
 
 /// All kinds, made once. An input names them by number, so new ones come last.
 pub static KINDS: LazyLock<Vec<Kind>> = LazyLock::new(|| {
@@ -167,13 +167,13 @@ fn make(options: &CreateOptions, steps: &[fn(&Files)]) -> Kind {
 /// Writes, zeroes and discards a part.
 fn fill(files: &Files) {
     let disk = files.open();
-    let mut bytes: Vec<u8> = (0..9 << 10).map(|n| (n % 251) as u8).collect();
-    for offset in [0, 40 << 10, SIZE - bytes.len() as u64] {
+    let mut bytes: Vec<u8> = (0..5 << 10).map(|n| (n % 251) as u8).collect();
+    for offset in [0, 36 << 10, SIZE - bytes.len() as u64] {
         disk.write_at(&[VolatileSlice::from(&mut bytes[..])], offset)
             .unwrap();
     }
-    disk.write_zeroes(42 << 10, 2 << 10, false).unwrap();
-    disk.discard(45 << 10, 1 << 10).unwrap();
+    disk.write_zeroes(37 << 10, 2 << 10, false).unwrap();
+    disk.discard(39 << 10, 1 << 10).unwrap();
     disk.close().unwrap();
 }
 

@@ -8,7 +8,7 @@ use tandem_block::Storage;
 use vm_memory::VolatileSlice;
 
 /// Most bytes of a file.
-const ROOM: u64 = 4 << 20;
+const ROOM: u64 = 1 << 20;
 
 /// A file in memory. Clones are the same file.
 #[derive(Clone, Debug, Default)]

@@ -33,7 +33,7 @@ const FIELDS: [(u64, u64); 18] = [
     (104, 1),
 ];
 /// Most bytes of an image.
-const LONGEST: usize = 1 << 20;
+const LONGEST: usize = 256 << 10;
 const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 const COPIED: u64 = 1 << 63;
 const COMPRESSED: u64 = 1 << 62;

@@ -60,7 +60,9 @@ fn write(control: &Control, index: usize, offset: u64, byte: u8) {
 fn a_backup_is_read_over_the_socket() {
     let (control, dir) = control();
     let path = dir.path().join("socket");
-    let _socket = ControlSocket::bind(&path, control.clone()).unwrap();
+    let _socket = ControlSocket::bind(&path)
+        .and_then(|socket| socket.serve(control.clone()))
+        .unwrap();
     for (index, disk) in ["vda", "vdb"].into_iter().enumerate() {
         write(&control, index, 0, 1);
         write(&control, index, SIZE - 4096, 2);
@@ -121,7 +123,9 @@ fn a_backup_is_read_over_the_socket() {
 fn bitmaps_and_failures() {
     let (control, dir) = control();
     let path = dir.path().join("socket");
-    let _socket = ControlSocket::bind(&path, control.clone()).unwrap();
+    let _socket = ControlSocket::bind(&path)
+        .and_then(|socket| socket.serve(control.clone()))
+        .unwrap();
     let mut client = Client::new(&path);
     let mut content = vec![0; SIZE as usize];
     let begin = |more: Value| {

@@ -158,12 +158,14 @@ impl Taken {
     /// It is gone, or the image cannot be written any more.
     pub fn give_back(self, image: &mut LiveImage, history: &mut History) -> Result<()> {
         history.forget(&self);
-        let image = image.with_bitmaps_mut()?;
         let name = self.name;
         match self.bits {
-            Some(bits) => image.put_back_bitmap(&name, &bits),
+            Some(bits) => image.with_bitmaps()?.put_back_bitmap(&name, &bits),
             // There is nothing that it could go on from.
-            None => image.change_bitmaps(&[BitmapAction::Remove { name }]),
+            None => {
+                let image = image.with_bitmaps_mut()?;
+                image.change_bitmaps(&[BitmapAction::Remove { name }])
+            }
         }
     }
 }

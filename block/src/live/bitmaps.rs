@@ -62,7 +62,7 @@ impl LiveDisk {
 }
 
 impl LiveImage {
-    fn with_bitmaps(&self) -> Result<&Qcow2> {
+    pub(crate) fn with_bitmaps(&self) -> Result<&Qcow2> {
         match self {
             Self::Raw(disk) => Err(no_place(disk)),
             Self::Qcow2(disk) => Ok(disk),

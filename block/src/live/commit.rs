@@ -7,7 +7,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use vm_memory::VolatileSlice;
 
@@ -56,17 +56,8 @@ impl LiveDisk {
                     drop(self.stamp_below());
                 }
             })?;
-            let mut commit = Commit {
-                disk: self,
-                options,
-                changes: &changes,
-                base,
-                stamped,
-                report: LiveReport {
-                    stopped: Default::default(),
-                    warning: None,
-                },
-            };
+            let mut commit = Commit::new(self, options, &changes, base);
+            commit.stamped = stamped;
             let done = commit.run(progress);
             commit.end(done)
         });
@@ -217,7 +208,7 @@ fn pivot(state: &mut State, base: &mut LiveImage) -> Result<LiveImage> {
 }
 
 /// A commit whose base is open for writing.
-struct Commit<'a> {
+pub(super) struct Commit<'a> {
     disk: &'a LiveDisk,
     options: &'a CommitOptions,
     changes: &'a Arc<Changes>,
@@ -227,8 +218,27 @@ struct Commit<'a> {
     report: LiveReport,
 }
 
-impl Commit<'_> {
-    fn run(&mut self, progress: Progress<'_>) -> Result<()> {
+impl<'a> Commit<'a> {
+    pub fn new(
+        disk: &'a LiveDisk,
+        options: &'a CommitOptions,
+        changes: &'a Arc<Changes>,
+        base: LiveImage,
+    ) -> Self {
+        Self {
+            disk,
+            options,
+            changes,
+            base,
+            stamped: false,
+            report: LiveReport {
+                stopped: Duration::ZERO,
+                warning: None,
+            },
+        }
+    }
+
+    pub fn run(&mut self, progress: Progress<'_>) -> Result<()> {
         let CommitOptions {
             between,
             pivot: pivots,
@@ -331,7 +341,7 @@ impl Commit<'_> {
     }
 
     /// Has the base only read from now on, unless it is the disk.
-    fn end(mut self, done: Result<()>) -> Result<LiveReport> {
+    pub fn end(mut self, done: Result<()>) -> Result<LiveReport> {
         if done.is_ok() && self.options.pivot {
             return Ok(self.report);
         }

@@ -1,6 +1,6 @@
 //! The disks: opened as configured, and put behind a virtio-mmio transport.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use kvm_ioctls::VmFd;

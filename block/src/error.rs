@@ -194,6 +194,11 @@ pub enum Error {
         reason: String,
     },
 
+    /// A backup could not go on, or what was asked of it makes no sense. The disk is as it would be
+    /// without it.
+    #[error("{0}")]
+    Backup(String),
+
     /// A request does not lie within the disk.
     #[error("request of {len} bytes at offset {offset} lies outside the disk of {size} bytes")]
     OutOfRange {

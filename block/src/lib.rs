@@ -41,6 +41,7 @@
 //! ```
 #![deny(missing_docs, clippy::missing_errors_doc)]
 
+mod backup;
 mod buffers;
 mod cache_mode;
 mod direct;
@@ -55,6 +56,7 @@ mod new_image;
 mod nowait;
 mod preallocation;
 pub mod qcow2;
+mod ranges;
 mod raw;
 mod stamp;
 mod storage;
@@ -63,6 +65,10 @@ mod units;
 mod vectored;
 mod writers;
 
+pub use backup::stream as backup_stream;
+pub use backup::{
+    Backup, BackupId, BackupKind, BackupOptions, BackupState, BackupStatus, Chunk, ChunkExtent,
+};
 pub use cache_mode::CacheMode;
 pub use disk::{Disk, Extent, ExtentKind, Limits, extent_in_chain, sparse_extent_in_chain};
 pub use error::{Error, Result};

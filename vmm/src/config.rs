@@ -32,6 +32,9 @@ pub struct Config {
     pub disks: Vec<DiskConfig>,
     /// The guest's console.
     pub serial: SerialConfig,
+    /// Whether the threads of the VM, among them the one that runs it, are confined to the system calls
+    /// that they need: see [`sandbox`](crate::sandbox).
+    pub seccomp: bool,
 }
 
 impl Config {
@@ -52,7 +55,7 @@ impl Config {
     pub const MAX_DISKS: usize = layout::MAX_DISKS;
 
     /// A machine with one CPU, the default RAM, no disk, and its console on standard input and
-    /// output.
+    /// output, not confined.
     pub fn new(kernel: impl Into<PathBuf>) -> Self {
         Self {
             kernel: kernel.into(),
@@ -62,6 +65,7 @@ impl Config {
             cpus: 1,
             disks: Vec::new(),
             serial: SerialConfig::Stdio,
+            seccomp: false,
         }
     }
 

@@ -1,5 +1,7 @@
 //! The persistent bitmaps of a disk that is used.
 
+use std::sync::Arc;
+
 use super::{LiveDisk, LiveImage, in_use};
 use crate::qcow2::{BitmapAction, BitmapInfo, DirtyBits, Qcow2};
 use crate::{Error, Raw, Result};
@@ -39,12 +41,14 @@ impl LiveDisk {
     /// those that do so after.
     ///
     /// # Errors
-    /// [`Error::Bitmap`] for a raw disk; otherwise as [`Qcow2::change_bitmaps`].
+    /// [`Error::Bitmap`] for a raw disk; [`Error::Backup`] for a bitmap of a backup under way; otherwise as
+    /// [`Qcow2::change_bitmaps`].
     pub fn change_bitmaps(&self, actions: &[BitmapAction]) -> Result<()> {
         self.exclusive(|state| {
-            state.image.with_bitmaps()?;
-            let disk = state.image.qcow2_mut().ok_or_else(in_use)?;
-            disk.change_bitmaps(actions)
+            state.history.check(actions)?;
+            state.image.with_bitmaps_mut()?.change_bitmaps(actions)?;
+            state.history.note(actions);
+            Ok(())
         })
     }
 
@@ -58,10 +62,18 @@ impl LiveDisk {
 }
 
 impl LiveImage {
-    fn with_bitmaps(&self) -> Result<&Qcow2> {
+    pub(crate) fn with_bitmaps(&self) -> Result<&Qcow2> {
         match self {
             Self::Raw(disk) => Err(no_place(disk)),
             Self::Qcow2(disk) => Ok(disk),
+            Self::Gone(gone) => Err(gone.error()),
+        }
+    }
+
+    pub(crate) fn with_bitmaps_mut(&mut self) -> Result<&mut Qcow2> {
+        match self {
+            Self::Raw(disk) => Err(no_place(disk)),
+            Self::Qcow2(disk) => Arc::get_mut(disk).ok_or_else(in_use),
             Self::Gone(gone) => Err(gone.error()),
         }
     }

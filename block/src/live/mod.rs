@@ -30,6 +30,7 @@ use std::time::Duration;
 use crossbeam_utils::sync::{ShardedLock, ShardedLockReadGuard};
 use vm_memory::VolatileSlice;
 
+use crate::backup::History;
 use crate::disk::total_len;
 use crate::qcow2::Qcow2;
 use crate::{Disk, Error, Extent, Limits, Preallocation, Raw, Result, Stamp};
@@ -55,6 +56,7 @@ pub(crate) struct State {
     pub watchers: Vec<Arc<dyn Watcher>>,
     /// What is being done to the images, if anything is: one thing at a time.
     operation: Option<&'static str>,
+    pub history: History,
 }
 
 /// What a [`LiveDisk`] consists of.
@@ -93,6 +95,12 @@ pub(crate) trait Watcher: Send + Sync {
     /// # Errors
     /// [`Error::Option`] says why not.
     fn check_size(&self, disk: &dyn Disk, size: u64) -> Result<()>;
+
+    /// The disk, which is `image`, is about to be closed. Nothing changes any more. `history` tells of
+    /// its backups.
+    fn close(&self, image: &mut LiveImage, history: &mut History) {
+        let _ = (image, history);
+    }
 }
 
 impl LiveImage {
@@ -159,6 +167,7 @@ impl LiveDisk {
             image: image.into(),
             watchers: Vec::new(),
             operation: None,
+            history: History::default(),
         }))
     }
 
@@ -358,6 +367,10 @@ impl Disk for LiveDisk {
         self.shared().image.disk().extent(offset, len)
     }
 
+    fn stamp(&self) -> Result<Option<Stamp>> {
+        self.shared().image.disk().stamp()
+    }
+
     fn sparse_extent(&self, offset: u64, len: u64) -> Result<Extent> {
         self.shared().image.disk().sparse_extent(offset, len)
     }
@@ -394,7 +407,12 @@ impl Disk for LiveDisk {
     }
 
     fn close(&self) -> Result<()> {
-        self.shared().image.disk().close()
+        self.exclusive(|state| {
+            for watcher in state.watchers.drain(..) {
+                watcher.close(&mut state.image, &mut state.history);
+            }
+            state.image.disk().close()
+        })
     }
 }
 

@@ -12,10 +12,10 @@ use super::Qcow2;
 use super::allocator::Allocation;
 use super::mapping::{Kind, Place};
 use super::placement::Placement;
-use super::ranges::RangeGuard;
 use crate::buffers::{Buffers, fill_zero};
 use crate::disk::{check_range, total_len};
 use crate::live::ImageRef;
+use crate::ranges::RangeGuard;
 use crate::{Disk, Error, Extent, Limits, Preallocation, Result, Stamp};
 
 /// How often a request on a full disk looks for clusters that have come back.

@@ -23,7 +23,6 @@
 //! | `cache`, `l1`, `words`, `refcount` | L2 slices, the L1 table and refcounts, in memory |
 //! | `allocator`, `free_map`, `reserved` | free clusters, and those that can never be free |
 //! | `overlap` | keeping guest data off metadata, and marking damaged images |
-//! | `ranges` | who may change which mapping |
 //! | `requests`, `retired` | when clusters that lost their mapping may be used again |
 //! | `flush` | the order in which all of that reaches the disk |
 //! | `snapshot` | internal snapshots: their table, taking, applying and deleting them |
@@ -37,7 +36,7 @@
 //! A thread that holds one of these takes only ones further down:
 //!
 //! 1. the right to change the size (`Qcow2::resizing`);
-//! 2. a range of guest clusters (`ranges`), at most one;
+//! 2. a range of guest clusters (`crate::ranges`), at most one;
 //! 3. the completeness of raw tables (`placement::Passthrough`);
 //! 4. the right to write back (`Qcow2::flushing`);
 //! 5. a set of the slice cache, or the list of new L1 entries;
@@ -87,7 +86,6 @@ mod parse;
 mod placement;
 mod policy;
 mod preallocate;
-mod ranges;
 mod rebase;
 mod refcount;
 mod refcount_width;
@@ -116,13 +114,14 @@ use geometry::Geometry;
 use l1::L1Table;
 use overlap::Filter;
 use placement::Placement;
-use ranges::RangeLocks;
+
 use refcount::Refcounts;
 use requests::Requests;
 use retired::Retired;
 
 use crate::Disk;
 use crate::file::ImageFile;
+use crate::ranges::RangeLocks;
 
 pub use amend::{AmendOptions, amend};
 pub use backing::{Backing, BackingFormat, find_backing, path_of as backing_path};
@@ -145,6 +144,7 @@ pub(crate) use rebase::Taking;
 pub use rebase::{BackingName, NewBacking, set_backing_name};
 pub use snapshot::{SnapshotInfo, SnapshotName};
 pub use stamp::{base_difference, stamp_base};
+pub(crate) use words::Words;
 
 /// How guest data lies in an external data file.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -16,7 +16,6 @@ use super::packed::Packed;
 use super::parse::offset;
 use super::placement::{External, Passthrough, Placement};
 use super::policy::{self, Follow};
-use super::ranges::RangeLocks;
 use super::refcount::Refcounts;
 use super::requests::Requests;
 use super::reserved::{Field, Reserved};
@@ -25,6 +24,7 @@ use super::snapshot::Snapshot;
 use super::{DataFileLayout, Qcow2, SnapshotName, bitmaps, snapshot, stamp, table};
 use crate::file::{FileOptions, ImageFile};
 use crate::lock::Access;
+use crate::ranges::RangeLocks;
 use crate::{Disk, Error, Result, Storage};
 
 const NO_DATA_FILE: &str = "'data-file' can only be set for images with an external data file";

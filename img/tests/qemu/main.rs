@@ -10,6 +10,8 @@
 
 mod amend;
 mod backing;
+mod backup;
+mod backup_of_running;
 mod bench;
 mod bitmap;
 mod chain;

@@ -23,21 +23,22 @@ fn overlays(bench: &Bench) -> Result<()> {
     let files = || Ok((sha256(&base.path)?, sha256(data_file)?));
     let before = files()?;
     let directory = bench.directory().display();
-    for keys in ["", ",overlay-data-file=temp"] {
-        let names = names(bench)?;
-        let keys = format!(",overlay=temp,overlay-dir={directory}{keys}");
-        // Which has never been booted before.
-        assert_eq!(boot(bench, &base, &keys)?.value("boots"), "1");
-        assert_eq!(self::names(bench)?, names, "a file is left");
-    }
-    for (name, data_file) in [("over", None), ("over-external", Some("over-data"))] {
+    let keys = format!(",overlay=temp,overlay-dir={directory},overlay-data-file=temp");
+    let before_boot = names(bench)?;
+    assert_eq!(boot(bench, &base, &keys)?.value("boots"), "1");
+    assert_eq!(names(bench)?, before_boot, "a file is left");
+    // Each begins with a base that has never been booted.
+    for (name, data_file, boots) in [
+        ("over", None, &["1", "2"][..]),
+        ("over-external", Some("over-data"), &["1"]),
+    ] {
         let path = bench.scratch(name);
         let mut keys = format!(",overlay={}", path.display());
         if let Some(data_file) = data_file {
             keys += &format!(",overlay-data-file={}", bench.scratch(data_file).display());
         }
-        for expected in ["1", "2"] {
-            assert_eq!(boot(bench, &base, &keys)?.value("boots"), expected);
+        for expected in boots {
+            assert_eq!(boot(bench, &base, &keys)?.value("boots"), *expected);
             let tool = &mut bench.tool("qemu-img");
             bench.run(tool.args(["check", "-f", "qcow2"]).arg(&path))?;
             let mut bytes = 0;

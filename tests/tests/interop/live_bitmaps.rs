@@ -151,58 +151,63 @@ fn run(kind: Kind, ops: &[Op]) {
     let mut models = Models::new();
     let mut open: Option<Qcow2> = None;
     for op in ops {
-        if matches!(op, Op::WriteByQemu(..) | Op::AddByQemu(_) | Op::Reopen) {
+        if let Op::WriteByQemu(..) | Op::AddByQemu(_) | Op::Reopen = op {
             if let Some(disk) = open.take() {
                 disk.close().unwrap();
             }
-        }
-        match *op {
-            Op::Reopen => continue,
-            Op::WriteByQemu(at, len) => {
-                image.qemu_io(&[format!("write {at} {len}")]);
-                changed(&mut models, at, len);
-                continue;
-            }
-            Op::AddByQemu(number) => {
-                if apply(&mut models, &actions(Op::Add(number, true))[0]) {
-                    let (name, granularity) = NAMES[number];
-                    image.qemu_img(
-                        &["bitmap", "--add", "-g", &granularity.to_string()],
-                        &[name],
-                    );
-                }
-                continue;
-            }
-            _ => {}
-        }
-        let disk = open.get_or_insert_with(|| image.open().unwrap());
-        match *op {
-            Op::Write(at, len) => write(disk, at, len as usize, 3),
-            Op::Zero(at, len, unmap) => disk.write_zeroes(at, len, unmap).unwrap(),
-            Op::Discard(at, len) => disk.discard(at, len).unwrap(),
-            Op::Take(number, at) if models.contains_key(&number) => {
-                let name = NAMES[number].0.as_bytes();
-                let taken = disk.take_bitmap(name).unwrap();
-                write(disk, at, 512, 3);
-                changed(&mut models, at, 512);
-                disk.put_back_bitmap(name, &taken).unwrap();
-            }
-            _ => {
-                let mut after = models.clone();
-                let list = actions(*op);
-                let done = list.iter().all(|action| apply(&mut after, action));
-                assert_eq!(disk.change_bitmaps(&list).is_ok(), done, "{op:?}");
-                if done {
-                    models = after;
-                }
-            }
-        }
-        if let Op::Write(at, len) | Op::Zero(at, len, _) | Op::Discard(at, len) = *op {
-            changed(&mut models, at, len);
+            by_qemu(&image, &mut models, *op);
+        } else {
+            let disk = open.get_or_insert_with(|| image.open().unwrap());
+            carry_out(disk, &mut models, *op);
         }
     }
     drop(open);
     compare(&image, &models);
+}
+
+/// Has QEMU do what `op` asks of it.
+fn by_qemu(image: &Image, models: &mut Models, op: Op) {
+    match op {
+        Op::WriteByQemu(at, len) => {
+            image.qemu_io(&[format!("write {at} {len}")]);
+            changed(models, at, len);
+        }
+        Op::AddByQemu(number) if apply(models, &actions(Op::Add(number, true))[0]) => {
+            let (name, granularity) = NAMES[number];
+            image.qemu_img(
+                &["bitmap", "--add", "-g", &granularity.to_string()],
+                &[name],
+            );
+        }
+        _ => {}
+    }
+}
+
+fn carry_out(disk: &mut Qcow2, models: &mut Models, op: Op) {
+    match op {
+        Op::Write(at, len) => write(disk, at, len as usize, 3),
+        Op::Zero(at, len, unmap) => disk.write_zeroes(at, len, unmap).unwrap(),
+        Op::Discard(at, len) => disk.discard(at, len).unwrap(),
+        Op::Take(number, at) if models.contains_key(&number) => {
+            let name = NAMES[number].0.as_bytes();
+            let taken = disk.take_bitmap(name).unwrap();
+            write(disk, at, 512, 3);
+            changed(models, at, 512);
+            disk.put_back_bitmap(name, &taken).unwrap();
+        }
+        _ => {
+            let mut after = models.clone();
+            let list = actions(op);
+            let done = list.iter().all(|action| apply(&mut after, action));
+            assert_eq!(disk.change_bitmaps(&list).is_ok(), done, "{op:?}");
+            if done {
+                *models = after;
+            }
+        }
+    }
+    if let Op::Write(at, len) | Op::Zero(at, len, _) | Op::Discard(at, len) = op {
+        changed(models, at, len);
+    }
 }
 
 /// Asserts that QEMU finds the bitmaps of `models` in `image`, and no others.

@@ -1,6 +1,7 @@
 //! Operating a VM while it runs: what its owner can ask for, by [`Control`] or over a
 //! [socket](ControlSocket).
 
+mod backup;
 mod bitmaps;
 mod client;
 mod error;
@@ -23,7 +24,9 @@ use tandem_devices::virtio::block::{Handle, Stats};
 use crate::disk::{self, Image};
 use crate::exit::{Exit, ExitReason};
 use crate::gate::Gate;
+use crate::sandbox::Role;
 
+pub use backup::BackupInfo;
 pub use error::ControlError;
 pub(crate) use growth::GrowthWatch;
 pub use images::CommitBase;
@@ -59,6 +62,7 @@ struct Shared {
     pausing: Mutex<()>,
     is_paused: AtomicBool,
     jobs: jobs::Jobs,
+    backups: Mutex<Vec<backup::Running>>,
 }
 
 /// A disk to operate.
@@ -75,6 +79,8 @@ pub(crate) struct MachineInfo {
     pub cpus: u8,
     pub memory: u64,
     pub started: Instant,
+    /// Whether its threads are confined.
+    pub seccomp: bool,
 }
 
 /// What a VM is doing.
@@ -151,6 +157,7 @@ impl Control {
             pausing: Mutex::default(),
             is_paused: AtomicBool::new(false),
             jobs: jobs::Jobs::default(),
+            backups: Mutex::default(),
         }))
     }
 
@@ -310,6 +317,11 @@ impl Control {
                 .write()
                 .unwrap_or_else(PoisonError::into_inner),
         );
+    }
+
+    /// `role`, if the threads of the VM are to be confined.
+    pub(crate) fn confined(&self, role: Role) -> Option<Role> {
+        self.0.machine.seccomp.then_some(role)
     }
 
     pub(crate) fn operated(&self) -> &[Operated] {

@@ -1,5 +1,7 @@
-//! The language of the control socket: a request on a line, and its answer on a line.
+//! The language of the control socket: a request on a line, and its answer on a line, which may be
+//! followed by bytes.
 
+mod backup;
 mod bitmaps;
 mod images;
 
@@ -24,9 +26,9 @@ pub(super) enum RequestError {
     NoCommand,
     #[error(
         "unknown command '{0}'; known are status, disks, metrics, flush, pause, resume, resize, \
-         shutdown, commit, \
-         rebase, fork, jobs, job-cancel, bitmaps, bitmap-add, bitmap-remove, bitmap-enable, bitmap-disable, bitmap-clear, \
-         bitmap-merge and bitmap-transaction"
+         shutdown, commit, rebase, fork, jobs, job-cancel, bitmaps, bitmap-add, bitmap-remove, \
+         bitmap-enable, bitmap-disable, bitmap-clear, bitmap-merge, bitmap-transaction, backups, \
+         backup-begin, backup-read and backup-end"
     )]
     UnknownCommand(String),
     #[error("{0}")]
@@ -51,9 +53,14 @@ impl RequestError {
             Self::Control(error) => match error {
                 ControlError::NoSuchDisk(_) => "no-such-disk",
                 ControlError::NoSuchJob(_) => "no-such-job",
+                ControlError::NoSuchBackup(_) => "no-such-backup",
                 ControlError::Ended => "ended",
                 ControlError::WouldShrink { .. } => "would-shrink",
                 ControlError::NeedsSize => "needs-size",
+                ControlError::Disk {
+                    source: tandem_block::Error::Backup(_),
+                    ..
+                } => "backup",
                 ControlError::Disk { .. } => "disk",
                 ControlError::Host { .. } => "host",
             },
@@ -86,14 +93,16 @@ struct ResizeArguments {
     shrink: bool,
 }
 
-/// Carries out the request in `text`, and returns the line that answers it.
-pub(super) fn answer(control: &Control, text: &[u8]) -> String {
+/// Carries out the request in `text`, and returns the line that answers it. The bytes that follow the
+/// line are put into `payload`.
+pub(super) fn answer(control: &Control, text: &[u8], payload: &mut Vec<u8>) -> String {
+    payload.clear();
     let mut request = match serde_json::from_slice::<Map<String, Value>>(text) {
         Ok(request) => request,
         Err(error) => return RequestError::Syntax(error.to_string()).answer(None),
     };
     let id = request.shift_remove("id");
-    match carry_out(control, request) {
+    match carry_out(control, request, payload) {
         Ok(result) => line(id, "ok", result),
         Err(error) => error.answer(id),
     }
@@ -108,7 +117,11 @@ fn line(id: Option<Value>, key: &str, value: Value) -> String {
     format!("{}\n", Value::Object(answer))
 }
 
-fn carry_out(control: &Control, mut request: Map<String, Value>) -> Result<Value, RequestError> {
+fn carry_out(
+    control: &Control,
+    mut request: Map<String, Value>,
+    payload: &mut Vec<u8>,
+) -> Result<Value, RequestError> {
     let Some(Value::String(command)) = request.shift_remove("command") else {
         return Err(RequestError::NoCommand);
     };
@@ -118,7 +131,10 @@ fn carry_out(control: &Control, mut request: Map<String, Value>) -> Result<Value
         "commit" | "rebase" | "fork" | "job-cancel" => {
             images::carry_out(control, &command, request)
         }
-        "status" | "disks" | "metrics" | "jobs" | "pause" | "resume" | "shutdown" => {
+        "backup-begin" => backup::begin(control, arguments(&command, request)?),
+        "backup-read" => backup::read(control, &arguments(&command, request)?, payload),
+        "backup-end" => backup::end(control, &arguments(&command, request)?),
+        "status" | "disks" | "metrics" | "jobs" | "pause" | "resume" | "backups" | "shutdown" => {
             let NoArguments {} = arguments(&command, request)?;
             simple(control, &command)
         }
@@ -131,6 +147,7 @@ fn carry_out(control: &Control, mut request: Map<String, Value>) -> Result<Value
 fn simple(control: &Control, command: &str) -> Result<Value, RequestError> {
     match command {
         "disks" => Ok(json!({"disks": value(&control.disks())})),
+        "backups" => Ok(json!({"backups": value(&control.backups())})),
         "metrics" => Ok(value(&control.metrics())),
         "jobs" => Ok(json!({"jobs": value(&control.jobs())})),
         "pause" => control.pause().map(|()| state(control)),

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use super::bits::Bits;
 
 /// Which parts of a disk a bitmap has as dirty, at the moment when this was taken from it.
+#[derive(Clone)]
 pub struct DirtyBits {
     pub(super) bits: Arc<Bits>,
     pub(super) granularity_bits: u8,

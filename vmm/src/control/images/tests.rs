@@ -10,7 +10,7 @@ use crate::control::protocol::answer;
 use crate::control::test_common::{SIZE, control};
 
 fn ask(control: &Control, request: Value) -> Value {
-    let line = answer(control, request.to_string().as_bytes());
+    let line = answer(control, request.to_string().as_bytes(), &mut Vec::new());
     serde_json::from_str(&line).unwrap()
 }
 

@@ -27,6 +27,7 @@ mod dd;
 mod image_opts;
 mod info;
 mod io;
+mod killed;
 mod layers;
 mod locks;
 mod map;

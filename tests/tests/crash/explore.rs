@@ -181,7 +181,7 @@ impl Explorer {
             let base = Arc::new(Mutex::new(self.setup.initial_bytes()));
             let base = Memory::plain(Which::Data, &base);
             let base = Raw::with_storage(Path::new("base"), Box::new(base), true)?;
-            Some(Box::new(base) as _)
+            Some(Arc::new(base) as _)
         } else {
             None
         };

@@ -82,8 +82,8 @@ fn open(image: Memory, data: Memory) -> Qcow2 {
     tandem_block::Storage::read_bytes_at(&image, &mut cluster, 0).unwrap();
     let said = said(&cluster);
     let backing = said.backing_file.map(|name| match name.ends_with(b"base") {
-        true => raw(7),
-        false => raw(5),
+        true => raw(7).into(),
+        false => raw(5).into(),
     });
     let has_data_file = said.features[0] & 4 != 0;
     let data = has_data_file.then(|| Box::new(data) as _);
@@ -511,7 +511,7 @@ fn open_base(storage: Memory, is_image: bool, read_only: bool) -> Box<dyn Disk> 
 fn open_top(image: Memory, base: Box<dyn Disk>) -> Qcow2 {
     let options = OpenOptions::default();
     let (name, image) = (Path::new("image"), Box::new(image));
-    Qcow2::with_backing(name, image, None, Some(base), &options).unwrap()
+    Qcow2::with_backing(name, image, None, Some(base.into()), &options).unwrap()
 }
 
 /// The disk on top reads the same at any time.

@@ -49,18 +49,18 @@ fn fill(image: &Path) {
     disk.close().unwrap();
 }
 
-/// The directory of the programs that Cargo builds beside this one.
-fn programs() -> PathBuf {
+/// The directory of what Cargo builds.
+fn built() -> PathBuf {
     let own = std::env::current_exe().unwrap();
-    own.ancestors().nth(2).unwrap().to_owned()
+    own.ancestors().nth(3).unwrap().to_owned()
 }
 
 fn throughput(dir: &Path) {
-    let built = Command::new(env!("CARGO"))
+    let status = Command::new(env!("CARGO"))
         .args(["build", "--quiet", "--release", "--package", "tandem-img"])
         .status();
-    assert!(built.unwrap().success());
-    let tandem = programs().join("tandem-img");
+    assert!(status.unwrap().success());
+    let tandem = built().join("release/tandem-img");
     let time = |program: &Path, line: &str| {
         let start = Instant::now();
         let status = Command::new(program)
@@ -134,7 +134,7 @@ fn latency(image: &Path) {
     }
     println!("scratch file: at most {} of {} MiB", peak >> 20, SIZE >> 20);
     let path = std::env::var_os("TANDEM_BENCH_PLOT").map(PathBuf::from);
-    let path = path.unwrap_or_else(|| programs().join("backup.svg"));
+    let path = path.unwrap_or_else(|| built().join("backup.svg"));
     std::fs::write(&path, plot(&series)).unwrap();
     println!("plot: {}", path.display());
 }

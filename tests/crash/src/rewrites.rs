@@ -17,11 +17,11 @@ use tandem_block::qcow2::{
 };
 use tandem_block::{Disk, FileOptions, Preallocation, Raw, Result};
 
-use crate::explore::check_with;
+use crate::judge::check_with;
 use crate::operations::{More, add_bitmap, content, fill, image_with_snapshots};
-use crate::power::{self, Files};
+use crate::power::{Files, Run};
+use crate::setup::{Kind, Setup};
 use crate::storage::{Memory, SECTOR, Which};
-use crate::workload::{Kind, Setup};
 
 const SIZE: usize = 60 << 10;
 
@@ -132,13 +132,13 @@ fn expect_content(shown: &[u8], before: &[u8], after: &[u8], what: &str) {
 
 /// Power fails at any point of `change`, which first writes something that it does not flush.
 fn rewriting(
+    run: &mut Run,
     name: &str,
     seed: u64,
     start: &Files,
     change: impl Fn(Qcow2) -> Result<()>,
-    states: &mut usize,
 ) {
-    let run = |image: Memory, data: Memory| {
+    let perform = |image: Memory, data: Memory| {
         let disk = open(image, data);
         fill(&disk, 5000, 9000, 0xee);
         change(disk).unwrap_or_else(|e| panic!("{name}: {e}"));
@@ -146,7 +146,7 @@ fn rewriting(
     let completed = |files: &Files| {
         let [image, data] =
             [&files.image, &files.data].map(|bytes| Arc::new(Mutex::new(bytes.clone())));
-        run(
+        perform(
             Memory::plain(Which::Image, &image),
             Memory::plain(Which::Data, &data),
         );
@@ -159,7 +159,7 @@ fn rewriting(
     let before = (said(&start.image), content(&open_files(start)));
     let after = (said(&whole.image), content(&open_files(&whole)));
     let mut seen = BTreeSet::new();
-    let synced = power::explore(start, seed, states, run, |state, what| {
+    let synced = run.explore(start, seed, perform, |state, what| {
         let what = &format!("{name}, {what}");
         check(&state, what);
         let said = said(&state.image);
@@ -228,8 +228,7 @@ fn image(version: u32, cluster_size: u64, backing: Option<usize>) -> Files {
 
 /// An image of `setup` with something in it.
 fn filled(setup: &Setup) -> Files {
-    let (image, data) = setup.files();
-    let [image, data] = [image, data].map(|bytes| Arc::new(Mutex::new(bytes)));
+    let [image, data] = setup.files().shared();
     let disk = open(
         Memory::plain(Which::Image, &image),
         Memory::plain(Which::Data, &data),
@@ -253,10 +252,8 @@ const NAMES: [(u64, usize, usize); 8] = [
 ];
 
 /// The disk reads the same on what the header names, whatever it is.
-#[test]
-fn other_backing_files() {
-    let mut states = 0;
-    for (seed, (cluster_size, from, to)) in crate::rounds(NAMES) {
+pub fn other_backing_files(run: &mut Run) {
+    for (seed, (cluster_size, from, to)) in run.rounds(NAMES) {
         let start = image(3, cluster_size, Some(from));
         let other = BackingName {
             file: name(to, "other"),
@@ -272,15 +269,9 @@ fn other_backing_files() {
             )
         };
         let what = format!("rebase {cluster_size} {from} {to}");
-        rewriting(&what, seed, &start, change, &mut states);
+        rewriting(run, &what, seed, &start, change);
         let change = |disk: Qcow2| disk.rebase(None, NewBacking::Nothing, false, &mut |_, _| {});
-        rewriting(
-            &format!("{what} to nothing"),
-            seed,
-            &start,
-            change,
-            &mut states,
-        );
+        rewriting(run, &format!("{what} to nothing"), seed, &start, change);
 
         // The name alone, of what shows the same; the first one comes without a format, too.
         let other = BackingName {
@@ -288,24 +279,15 @@ fn other_backing_files() {
             format: b"host_device".to_vec(),
         };
         let change = |disk: Qcow2| disk.set_backing_name(Some(&other));
-        rewriting(&format!("{what} unsafe"), seed, &start, change, &mut states);
+        rewriting(run, &format!("{what} unsafe"), seed, &start, change);
         let start = image(2, cluster_size, Some(from));
-        rewriting(
-            &format!("{what} unsafe, 2"),
-            seed,
-            &start,
-            change,
-            &mut states,
-        );
+        rewriting(run, &format!("{what} unsafe, 2"), seed, &start, change);
     }
-    println!("other backing files: {states} states");
 }
 
 /// Bitmaps and extensions that are not known stay with the header.
-#[test]
-fn more_in_the_header() {
-    let mut states = 0;
-    for (seed, cluster_size) in crate::rounds([4096, 8192]) {
+pub fn more_in_the_header(run: &mut Run) {
+    for (seed, cluster_size) in run.rounds([4096, 8192]) {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("image");
         std::fs::write(&path, image(3, cluster_size, None).image).unwrap();
@@ -322,20 +304,17 @@ fn more_in_the_header() {
         assert_eq!(said(&start.image).extensions.len(), 2);
         let change = |disk: Qcow2| disk.set_backing_name(None);
         // What the bitmap says is tried elsewhere; here it is where it was.
-        rewriting("with a bitmap", seed, &start, change, &mut states);
+        rewriting(run, "with a bitmap", seed, &start, change);
     }
-    println!("more in the header: {states} states");
 }
 
 fn amend(options: AmendOptions) -> impl Fn(Qcow2) -> Result<()> {
     move |disk| disk.amend(&options, &mut |_, _| {})
 }
 
-#[test]
-fn amending_a_data_file() {
-    let mut states = 0;
+pub fn amending_a_data_file(run: &mut Run) {
     let lengths = [(512, 300), (4096, 900), (4096, 1800), (8192, 900)];
-    for (seed, (cluster_size, len)) in crate::rounds(lengths) {
+    for (seed, (cluster_size, len)) in run.rounds(lengths) {
         for kind in [Kind::External, Kind::Raw, Kind::Packed] {
             let start = filled(&Setup::new(kind, 3, cluster_size));
             let named = |len: usize| AmendOptions {
@@ -343,24 +322,23 @@ fn amending_a_data_file() {
                 ..AmendOptions::default()
             };
             let what = format!("data file, {kind:?} {cluster_size} {len}");
-            rewriting(&what, seed, &start, amend(named(len)), &mut states);
+            rewriting(run, &what, seed, &start, amend(named(len)));
             let longer = filled_with_name(&start, named(len));
             let back = amend(AmendOptions {
                 data_file: Some("".into()),
                 lazy_refcounts: Some(true),
                 ..AmendOptions::default()
             });
-            rewriting(&format!("{what}, none"), seed, &longer, back, &mut states);
+            rewriting(run, &format!("{what}, none"), seed, &longer, back);
             let all = amend(AmendOptions {
                 data_file_raw: Some(false),
                 refcount_bits: Some(32),
                 size: Some(100 << 10),
                 ..named(len - 10)
             });
-            rewriting(&format!("{what}, more"), seed, &longer, all, &mut states);
+            rewriting(run, &format!("{what}, more"), seed, &longer, all);
         }
     }
-    println!("amending a data file: {states} states");
 }
 
 /// `start`, amended.
@@ -397,8 +375,7 @@ fn drop_extra_data(image: &mut [u8]) {
     }
 }
 
-#[test]
-fn amending_an_image() {
+pub fn amending_an_image(run: &mut Run) {
     let options = AmendOptions::default;
     let raised = || AmendOptions {
         version: Some(3),
@@ -431,7 +408,6 @@ fn amending_an_image() {
         size: Some(20 << 10),
         ..lowered()
     };
-    let mut states = 0;
     let cases = [
         (2, raised()),
         (3, lowered()),
@@ -443,7 +419,7 @@ fn amending_an_image() {
         (2, all),
         (3, shrunk),
     ];
-    for (seed, (version, options)) in crate::rounds(cases) {
+    for (seed, (version, options)) in run.rounds(cases) {
         for (cluster_size, backing) in [
             (512, None),
             (512, Some(300)),
@@ -452,10 +428,10 @@ fn amending_an_image() {
         ] {
             let start = image(version, cluster_size, backing);
             let what = format!("{cluster_size} {backing:?} {options:?}");
-            rewriting(&what, seed, &start, amend(options.clone()), &mut states);
+            rewriting(run, &what, seed, &start, amend(options.clone()));
         }
     }
-    for (seed, cluster_size) in crate::rounds([512, 4096]) {
+    for (seed, cluster_size) in run.rounds([512, 4096]) {
         let (mut image, _, _) = image_with_snapshots(2, cluster_size, More::Nothing);
         drop_extra_data(&mut image);
         let start = Files {
@@ -469,10 +445,9 @@ fn amending_an_image() {
                 ..raised()
             },
         ] {
-            rewriting("snapshots", seed, &start, amend(options), &mut states);
+            rewriting(run, "snapshots", seed, &start, amend(options));
         }
     }
-    println!("amending an image: {states} states");
 }
 
 /// A base that is smaller than the image on it, as a qcow2 image or not.
@@ -515,16 +490,14 @@ fn open_top(image: Memory, base: Box<dyn Disk>) -> Qcow2 {
 }
 
 /// The disk on top reads the same at any time.
-#[test]
-fn committing() {
-    let mut states = 0;
+pub fn committing(run: &mut Run) {
     let cases = [
         (512, Some(512)),
         (4096, Some(1024)),
         (1024, None),
         (512, Some(4096)),
     ];
-    for (seed, (cluster_size, base_cluster_size)) in crate::rounds(cases) {
+    for (seed, (cluster_size, base_cluster_size)) in run.rounds(cases) {
         let is_image = base_cluster_size.is_some();
         let start = Files {
             image: image(3, cluster_size, Some(8)).image,
@@ -538,7 +511,7 @@ fn committing() {
         for empties in [false, true] {
             let mut after = before.clone();
             after[5000..14_000].fill(0xee);
-            let run = |image: Memory, data: Memory| {
+            let commit = |image: Memory, data: Memory| {
                 let top = open_top(image, open_base(data.again(), is_image, true));
                 fill(&top, 5000, 9000, 0xee);
                 let commit = Commit::with_disks(top, open_base(data, is_image, false), 0);
@@ -566,7 +539,7 @@ fn committing() {
                 }
                 expect_content(&shown(&state), &before, &after, what);
             };
-            let synced = power::explore(&start, seed, &mut states, run, judge);
+            let synced = run.explore(&start, seed, commit, judge);
             assert!(shown(&synced) == after);
             let base = open_base(memory(Which::Data, &synced.data), is_image, true);
             let mut bytes = vec![0; SIZE];
@@ -575,15 +548,12 @@ fn committing() {
             assert!(bytes == after);
         }
     }
-    println!("committing: {states} states");
 }
 
 /// The disk has the old size or the new one, and reads as zero where it has grown.
-#[test]
-fn growing_with_space() {
-    let mut states = 0;
+pub fn growing_with_space(run: &mut Run) {
     let kinds = [Kind::Internal, Kind::External, Kind::Packed, Kind::Raw];
-    for (seed, (kind, cluster_size)) in crate::rounds(
+    for (seed, (kind, cluster_size)) in run.rounds(
         [512, 4096]
             .into_iter()
             .flat_map(|size| kinds.map(|kind| (kind, size))),
@@ -601,8 +571,7 @@ fn growing_with_space() {
                 disk.close()
             };
             let what = format!("{kind:?} {cluster_size} {preallocation:?}");
-            rewriting(&what, seed, &start, change, &mut states);
+            rewriting(run, &what, seed, &start, change);
         }
     }
-    println!("growing with space: {states} states");
 }

@@ -23,16 +23,12 @@ pub enum Event {
     Sync {
         file: Which,
     },
-    /// The guest's request number `op` was begun.
+    /// Operation number `op` was begun.
     Begun {
         op: usize,
     },
-    /// Request number `op`, which changed the size of the disk, has returned.
-    Resized {
-        op: usize,
-    },
-    /// A flush has returned: request number `op` and all before it are durable.
-    Flushed {
+    /// Operation number `op` is complete.
+    Done {
         op: usize,
     },
 }
@@ -102,7 +98,16 @@ impl Memory {
         }
     }
 
+    /// Where another thread may go on, if a scheduler decides on that.
+    fn step(&self) {
+        #[cfg(shuttle)]
+        if self.log.is_some() {
+            shuttle::thread::yield_now();
+        }
+    }
+
     fn change(&self, what: What) {
+        self.step();
         what.apply(&mut self.bytes.lock().unwrap());
         self.record(Event::Change(Change {
             file: self.which,
@@ -149,6 +154,7 @@ impl Storage for Memory {
     }
 
     fn read_bytes_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        self.step();
         let content = self.bytes.lock().unwrap();
         let start = content.len().min(offset as usize);
         let n = buf.len().min(content.len() - start);
@@ -189,7 +195,9 @@ impl Storage for Memory {
     }
 
     fn sync(&self) -> io::Result<()> {
+        self.step();
         self.record(Event::Sync { file: self.which });
+        self.step();
         Ok(())
     }
 
@@ -201,4 +209,24 @@ impl Storage for Memory {
     fn size(&self) -> io::Result<u64> {
         Ok(self.bytes.lock().unwrap().len() as u64)
     }
+}
+
+/// What a sector with `stamp` holds; stamp 0 is a sector of zeros.
+pub fn sector_bytes(stamp: u64) -> [u8; SECTOR] {
+    let mut bytes = [0; SECTOR];
+    bytes.as_chunks_mut().0.fill(stamp.to_le_bytes());
+    bytes
+}
+
+/// The stamp of a sector; an error says what is wrong if it is not one whole sector.
+pub fn stamp_of(bytes: &[u8]) -> Result<u64, String> {
+    let words = bytes.as_chunks::<8>().0;
+    if words.iter().any(|w| *w != words[0]) {
+        return Err(format!(
+            "is mixed: {:x?} {:x?}",
+            words[0],
+            words[words.len() - 1]
+        ));
+    }
+    Ok(u64::from_le_bytes(words[0]))
 }

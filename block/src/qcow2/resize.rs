@@ -111,6 +111,10 @@ impl Qcow2 {
                 self.preallocate(gained, preallocation)?;
             }
         }
+        #[cfg(mutate)]
+        if crate::mutate::is(crate::mutate::GROWN_EARLY) {
+            self.write_size(new)?;
+        }
         if self.backing_shows(old) {
             // What the disk gains reads as zero, not as what the backing file has there.
             let end = self.backing.as_ref().map_or(0, |backing| backing.size());

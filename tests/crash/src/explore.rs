@@ -141,6 +141,7 @@ impl Explorer {
             Err(problem) => return Err(found(problem, (0, 0), Vec::new())),
         };
         alter(&mut log);
+        let sample = self.random(&[3]).below(self.effort.by_qemu.max(1) as u64) as usize;
         let mut power = Power::new(&start);
         let mut model = Model::new(&self.setup, ops);
         for (point, event) in log.iter().enumerate() {
@@ -159,7 +160,7 @@ impl Explorer {
                 tally.states += 1;
                 tally.exhaustive += usize::from(states.is_exhaustive);
                 let every = self.effort.by_qemu;
-                let by_qemu = every > 0 && tally.states.is_multiple_of(every);
+                let by_qemu = every > 0 && tally.states % every == sample;
                 let judge = |chosen: &[bool]| {
                     let files = Power::with(&synced, &states.parts, chosen);
                     let mut random = self.random(&[2, point as u64]);

@@ -16,16 +16,21 @@
 
 pub mod bitmap;
 pub mod explore;
+pub mod faults;
 pub mod judge;
 pub mod model;
+#[cfg(mutate)]
+pub mod mutants;
 pub mod operations;
 pub mod power;
 pub mod qemu;
 pub mod queues;
 pub mod random;
+pub mod report;
 pub mod rewrites;
 pub mod scenarios;
 pub mod setup;
 pub mod shrink;
 pub mod storage;
+pub mod syscalls;
 pub mod workload;

@@ -1,5 +1,7 @@
 //! Operations on images that no guest uses, by name.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
 use crate::power::Run;
 use crate::{operations, rewrites};
 
@@ -28,3 +30,17 @@ pub const SCENARIOS: [(&str, Scenario); 14] = [
     ("committing", rewrites::committing),
     ("growing-with-space", rewrites::growing_with_space),
 ];
+
+/// Explores `scenario`; what it panics with is an error.
+///
+/// # Errors
+/// What is wrong.
+pub fn run(scenario: Scenario, run: &mut Run) -> Result<(), String> {
+    let explored = catch_unwind(AssertUnwindSafe(|| scenario(run)));
+    explored.map_err(|panic| {
+        run.tally.violations += 1;
+        let text = panic.downcast_ref::<String>().cloned();
+        text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()))
+            .unwrap_or_default()
+    })
+}

@@ -166,7 +166,17 @@ impl Setup {
     /// The files of a new image.
     pub fn files(&self) -> Files {
         let dir = tempfile::tempdir().unwrap();
-        let (image, data) = (dir.path().join("image"), dir.path().join(Self::DATA));
+        self.create_in(dir.path());
+        let read = |name: &str| std::fs::read(dir.path().join(name)).unwrap_or_default();
+        Files {
+            image: read("image"),
+            data: read(Self::DATA),
+        }
+    }
+
+    /// Creates the image `image` in `dir`, with the other files.
+    pub fn create_in(&self, dir: &Path) {
+        let (image, data) = (dir.join("image"), dir.join(Self::DATA));
         let mut options = CreateOptions {
             size: self.size(),
             ..CreateOptions::default()
@@ -175,47 +185,34 @@ impl Setup {
         options.cluster_size = self.cluster_size;
         options.extended_l2 = self.extended_l2;
         if self.kind == Kind::Overlay {
+            std::fs::write(dir.join(Self::BASE), self.initial_bytes()).unwrap();
             options.backing_file = Some(Self::BASE.into());
             options.backing_format = Some(BackingFormat::Raw);
         }
-        options.data_file = self.has_data_file().then(|| data.clone());
+        options.data_file = self.has_data_file().then_some(data);
         options.data_file_raw = matches!(self.kind, Kind::Raw | Kind::RawIncomplete);
         if self.kind == Kind::Packed {
             options.data_file_layout = DataFileLayout::Packed;
         }
         create(&image, &options).unwrap();
+        let open = || Qcow2::open(&image, &OpenOptions::default()).unwrap();
         if self.kind == Kind::Snapshot {
-            let disk = Qcow2::open(&image, &OpenOptions::default()).unwrap();
+            let disk = open();
             let mut bytes = self.initial_bytes();
             disk.write_at(&[VolatileSlice::from(&mut bytes[..])], 0)
                 .unwrap();
             disk.create_snapshot(SNAPSHOT).unwrap();
         }
-        let read = |path: &Path| std::fs::read(path).unwrap_or_default();
-        let mut files = Files {
-            image: read(&image),
-            data: read(&data),
-        };
         if self.kind == Kind::RawIncomplete {
-            unmap_some(&mut files.image);
+            let mut bytes = std::fs::read(&image).unwrap();
+            unmap_some(&mut bytes);
+            std::fs::write(&image, bytes).unwrap();
         }
         if self.bitmap {
-            self.add_bitmap(&mut files);
+            let mut editor = BitmapEditor::new(open()).unwrap();
+            editor.add(BITMAP, Some(SECTOR as u64)).unwrap();
+            editor.commit().unwrap();
         }
-        files
-    }
-
-    fn add_bitmap(&self, files: &mut Files) {
-        let [image, data] = files.shared();
-        let (i, d) = (
-            Memory::plain(Which::Image, &image),
-            Memory::plain(Which::Data, &data),
-        );
-        let disk = self.open(i, d, &OpenOptions::default()).unwrap();
-        let mut editor = BitmapEditor::new(disk).unwrap();
-        editor.add(BITMAP, Some(SECTOR as u64)).unwrap();
-        editor.commit().unwrap();
-        *files = Files::of(&image, &data);
     }
 
     /// Opens an image of this setup.

@@ -63,7 +63,7 @@ pub enum Amendment {
 }
 
 impl Amendment {
-    fn options(self) -> AmendOptions {
+    pub fn options(self) -> AmendOptions {
         let nothing = AmendOptions::default();
         match self {
             Self::Version(version) => AmendOptions {

@@ -190,6 +190,11 @@ impl Bitmaps {
         for (entry, bits) in self.stored() {
             load(image, geometry, entry, bits, size)?;
         }
+        #[cfg(mutate)]
+        if crate::mutate::is(crate::mutate::NOT_MARKED) {
+            self.started.store(true, Ordering::Release);
+            return Ok(());
+        }
         self.write_flags(image, flags::IN_USE)?;
         self.started.store(true, Ordering::Release);
         Ok(())
@@ -372,6 +377,10 @@ impl Qcow2 {
         };
         if !bitmaps.started.load(Ordering::Acquire) {
             return Ok(());
+        }
+        #[cfg(mutate)]
+        if crate::mutate::is(crate::mutate::STORED_LATE) {
+            bitmaps.write_flags(&self.image, 0)?;
         }
         // A shrink leaves the bits behind the end alone, for requests go on beside it.
         bitmaps.truncate(self.size());

@@ -245,7 +245,12 @@ impl Files<'_> {
             .map_err(|e| Error::io_at(self.path, "write to", offset, e))
     }
 
+    #[cfg_attr(mutate, track_caller)]
     fn sync(&self) -> Result<()> {
+        #[cfg(mutate)]
+        if crate::mutate::leaves_out(std::panic::Location::caller()) {
+            return Ok(());
+        }
         self.image
             .sync()
             .map_err(|e| Error::io(self.path, "sync", e))

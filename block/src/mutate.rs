@@ -52,6 +52,11 @@ pub fn set(mutation: Option<Mutation>) {
     ACTIVE.set(mutation);
 }
 
+/// The mistake that this thread makes.
+pub fn active() -> Option<Mutation> {
+    ACTIVE.get()
+}
+
 /// The mistakes that this thread has had an opportunity for since this was asked last.
 pub fn met() -> BTreeSet<Mutation> {
     MET.take()

@@ -2,9 +2,10 @@
 
 use std::fmt;
 
+use tandem_block::Disk;
 use tandem_block::qcow2::OpenOptions;
 
-use crate::judge::Judge;
+use crate::judge::{Judge, check_clean};
 use crate::model::Model;
 use crate::power::{Effort, Files, Power, Tally};
 use crate::qemu;
@@ -204,6 +205,7 @@ impl Explorer {
         let log = Log::default();
         let image = Memory::recording(Which::Image, start.image.clone(), &log);
         let data = Memory::recording(Which::Data, start.data.clone(), &log);
+        let last = image.again();
         let mut session = Session::open(&self.setup, &self.options, image, data)
             .map_err(|e| format!("does not open: {e}"))?;
         if self.queues > 1 {
@@ -216,7 +218,9 @@ impl Explorer {
                 log.lock().unwrap().push(Event::Done { op });
             }
         }
+        session.disk().close().map_err(|e| e.to_string())?;
         drop(session);
+        check_clean(&last).map_err(|e| format!("after it was closed: {e}"))?;
         let log = std::mem::take(&mut *log.lock().unwrap());
         Ok(log)
     }

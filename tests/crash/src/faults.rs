@@ -17,7 +17,7 @@ use vm_memory::VolatileSlice;
 
 use crate::judge::read_stamps;
 use crate::model::note;
-use crate::setup::{Kind, SNAPSHOT, Setup};
+use crate::setup::{Kind, SNAPSHOT, Setup, scratch};
 use crate::storage::{SECTOR, sector_bytes};
 use crate::syscalls::{Call, Fault, Plan, with_fault};
 use crate::workload::{Amendment, Op, request};
@@ -185,13 +185,7 @@ struct Fixture {
 
 impl Fixture {
     fn new(setup: &Setup) -> Self {
-        // In memory, where syncs take no time, if there is such a file system.
-        let memory = Path::new("/dev/shm");
-        let dir = match memory.is_dir() {
-            true => tempfile::tempdir_in(memory),
-            false => tempfile::tempdir(),
-        };
-        let dir = dir.unwrap();
+        let dir = scratch();
         setup.create_in(dir.path());
         let disk = open(&dir.path().join("image")).unwrap();
         fill(&disk, 3, 30, 5).unwrap();

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
-use tandem_block::qcow2::{FindingKind, OpenOptions, Qcow2, Repair, check_storage};
+use tandem_block::qcow2::{Finding, FindingKind, OpenOptions, Qcow2, Repair, check_storage};
 use tandem_block::{Disk, LiveDisk};
 use vm_memory::VolatileSlice;
 
@@ -224,6 +224,15 @@ pub fn read_stamps(disk: &dyn Disk) -> Result<Vec<u64>, String> {
 /// `check` finds leaks at most.
 pub fn check(image: &Memory) -> Result<(), String> {
     check_with(image, None)
+}
+
+/// `check` finds nothing.
+pub fn check_clean(image: &Memory) -> Result<(), String> {
+    let mut found = None;
+    let note = &mut |finding: Finding| found = Some(finding.text);
+    let checked = check_storage(Path::new("image"), image, None, Repair::Nothing, note);
+    checked.map_err(|e| format!("check fails: {e}"))?;
+    found.map_or(Ok(()), |text| Err(format!("check finds: {text}")))
 }
 
 /// As [`check`], in the data file too if there is one.

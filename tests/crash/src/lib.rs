@@ -12,12 +12,16 @@
 //! 5. the image can be written on, and all of this holds again;
 //! 6. a sample: `qemu-img check` finds leaks at most, and `qemu-img` and `qemu-io` read the same.
 //!
-//! The same is done with operations on images that no guest uses: `operations` and `rewrites`.
+//! The same is done with operations on images that no guest uses: `operations`, `rewrites`, `commits`.
+//!
+//! Beside that there are files that fail ([`faults`]) and threads that meet on one disk ([`stress`]).
 
 pub mod bitmap;
+pub mod commits;
 pub mod explore;
 pub mod faults;
 pub mod judge;
+pub mod linear;
 pub mod model;
 #[cfg(mutate)]
 pub mod mutants;
@@ -32,5 +36,6 @@ pub mod scenarios;
 pub mod setup;
 pub mod shrink;
 pub mod storage;
+pub mod stress;
 pub mod syscalls;
 pub mod workload;

@@ -10,6 +10,7 @@ use std::{panic, thread};
 use tandem_block::mutate::{self, Mutation};
 
 use crate::explore::Explorer;
+use crate::faults::{self, Injected};
 use crate::power::{Effort, Run, Tally};
 use crate::scenarios::{self, SCENARIOS};
 use crate::setup::SETUPS;
@@ -20,15 +21,21 @@ const EFFORT: Effort = Effort {
     by_qemu: 0,
 };
 /// Workloads of each kind with which a mistake is looked for.
-const SEEDS: u64 = 40;
+const SEEDS: u64 = 16;
+/// States after which it is given up.
+const ENOUGH: usize = 30_000;
 /// Those by which it is told which mistakes can be made in a kind of workload.
-const FIRST: u64 = 4;
+const FIRST: u64 = 3;
 
-/// What is explored: numbers of scenarios, and behind them those of setups.
+/// What is explored: numbers of scenarios, and behind them those of setups, and of faults.
 const SUBJECTS: usize = SCENARIOS.len() + SETUPS.len();
+const FAULTS: usize = SUBJECTS;
 
 /// Explores `subject` with `seed`; what was found, if anything.
 fn find(subject: usize, seed: u64, tally: &mut Tally) -> Option<String> {
+    if subject == FAULTS {
+        return faults::explore(&faults::SETUPS[0], 3, &mut Injected::default()).err();
+    }
     match SCENARIOS.get(subject) {
         Some((name, scenario)) => {
             let mut run = Run::new(seed + 1, EFFORT);
@@ -58,6 +65,9 @@ fn opportunities() -> BTreeMap<Mutation, Vec<usize>> {
             all.entry(mutation).or_default().push(subject);
         }
     }
+    // This one is made by another thread.
+    let forgiven = Mutation::Mistake(mutate::SYNC_FORGIVEN);
+    all.insert(forgiven, vec![FAULTS]);
     all
 }
 
@@ -66,7 +76,8 @@ fn hunt(mutation: Mutation, subjects: &[usize], tally: &mut Tally) -> Option<Str
     for seed in 0..SEEDS {
         for subject in subjects {
             // An operation is explored as far as it goes at the first time.
-            if seed > 1 && *subject < SCENARIOS.len() {
+            let is_over = seed > 1 && *subject < SCENARIOS.len() || tally.states > ENOUGH;
+            if is_over {
                 continue;
             }
             mutate::set(Some(mutation));

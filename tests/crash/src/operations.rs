@@ -18,6 +18,7 @@ use crate::bitmap::{self, Stored};
 use crate::judge::check;
 use crate::power::{Files, Run};
 use crate::random::Random;
+use crate::setup::scratch;
 use crate::storage::{Memory, Which};
 
 const SIZE: usize = 60 << 10;
@@ -35,20 +36,22 @@ fn plain(image: &[u8]) -> Memory {
     Memory::plain(Which::Image, &Arc::new(Mutex::new(image.to_vec())))
 }
 
-/// Runs `change` on `start`, and `judge` on what a power failure may leave at any point of it.
+/// Runs `change` on `start`, and `judge` on what a power failure may leave at any point of it. Returns what
+/// is on disk for certain at the end.
 fn explore(
     run: &mut Run,
     start: &[u8],
     seed: u64,
     change: impl FnOnce(Memory),
     mut judge: impl FnMut(Vec<u8>, &str),
-) {
+) -> Vec<u8> {
     let start = Files {
         image: start.to_vec(),
         data: Vec::new(),
     };
     let change = |image, _| change(image);
-    run.explore(&start, seed, change, |state, what| judge(state.image, what));
+    let judge = |state: Files, what: &str| judge(state.image, what);
+    run.explore(&start, seed, change, judge).image
 }
 
 pub fn content(disk: &Qcow2) -> Vec<u8> {
@@ -81,7 +84,7 @@ pub fn image_with_snapshots(
     cluster_size: u64,
     more: More,
 ) -> (Vec<u8>, Vec<u8>, Vec<Vec<u8>>) {
-    let dir = tempfile::tempdir().unwrap();
+    let dir = scratch();
     let path = dir.path().join("image");
     let options = CreateOptions {
         size: SIZE as u64,
@@ -251,7 +254,7 @@ pub fn deleting_a_snapshot(run: &mut Run) {
 
 /// An overlay that has something of its own in some places.
 fn overlay(cluster_size: u64) -> Vec<u8> {
-    let dir = tempfile::tempdir().unwrap();
+    let dir = scratch();
     let (base, path) = (dir.path().join("base"), dir.path().join("image"));
     std::fs::write(&base, vec![7; SIZE]).unwrap();
     let options = CreateOptions {
@@ -327,7 +330,7 @@ pub fn repairing(run: &mut Run) {
         let cluster_size = [512, 4096][seed as usize % 2];
         let (mut start, before, _) = image_with_snapshots(3, cluster_size, More::Nothing);
         damage(&mut start, cluster_size as usize, &mut Random(seed));
-        explore(
+        let repaired = explore(
             run,
             &start,
             seed,
@@ -340,8 +343,14 @@ pub fn repairing(run: &mut Run) {
                 assert!(shown == before, "{what}: the disk");
             },
         );
+        // What has returned is done.
+        check(&plain(&repaired)).unwrap();
+        assert_eq!(repaired[DIRTY] & 1, 0);
     }
 }
+
+/// Offset of the byte with the bit that says that refcounts may be wrong.
+const DIRTY: usize = 79;
 
 /// Makes some refcounts and flags wrong, or loses the refcount table.
 fn damage(image: &mut [u8], cluster_size: usize, random: &mut Random) {
@@ -360,6 +369,7 @@ fn damage(image: &mut [u8], cluster_size: usize, random: &mut Random) {
     if random.below(3) == 0 {
         image[refcount_table..refcount_table + 8].fill(0);
     }
+    image[DIRTY] |= random.below(2) as u8;
 }
 
 /// Offset of the byte with the autoclear bit that says that bitmaps are valid.
@@ -380,7 +390,7 @@ pub fn add_bitmap(path: &Path) {
 
 /// An image with a persistent bitmap.
 fn image_with_bitmap() -> Vec<u8> {
-    let dir = tempfile::tempdir().unwrap();
+    let dir = scratch();
     let path = dir.path().join("image");
     let options = CreateOptions {
         size: SIZE as u64,
@@ -469,7 +479,7 @@ pub fn changing_bitmaps(run: &mut Run) {
         },
     ];
     for (seed, cluster_size) in [(1, 512), (2, 8192)] {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = scratch();
         let path = dir.path().join("image");
         let options = CreateOptions {
             size: SIZE as u64,

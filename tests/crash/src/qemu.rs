@@ -4,7 +4,7 @@ use std::path::Path;
 use std::process::{Command, Output};
 
 use crate::power::Files;
-use crate::setup::{Kind, Setup};
+use crate::setup::{Kind, Setup, scratch};
 use crate::storage::{SECTOR, sector_bytes};
 
 /// Exit statuses of `qemu-img check`.
@@ -20,7 +20,7 @@ pub fn judge(setup: &Setup, files: &Files, stamps: &[u64]) -> Result<bool, Strin
     if setup.kind == Kind::Packed {
         return Ok(false);
     }
-    let dir = tempfile::tempdir().unwrap();
+    let dir = scratch();
     let write = |name: &str, bytes: &[u8]| std::fs::write(dir.path().join(name), bytes).unwrap();
     write("image", &files.image);
     if setup.has_data_file() {

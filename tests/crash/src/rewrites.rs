@@ -1,5 +1,5 @@
-//! Power failures while the header of an image is rewritten, while its data goes to the one below, and
-//! while a disk grows with space for what it gains.
+//! Power failures while the header of an image is rewritten, and while a disk grows with space for what
+//! it gains.
 //!
 //! Whatever was on disk, the header says what it said before the operation or what it says after it,
 //! `check` finds leaks at most, the disk reads the same but for what was written and not flushed, and
@@ -9,21 +9,22 @@ use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
+use std::process::Command;
 use std::sync::{Arc, Mutex};
 
 use tandem_block::qcow2::{
-    AmendOptions, BackingFormat, BackingName, Commit, CreateOptions, NewBacking, OpenOptions,
-    Qcow2, create, set_backing_name,
+    AmendOptions, BackingFormat, BackingName, CreateOptions, NewBacking, OpenOptions, Qcow2,
+    create, set_backing_name,
 };
 use tandem_block::{Disk, FileOptions, Preallocation, Raw, Result};
 
 use crate::judge::check_with;
 use crate::operations::{More, add_bitmap, content, fill, image_with_snapshots};
 use crate::power::{Files, Run};
-use crate::setup::{Kind, Setup};
+use crate::setup::{Kind, Setup, scratch};
 use crate::storage::{Memory, SECTOR, Which};
 
-const SIZE: usize = 60 << 10;
+pub(crate) const SIZE: usize = 60 << 10;
 
 /// What a header says, but for the places of tables.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -66,12 +67,12 @@ fn said(image: &[u8]) -> Said {
     }
 }
 
-fn memory(which: Which, bytes: &[u8]) -> Memory {
+pub(crate) fn memory(which: Which, bytes: &[u8]) -> Memory {
     Memory::plain(which, &Arc::new(Mutex::new(bytes.to_vec())))
 }
 
 /// A raw disk of bytes that are `byte`.
-fn raw(byte: u8) -> Box<dyn Disk> {
+pub(crate) fn raw(byte: u8) -> Box<dyn Disk> {
     let storage = Box::new(memory(Which::Data, &[byte; SIZE]));
     Box::new(Raw::with_storage(Path::new("base"), storage, true).unwrap())
 }
@@ -97,7 +98,7 @@ fn open_files(files: &Files) -> Qcow2 {
     open(memory(Which::Image, &files.image), data)
 }
 
-fn check(files: &Files, what: &str) {
+pub(crate) fn check(files: &Files, what: &str) {
     let [image, data] = [
         memory(Which::Image, &files.image),
         memory(Which::Data, &files.data),
@@ -109,7 +110,7 @@ fn check(files: &Files, what: &str) {
 
 /// The disk has one of the two sizes, and each sector is as in one of the two contents. What a smaller
 /// one does not have was, or is going to be, zero.
-fn expect_content(shown: &[u8], before: &[u8], after: &[u8], what: &str) {
+pub(crate) fn expect_content(shown: &[u8], before: &[u8], after: &[u8], what: &str) {
     let sizes = [before.len(), after.len()];
     assert!(
         sizes.contains(&shown.len()),
@@ -186,7 +187,7 @@ fn rewriting(
 }
 
 /// A name of `len` bytes for the file that is called `end`.
-fn name(len: usize, end: &str) -> Vec<u8> {
+pub(crate) fn name(len: usize, end: &str) -> Vec<u8> {
     let mut name = vec![b'/'; len - end.len() - 1];
     name.insert(0, b'.');
     name.extend(end.as_bytes());
@@ -195,8 +196,8 @@ fn name(len: usize, end: &str) -> Vec<u8> {
 
 /// An image with data in some places, zeros in others and nothing elsewhere, on a disk of sevens whose
 /// name has `backing` bytes if it is on any.
-fn image(version: u32, cluster_size: u64, backing: Option<usize>) -> Files {
-    let dir = tempfile::tempdir().unwrap();
+pub(crate) fn image(version: u32, cluster_size: u64, backing: Option<usize>) -> Files {
+    let dir = scratch();
     let path = dir.path().join("image");
     std::fs::write(dir.path().join("base"), vec![7; SIZE]).unwrap();
     let options = CreateOptions {
@@ -288,7 +289,7 @@ pub fn other_backing_files(run: &mut Run) {
 /// Bitmaps and extensions that are not known stay with the header.
 pub fn more_in_the_header(run: &mut Run) {
     for (seed, cluster_size) in run.rounds([4096, 8192]) {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = scratch();
         let path = dir.path().join("image");
         std::fs::write(&path, image(3, cluster_size, None).image).unwrap();
         add_bitmap(&path);
@@ -448,105 +449,25 @@ pub fn amending_an_image(run: &mut Run) {
             rewriting(run, "snapshots", seed, &start, amend(options));
         }
     }
+    let start = shared_zeros();
+    rewriting(run, "shared zeros", 0, &start, amend(lowered()));
 }
 
-/// A base that is smaller than the image on it, as a qcow2 image or not.
-fn base(cluster_size: Option<u64>) -> Vec<u8> {
-    let Some(cluster_size) = cluster_size else {
-        return vec![7; SIZE - 5120];
-    };
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("base");
-    let options = CreateOptions {
-        size: SIZE as u64 - 5120,
-        cluster_size,
-        ..CreateOptions::default()
-    };
-    create(&path, &options).unwrap();
-    let disk = Qcow2::open(&path, &OpenOptions::default()).unwrap();
-    fill(&disk, 0, 13_000, 7);
-    fill(&disk, 30_000, 20_000, 6);
-    drop(disk);
-    std::fs::read(&path).unwrap()
-}
-
-fn open_base(storage: Memory, is_image: bool, read_only: bool) -> Box<dyn Disk> {
-    let (name, storage) = (Path::new("base"), Box::new(storage));
-    let options = OpenOptions {
-        read_only,
-        ..OpenOptions::default()
-    };
-    if is_image {
-        Box::new(Qcow2::with_storage(name, storage, None, &options).unwrap())
-    } else {
-        Box::new(Raw::with_storage(name, storage, read_only).unwrap())
-    }
-}
-
-fn open_top(image: Memory, base: Box<dyn Disk>) -> Qcow2 {
-    let options = OpenOptions::default();
-    let (name, image) = (Path::new("image"), Box::new(image));
-    Qcow2::with_backing(name, image, None, Some(base), &options).unwrap()
-}
-
-/// The disk on top reads the same at any time.
-pub fn committing(run: &mut Run) {
-    let cases = [
-        (512, Some(512)),
-        (4096, Some(1024)),
-        (1024, None),
-        (512, Some(4096)),
-    ];
-    for (seed, (cluster_size, base_cluster_size)) in run.rounds(cases) {
-        let is_image = base_cluster_size.is_some();
-        let start = Files {
-            image: image(3, cluster_size, Some(8)).image,
-            data: base(base_cluster_size),
-        };
-        let shown = |files: &Files| {
-            let base = open_base(memory(Which::Data, &files.data), is_image, true);
-            content(&open_top(memory(Which::Image, &files.image), base))
-        };
-        let before = shown(&start);
-        for empties in [false, true] {
-            let mut after = before.clone();
-            after[5000..14_000].fill(0xee);
-            let commit = |image: Memory, data: Memory| {
-                let top = open_top(image, open_base(data.again(), is_image, true));
-                fill(&top, 5000, 9000, 0xee);
-                let commit = Commit::with_disks(top, open_base(data, is_image, false), 0);
-                commit.copy(&mut |_, _| {}).unwrap();
-                commit.finish(empties).unwrap();
-            };
-            let judge = |state: Files, what: &str| {
-                let what = &format!("commit {cluster_size} {base_cluster_size:?}, {what}");
-                check(
-                    &Files {
-                        data: Vec::new(),
-                        ..state.clone()
-                    },
-                    what,
-                );
-                if is_image {
-                    let image = state.data.clone();
-                    check(
-                        &Files {
-                            image,
-                            data: Vec::new(),
-                        },
-                        what,
-                    );
-                }
-                expect_content(&shown(&state), &before, &after, what);
-            };
-            let synced = run.explore(&start, seed, commit, judge);
-            assert!(shown(&synced) == after);
-            let base = open_base(memory(Which::Data, &synced.data), is_image, true);
-            let mut bytes = vec![0; SIZE];
-            base.read_at(&[vm_memory::VolatileSlice::from(&mut bytes[..])], 0)
-                .unwrap();
-            assert!(bytes == after);
-        }
+/// An image that has zeros by a flag in clusters of data that a snapshot has too, as QEMU leaves them.
+fn shared_zeros() -> Files {
+    let dir = scratch();
+    let path = dir.path().join("image");
+    let (image, _, _) = image_with_snapshots(3, 4096, More::Nothing);
+    std::fs::write(&path, image).unwrap();
+    let written = Command::new("qemu-io")
+        .args(["-f", "qcow2", "-c", "write -z 0 16k"])
+        .arg(&path)
+        .output()
+        .unwrap();
+    assert!(written.status.success(), "{written:?}");
+    Files {
+        image: std::fs::read(&path).unwrap(),
+        data: Vec::new(),
     }
 }
 

@@ -3,12 +3,12 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use crate::power::Run;
-use crate::{operations, rewrites};
+use crate::{commits, operations, rewrites};
 
 /// Explores an operation; a violation panics.
 pub type Scenario = fn(&mut Run);
 
-pub const SCENARIOS: [(&str, Scenario); 14] = [
+pub const SCENARIOS: [(&str, Scenario); 15] = [
     ("taking-a-snapshot", operations::taking_a_snapshot),
     ("applying-a-snapshot", operations::applying_a_snapshot),
     ("deleting-a-snapshot", operations::deleting_a_snapshot),
@@ -27,7 +27,8 @@ pub const SCENARIOS: [(&str, Scenario); 14] = [
     ("more-in-the-header", rewrites::more_in_the_header),
     ("amending-a-data-file", rewrites::amending_a_data_file),
     ("amending-an-image", rewrites::amending_an_image),
-    ("committing", rewrites::committing),
+    ("committing", commits::committing),
+    ("emptying-a-data-file", commits::emptying_a_data_file),
     ("growing-with-space", rewrites::growing_with_space),
 ];
 

@@ -1,5 +1,6 @@
 //! The images that workloads run on.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
@@ -8,6 +9,7 @@ use tandem_block::qcow2::{
     BackingFormat, BitmapEditor, CreateOptions, DataFileLayout, OpenOptions, Qcow2, create,
 };
 use tandem_block::{Disk, Raw, Result};
+use tempfile::TempDir;
 use vm_memory::VolatileSlice;
 
 use crate::power::Files;
@@ -165,13 +167,18 @@ impl Setup {
 
     /// The files of a new image.
     pub fn files(&self) -> Files {
-        let dir = tempfile::tempdir().unwrap();
-        self.create_in(dir.path());
-        let read = |name: &str| std::fs::read(dir.path().join(name)).unwrap_or_default();
-        Files {
-            image: read("image"),
-            data: read(Self::DATA),
-        }
+        static MADE: Mutex<BTreeMap<Setup, Files>> = Mutex::new(BTreeMap::new());
+        let mut made = MADE.lock().unwrap();
+        let make = || {
+            let dir = scratch();
+            self.create_in(dir.path());
+            let read = |name: &str| std::fs::read(dir.path().join(name)).unwrap_or_default();
+            Files {
+                image: read("image"),
+                data: read(Self::DATA),
+            }
+        };
+        made.entry(*self).or_insert_with(make).clone()
     }
 
     /// Creates the image `image` in `dir`, with the other files.
@@ -229,6 +236,16 @@ impl Setup {
         };
         Qcow2::with_backing(name, Box::new(image), data, backing, options)
     }
+}
+
+/// A directory in memory, where syncs take no time, if there is such a file system.
+pub fn scratch() -> TempDir {
+    let memory = Path::new("/dev/shm");
+    let dir = match memory.is_dir() {
+        true => tempfile::tempdir_in(memory),
+        false => tempfile::tempdir(),
+    };
+    dir.unwrap()
 }
 
 /// As it is called in reports and on command lines.

@@ -1,10 +1,13 @@
 //! Storage in memory that records what happens to it.
 
 use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use tandem_block::Storage;
 use vm_memory::VolatileSlice;
+
+use crate::random::Random;
 
 /// Unit in which a write can be torn.
 pub const SECTOR: usize = 512;
@@ -68,6 +71,9 @@ pub struct Memory {
     which: Which,
     bytes: Arc<Mutex<Vec<u8>>>,
     log: Option<Log>,
+    /// Transfers are made sector by sector, and let other threads go on between them, if this counts
+    /// them.
+    turn: Option<Arc<AtomicU64>>,
 }
 
 impl Memory {
@@ -77,6 +83,7 @@ impl Memory {
             which,
             bytes: Arc::new(Mutex::new(bytes)),
             log: Some(log.clone()),
+            turn: None,
         }
     }
 
@@ -86,6 +93,15 @@ impl Memory {
             which,
             bytes: bytes.clone(),
             log: None,
+            turn: None,
+        }
+    }
+
+    /// The same file, transferred sector by sector, while others do the same.
+    pub fn piecewise(self) -> Self {
+        Self {
+            turn: Some(Arc::default()),
+            ..self
         }
     }
 
@@ -95,14 +111,28 @@ impl Memory {
             which: self.which,
             bytes: self.bytes.clone(),
             log: self.log.clone(),
+            turn: self.turn.clone(),
         }
     }
 
-    /// Where another thread may go on, if a scheduler decides on that.
+    /// Where another thread may go on, now and then, or if a scheduler decides on that.
     fn step(&self) {
+        if let Some(turn) = &self.turn
+            && Random(turn.fetch_add(1, Ordering::Relaxed)).below(8) == 0
+        {
+            std::thread::yield_now();
+        }
         #[cfg(shuttle)]
         if self.log.is_some() {
             shuttle::thread::yield_now();
+        }
+    }
+
+    /// Bytes that are transferred at once.
+    fn piece(&self) -> usize {
+        match self.turn {
+            Some(_) => SECTOR,
+            None => usize::MAX,
         }
     }
 
@@ -136,9 +166,11 @@ impl Storage for Memory {
         let mut at = offset;
         for buf in bufs {
             let mut bytes = vec![0; buf.len()];
-            self.read_bytes_at(&mut bytes, at)?;
+            for piece in bytes.chunks_mut(self.piece()) {
+                self.read_bytes_at(piece, at)?;
+                at += piece.len() as u64;
+            }
             buf.copy_from(&bytes);
-            at += bytes.len() as u64;
         }
         Ok(())
     }
@@ -150,7 +182,12 @@ impl Storage for Memory {
             buf.copy_to(&mut bytes);
             whole.extend(bytes);
         }
-        self.write_bytes_at(&whole, offset)
+        let mut at = offset;
+        for piece in whole.chunks(self.piece()) {
+            self.write_bytes_at(piece, at)?;
+            at += piece.len() as u64;
+        }
+        Ok(())
     }
 
     fn read_bytes_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {

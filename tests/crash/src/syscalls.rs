@@ -82,7 +82,11 @@ const HELD: [i64; 11] = [
 pub fn with_fault<T: Send>(plan: Plan, f: impl FnOnce() -> T + Send) -> (T, Option<Call>) {
     thread::scope(|scope| {
         let (sender, receiver) = mpsc::channel();
+        #[cfg(mutate)]
+        let mutation = tandem_block::mutate::active();
         let worker = scope.spawn(move || {
+            #[cfg(mutate)]
+            tandem_block::mutate::set(mutation);
             let listener = hold_calls().expect("the kernel holds system calls");
             sender.send(listener).expect("the other thread waits");
             f()

@@ -5,7 +5,9 @@
 //! or transferred in part, succeeds. After a sync that has failed no flush succeeds any more until the
 //! image is opened again, since the system may have dropped what it could not write.
 
+use std::fmt;
 use std::fs;
+use std::ops::AddAssign;
 use std::path::{Path, PathBuf};
 
 use tandem_block::qcow2::{
@@ -217,6 +219,24 @@ pub struct Injected {
     pub survived: usize,
     /// Of how many of them the failing call was a sync.
     pub syncs: usize,
+}
+
+impl AddAssign for Injected {
+    fn add_assign(&mut self, more: Self) {
+        self.faults += more.faults;
+        self.survived += more.survived;
+        self.syncs += more.syncs;
+    }
+}
+
+impl fmt::Display for Injected {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{} faults, {} of them in syncs; {} could be done without; no violation",
+            self.faults, self.syncs, self.survived
+        )
+    }
 }
 
 /// Has calls of all operations on images of `setup` fail: every `step`th one in each way.

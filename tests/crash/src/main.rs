@@ -5,14 +5,15 @@ use std::process::ExitCode;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use clap::Parser;
 use tandem_crash::explore::Explorer;
+use tandem_crash::faults::{self, Injected};
 use tandem_crash::power::{Effort, Run, Tally};
-use tandem_crash::queues;
-use tandem_crash::report;
 use tandem_crash::scenarios::{self, SCENARIOS, Scenario};
 use tandem_crash::setup::{SETUPS, Setup};
+use tandem_crash::{queues, report, stress};
 
 /// Builds states that a power failure could leave, and judges each. Ends with status 1 if one of them
 /// breaks a promise.
@@ -37,7 +38,13 @@ struct Args {
     /// Threads that explore
     #[arg(long, value_name = "N", default_value_t = 2)]
     threads: usize,
-    /// Have the engine make mistakes, and tell which are found (in a build with `--cfg mutate`)
+    /// Instead, have each system call of each operation fail in turn, in each way that it can
+    #[arg(long)]
+    faults: bool,
+    /// Instead, have threads meet on one disk for so many seconds, and judge what each of them saw
+    #[arg(long, value_name = "SECONDS")]
+    stress: Option<u64>,
+    /// Instead, have the engine make mistakes, and tell which are found (in a build with `--cfg mutate`)
     #[arg(long)]
     mutants: bool,
 }
@@ -107,6 +114,42 @@ impl Args {
     }
 }
 
+fn inject_faults() -> ExitCode {
+    let mut all = Injected::default();
+    for setup in faults::SETUPS {
+        let mut injected = Injected::default();
+        if let Err(problem) = faults::explore(&setup, 1, &mut injected) {
+            println!("VIOLATION: {problem}");
+            return ExitCode::FAILURE;
+        }
+        println!("{setup}: {injected}");
+        all += injected;
+    }
+    println!("all: {all}");
+    ExitCode::SUCCESS
+}
+
+fn stress(from: u64, time: Duration) -> ExitCode {
+    let begun = Instant::now();
+    let mut judged = 0;
+    for seed in from.. {
+        for setup in stress::SETUPS {
+            match stress::run(&setup, seed, 40) {
+                Ok(more) => judged += more,
+                Err(problem) => {
+                    println!("VIOLATION: {setup}, --from {seed}: {problem}");
+                    return ExitCode::FAILURE;
+                }
+            }
+        }
+        if begun.elapsed() >= time {
+            break;
+        }
+    }
+    println!("{judged} accesses to sectors, no violation");
+    ExitCode::SUCCESS
+}
+
 fn main() -> ExitCode {
     let args = Args::parse();
     if args.mutants {
@@ -117,6 +160,12 @@ fn main() -> ExitCode {
             eprintln!("this needs a build with RUSTFLAGS=\"--cfg mutate\"");
             return ExitCode::FAILURE;
         }
+    }
+    if args.faults {
+        return inject_faults();
+    }
+    if let Some(seconds) = args.stress {
+        return stress(args.from, Duration::from_secs(seconds));
     }
     let tasks = args.tasks();
     let next = AtomicUsize::new(0);

@@ -8,6 +8,6 @@ fn any_call_may_fail() {
     for setup in SETUPS {
         explore(&setup, 5, &mut injected).unwrap_or_else(|problem| panic!("{problem}"));
     }
-    println!("{injected:?}");
+    println!("{injected}");
     assert!(injected.faults > 500 && injected.syncs > 50);
 }

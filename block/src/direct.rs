@@ -10,7 +10,7 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::ops::Range;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 
 use rustix::fs::{AtFlags, StatxFlags};
@@ -21,7 +21,7 @@ use crate::disk::total_len;
 use crate::units::{PAGE, Units};
 use crate::vectored::{self, Direction};
 use crate::writers::Writers;
-use crate::{FileStorage, Storage};
+use crate::{FileStamp, FileStorage, Storage};
 
 /// Most bytes in a bounce buffer.
 const BOUNCE: u64 = 1 << 20;
@@ -242,6 +242,14 @@ impl Storage for Direct {
 
     fn capacity(&self) -> io::Result<Option<u64>> {
         self.file.capacity()
+    }
+
+    fn locked(&self) -> Option<BorrowedFd<'_>> {
+        self.file.locked()
+    }
+
+    fn stamp(&self) -> io::Result<Option<FileStamp>> {
+        self.file.stamp()
     }
 
     fn units(&self) -> Units {

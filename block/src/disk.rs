@@ -4,8 +4,9 @@ use std::os::fd::BorrowedFd;
 
 use vm_memory::VolatileSlice;
 
+use crate::live::ImageRef;
 use crate::preallocation::Preallocation;
-use crate::{Error, Result};
+use crate::{Error, Result, Stamp};
 
 /// What a device needs to know of a disk to describe it to its guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -177,6 +178,21 @@ pub trait Disk: Send + Sync {
     /// zero.
     fn backing(&self) -> Option<&dyn Disk> {
         None
+    }
+
+    /// What this is, if it is an image that this crate has opened.
+    #[doc(hidden)]
+    fn as_image(&self) -> Option<ImageRef<'_>> {
+        None
+    }
+
+    /// What tells later whether the files of this disk, and of those below it, have been written since,
+    /// by whatever program; `None` if that cannot be told. [`Stamp::of`] is for one that is kept.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    fn stamp(&self) -> Result<Option<Stamp>> {
+        Ok(None)
     }
 
     /// The file whose offsets [`extent`](Disk::extent) tells, if the system can copy from it.

@@ -104,6 +104,27 @@ pub enum Error {
         reason: String,
     },
 
+    /// The backing file of an image has been written since the image kept its stamp.
+    #[error(
+        "'{}': its backing file '{}' has changed ({difference}), so what the image shows would be \
+         garbage; if it is a copy that holds the same, 'tandem-img rebase -u -b {} -F {format} {}' says \
+         so; otherwise make a new image",
+        file.display(),
+        base.display(),
+        base.display(),
+        file.display()
+    )]
+    BaseChanged {
+        /// The image.
+        file: PathBuf,
+        /// The name of its backing file.
+        base: PathBuf,
+        /// Name of the backing file's format.
+        format: String,
+        /// Which file differs in what.
+        difference: String,
+    },
+
     /// An earlier sync failed, so nobody can tell what of the writes before it is durable.
     #[error(
         "'{}': an earlier sync failed and may have lost writes; close the disk and check it",
@@ -130,6 +151,19 @@ pub enum Error {
         /// The image.
         file: PathBuf,
     },
+
+    /// The image of a disk in use could not be kept.
+    #[error("'{}' cannot be used any more: {reason}", file.display())]
+    Gone {
+        /// The image.
+        file: PathBuf,
+        /// Why.
+        reason: String,
+    },
+
+    /// An operation that takes time was ended before it was complete.
+    #[error("the operation has been cancelled")]
+    Cancelled,
 
     /// A request was broken off by a panic in the middle of a change to what is allocated, and
     /// nothing is written any more that depends on it.
@@ -159,6 +193,11 @@ pub enum Error {
         /// What is wrong, in the words that `qemu-img` uses where it has any.
         reason: String,
     },
+
+    /// A backup could not go on, or what was asked of it makes no sense. The disk is as it would be
+    /// without it.
+    #[error("{0}")]
+    Backup(String),
 
     /// A request does not lie within the disk.
     #[error("request of {len} bytes at offset {offset} lies outside the disk of {size} bytes")]
@@ -210,6 +249,11 @@ impl Error {
                 format!("Unsupported qcow2 feature(s): {feature}")
             }
             Self::BackingFile { reason, .. } => format!("Could not open backing file: {reason}"),
+            Self::BaseChanged { file, .. } => {
+                let text = self.to_string();
+                let image = format!("'{}': its ", file.display());
+                text.strip_prefix(&image).unwrap_or(&text).to_owned()
+            }
             Self::HeaderFull { .. } => {
                 "Could not update qcow2 header: No space left on device".to_owned()
             }

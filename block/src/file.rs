@@ -11,10 +11,11 @@ use vm_memory::VolatileSlice;
 
 use crate::cache_mode::CacheMode;
 use crate::direct::Direct;
-use crate::lock::{Access, Locking};
+use crate::lock::{self, Access, Locking};
+use crate::new_file::sync_directory;
 use crate::preallocation::Preallocation;
 use crate::units::Units;
-use crate::{Error, FileStorage, Result, Storage};
+use crate::{Error, FileStamp, FileStorage, Result, Storage};
 
 /// How the files of a disk are used: the image, its data file, and those below it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -49,6 +50,8 @@ pub(crate) struct ImageFile {
     pub path: PathBuf,
     /// A sync failed: what had been written before it may be lost, and no later sync can tell.
     sync_failed: Mutex<bool>,
+    /// The directory of a name that is new, and not durable yet.
+    named_in: Mutex<Option<File>>,
     cache: CacheMode,
     units: Units,
 }
@@ -61,6 +64,7 @@ impl ImageFile {
             storage,
             path: path.to_owned(),
             sync_failed: Mutex::new(false),
+            named_in: Mutex::default(),
             cache,
         }
     }
@@ -109,6 +113,38 @@ impl ImageFile {
             Box::new(storage)
         };
         Ok(Self::new(storage, path, cache))
+    }
+
+    /// Gives up the locks, so that the file can be opened in another way.
+    pub fn unlock(&self) {
+        if let Some(file) = self.storage.locked() {
+            lock::release(file);
+        }
+    }
+
+    /// Takes the locks again that [`unlock`](Self::unlock) has given up.
+    pub fn lock_again(&self, access: Access) -> Result<()> {
+        match self.storage.locked() {
+            Some(file) => lock::acquire(file, &self.path, access, Locking::On),
+            None => Ok(()),
+        }
+    }
+
+    /// Keeps writers off, and readers no more: the file will not be written from here.
+    pub fn end_writing(&self) -> Result<()> {
+        match self.storage.locked() {
+            Some(file) => lock::downgrade(file, &self.path),
+            None => Ok(()),
+        }
+    }
+
+    /// Device and inode; of what is in its place now, if the storage does not tell.
+    pub fn id(&self) -> Option<(u64, u64)> {
+        let stat = match self.storage.locked().or_else(|| self.storage.fd()) {
+            Some(file) => rustix::fs::fstat(file),
+            None => rustix::fs::stat(&self.path),
+        };
+        stat.ok().map(|stat| (stat.st_dev, stat.st_ino))
     }
 
     pub fn read_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> Result<()> {
@@ -204,7 +240,8 @@ impl ImageFile {
         // Held meanwhile: of two syncs of one loss, the system fails only one.
         let mut sync_failed = lock(&self.sync_failed);
         self.check_not(*sync_failed)?;
-        self.storage.sync().map_err(|e| {
+        let synced = self.storage.sync().and_then(|()| self.sync_name());
+        synced.map_err(|e| {
             *sync_failed = true;
             #[cfg(mutate)]
             if crate::mutate::is(crate::mutate::SYNC_FORGIVEN) {
@@ -212,6 +249,26 @@ impl ImageFile {
             }
             Error::io(&self.path, "sync", e)
         })
+    }
+
+    fn sync_name(&self) -> io::Result<()> {
+        let mut named_in = lock(&self.named_in);
+        if let Some(directory) = &*named_in {
+            sync_directory(directory)?;
+        }
+        *named_in = None;
+        Ok(())
+    }
+
+    /// The same file, whose name in `directory` is new: it becomes durable when the file is synced.
+    pub fn named_in(self, directory: File) -> Self {
+        *lock(&self.named_in) = Some(directory);
+        self
+    }
+
+    /// Whether the name is not durable yet.
+    pub fn has_new_name(&self) -> bool {
+        lock(&self.named_in).is_some()
     }
 
     /// Fails if a sync has failed.
@@ -249,6 +306,16 @@ impl ImageFile {
         let stat = rustix::fs::fstat(file);
         let stat = stat.map_err(|e| Error::io(&self.path, "stat", e.into()))?;
         Ok(Some(stat.st_blocks.unsigned_abs() * 512))
+    }
+
+    /// As [`Storage::stamp`], with its path.
+    pub fn stamp(&self) -> Result<Option<FileStamp>> {
+        let stamp = self.storage.stamp();
+        let stamp = stamp.map_err(|e| Error::io(&self.path, "stat", e))?;
+        Ok(stamp.map(|stamp| FileStamp {
+            path: self.path.clone(),
+            ..stamp
+        }))
     }
 
     pub fn size(&self) -> Result<u64> {

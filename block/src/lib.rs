@@ -41,6 +41,7 @@
 //! ```
 #![deny(missing_docs, clippy::missing_errors_doc)]
 
+mod backup;
 mod buffers;
 mod cache_mode;
 mod direct;
@@ -57,23 +58,33 @@ mod new_image;
 mod nowait;
 mod preallocation;
 pub mod qcow2;
+mod ranges;
 mod raw;
+mod stamp;
 mod storage;
 mod sync;
 mod units;
 mod vectored;
 mod writers;
 
+pub use backup::stream as backup_stream;
+pub use backup::{
+    Backup, BackupId, BackupKind, BackupOptions, BackupState, BackupStatus, Chunk, ChunkExtent,
+};
 pub use cache_mode::CacheMode;
 pub use disk::{Disk, Extent, ExtentKind, Limits, extent_in_chain, sparse_extent_in_chain};
 pub use error::{Error, Result};
 pub use file::FileOptions;
 pub use hints::FileHints;
-pub use live::{LiveDisk, LiveImage};
+pub use live::{
+    CommitOptions, ForkOptions, LiveBitmap, LiveDisk, LiveImage, LiveReport, Progress,
+    RebaseOptions,
+};
 pub use lock::Locking;
 pub use new_image::NewImage;
 pub use preallocation::Preallocation;
 pub use raw::Raw;
+pub use stamp::{FileStamp, Modified, Stamp};
 pub use storage::{FileStorage, Storage};
 pub use units::Units;
 pub use vm_memory::VolatileSlice;

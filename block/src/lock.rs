@@ -14,10 +14,9 @@
 //! two that come at once, at least one sees the other. The locks belong to the open file: two disks
 //! in one process keep each other off as well.
 
-use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::path::Path;
 
 use crate::{Error, Result};
@@ -123,7 +122,13 @@ impl Permission {
 /// # Errors
 /// [`Error::Locked`] if another program uses the file in a way that contradicts `access`;
 /// [`Error::Option`] for a writer with [`Locking::ForceShare`]; [`Error::Io`].
-pub(crate) fn acquire(file: &File, path: &Path, access: Access, locking: Locking) -> Result<()> {
+pub(crate) fn acquire(
+    file: impl AsFd,
+    path: &Path,
+    access: Access,
+    locking: Locking,
+) -> Result<()> {
+    let file = file.as_fd();
     let acquired = try_acquire(file, path, access, locking);
     if acquired.is_err() {
         release(file);
@@ -135,12 +140,24 @@ pub(crate) fn acquire(file: &File, path: &Path, access: Access, locking: Locking
 ///
 /// To close it is not enough: a process that another thread is starting has it open as well for a
 /// moment.
-pub(crate) fn release(file: &File) {
+pub(crate) fn release(file: impl AsFd) {
     // It has no locks if this fails.
-    let _ = byte_lock::release(file, HELD..NOT_SHARED + (NOT_SHARED - HELD));
+    let _ = byte_lock::release(file.as_fd(), HELD..NOT_SHARED + (NOT_SHARED - HELD));
 }
 
-fn try_acquire(file: &File, path: &Path, access: Access, locking: Locking) -> Result<()> {
+/// Makes the locks of who has written to `file` those of who reads it from now on, as an image or below
+/// one. At no moment may anybody else write.
+///
+/// # Errors
+/// Those of [`acquire`]; the file is locked as before.
+pub(crate) fn downgrade(file: impl AsFd, path: &Path) -> Result<()> {
+    let file = file.as_fd();
+    try_acquire(file, path, Access::Read, Locking::On)?;
+    let writing = HELD + Permission::Write as i64..HELD + Permission::Resize as i64 + 1;
+    byte_lock::release(file, writing).map_err(|e| Error::io(path, "lock", e))
+}
+
+fn try_acquire(file: BorrowedFd<'_>, path: &Path, access: Access, locking: Locking) -> Result<()> {
     let held = access.held();
     let not_shared = match locking {
         Locking::Off => return Ok(()),
@@ -190,22 +207,27 @@ mod byte_lock {
     use super::*;
 
     /// Takes a read lock.
-    pub fn share(file: &File, byte: i64) -> io::Result<()> {
+    pub fn share(file: BorrowedFd<'_>, byte: i64) -> io::Result<()> {
         call(file, libc::F_OFD_SETLK, libc::F_RDLCK, byte..byte + 1).map(drop)
     }
 
     /// Whether anybody else has a lock.
-    pub fn is_taken(file: &File, byte: i64) -> io::Result<bool> {
+    pub fn is_taken(file: BorrowedFd<'_>, byte: i64) -> io::Result<bool> {
         let found = call(file, libc::F_OFD_GETLK, libc::F_WRLCK, byte..byte + 1)?;
         Ok(i32::from(found.l_type) != libc::F_UNLCK)
     }
 
     /// Gives up all locks in `bytes`.
-    pub fn release(file: &File, bytes: Range<i64>) -> io::Result<()> {
+    pub fn release(file: BorrowedFd<'_>, bytes: Range<i64>) -> io::Result<()> {
         call(file, libc::F_OFD_SETLK, libc::F_UNLCK, bytes).map(drop)
     }
 
-    fn call(file: &File, command: i32, kind: i32, bytes: Range<i64>) -> io::Result<libc::flock> {
+    fn call(
+        file: BorrowedFd<'_>,
+        command: i32,
+        kind: i32,
+        bytes: Range<i64>,
+    ) -> io::Result<libc::flock> {
         let mut lock = libc::flock {
             l_type: kind as i16,
             l_whence: libc::SEEK_SET as i16,
@@ -227,6 +249,7 @@ mod byte_lock {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs::File;
 
     /// Whether a second access is granted while the first goes on.
     fn together(first: Access, second: (Access, Locking)) -> Result<()> {
@@ -264,6 +287,27 @@ mod tests {
         acquire(&one, &path, Access::Read, Locking::On).unwrap();
         acquire(&other, &path, Access::Write, Locking::On).unwrap_err();
         acquire(&third, &path, Access::Read, Locking::On).unwrap();
+    }
+
+    #[test]
+    fn a_writer_that_becomes_a_reader_keeps_writers_off() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("file");
+        std::fs::write(&path, "").unwrap();
+        let open = || File::options().read(true).write(true).open(&path).unwrap();
+        for access in [Access::Write, Access::WriteRaw] {
+            let (one, other) = (open(), open());
+            acquire(&one, &path, access, Locking::On).unwrap();
+            acquire(&other, &path, Access::Read, Locking::On).unwrap_err();
+            downgrade(&one, &path).unwrap();
+            acquire(&other, &path, Access::Read, Locking::On).unwrap();
+            release(&other);
+            for refused in [Access::Write, Access::WriteRaw, Access::Replace] {
+                acquire(&other, &path, refused, Locking::On).unwrap_err();
+            }
+            release(&one);
+            acquire(&other, &path, Access::Write, Locking::On).unwrap();
+        }
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! New images that are filled before anybody sees them.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use crate::file::ImageFile;
 use crate::new_file::NewFile;
@@ -106,6 +107,42 @@ impl NewImage {
         Ok(Self { files, is_mapped })
     }
 
+    /// Whether there is something in the place of the image that it will replace, or is written to.
+    pub(crate) fn replaces(&self) -> bool {
+        self.files.image.exists()
+    }
+
+    /// A file that is no image, and is written by way of [`file`](NewImage::file). A block device is
+    /// refused.
+    ///
+    /// # Errors
+    /// As [`raw`](NewImage::raw).
+    pub fn plain(path: &Path) -> Result<Self> {
+        let image = NewFile::begin(path)?;
+        if !image.is_regular() {
+            let source = std::io::ErrorKind::AlreadyExists.into();
+            return Err(Error::io(path, "replace", source));
+        }
+        Ok(Self {
+            files: NewFiles {
+                image,
+                data: None,
+                kept: None,
+            },
+            is_mapped: true,
+        })
+    }
+
+    /// The file that has no name yet.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn file(&self) -> Result<std::fs::File> {
+        let image = &self.files.image;
+        let file = image.file().try_clone();
+        file.map_err(|e| Error::io(image.name(), "open", e))
+    }
+
     /// Whether all of the disk reads as zero: a block device shows what it held before where it has a
     /// place in the disk.
     pub fn reads_zero(&self) -> bool {
@@ -123,7 +160,7 @@ impl NewImage {
     /// # Errors
     /// [`Error::Io`].
     pub fn open_raw(&mut self, cache: CacheMode) -> Result<Raw> {
-        let file = Self::file(&mut self.files.image, cache)?;
+        let file = Self::image_file(&mut self.files.image, cache)?;
         Raw::from_file(file, false)
     }
 
@@ -137,19 +174,23 @@ impl NewImage {
     pub fn open_qcow2(
         &mut self,
         options: &OpenOptions,
-        backing: Option<Box<dyn Disk>>,
+        backing: Option<Arc<dyn Disk>>,
     ) -> Result<Qcow2> {
         let options = OpenOptions {
             read_only: false,
             ..options.clone()
         };
         let cache = options.files.cache;
-        let image = Self::file(&mut self.files.image, cache)?;
-        let data = self.files.data.as_mut().map(|data| Self::file(data, cache));
+        let image = Self::image_file(&mut self.files.image, cache)?;
+        let data = self
+            .files
+            .data
+            .as_mut()
+            .map(|data| Self::image_file(data, cache));
         Qcow2::with_files(image, data.transpose()?, backing, &options)
     }
 
-    fn file(new: &mut NewFile, cache: CacheMode) -> Result<ImageFile> {
+    fn image_file(new: &mut NewFile, cache: CacheMode) -> Result<ImageFile> {
         let storage = new.storage()?;
         ImageFile::with_cache(storage, new.name(), false, cache)
     }
@@ -226,6 +267,19 @@ mod tests {
         disk.read_at(&[VolatileSlice::from(&mut back[..])], 8192)
             .unwrap();
         assert_eq!(back, [5; 4096]);
+    }
+
+    #[test]
+    fn and_other_files() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("stream");
+        fs::write(&path, "old").unwrap();
+        let new = NewImage::plain(&path).unwrap();
+        std::io::Write::write_all(&mut new.file().unwrap(), b"new").unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"old");
+        new.commit().unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"new");
+        assert!(NewImage::plain(Path::new("/dev/null")).is_err());
     }
 
     #[test]

@@ -9,12 +9,13 @@ use crate::cache_mode::CacheMode;
 use crate::disk::{check_range, total_len};
 use crate::file::{FileOptions, ImageFile};
 use crate::hints::FileHints;
+use crate::live::ImageRef;
 use crate::lock::Access;
 use crate::preallocation::Preallocation;
 use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::sync::{Mutex, lock};
 use crate::writers::{Writers, Writing};
-use crate::{Disk, Error, Extent, ExtentKind, Limits, NewImage, Result, Storage};
+use crate::{Disk, Error, Extent, ExtentKind, Limits, NewImage, Result, Stamp, Storage};
 
 const NO_METADATA: &str = "Unsupported preallocation mode: metadata";
 const NOT_FOR_SHRINKING: &str = "Cannot use preallocation for shrinking files";
@@ -88,6 +89,15 @@ impl Raw {
             ImageFile::new(storage, name, CacheMode::default()),
             read_only,
         )
+    }
+
+    /// Where the file was found.
+    pub fn path(&self) -> &Path {
+        &self.file.path
+    }
+
+    pub(crate) fn file(&self) -> &ImageFile {
+        &self.file
     }
 
     pub(crate) fn from_file(file: ImageFile, read_only: bool) -> Result<Self> {
@@ -175,6 +185,17 @@ impl Disk for Raw {
             kind,
             offset: Some(offset),
         })
+    }
+
+    fn as_image(&self) -> Option<ImageRef<'_>> {
+        Some(ImageRef::Raw(self))
+    }
+
+    fn stamp(&self) -> Result<Option<Stamp>> {
+        Ok(self.file.stamp()?.map(|file| Stamp {
+            size: self.size(),
+            files: vec![file],
+        }))
     }
 
     fn host_file(&self) -> Option<BorrowedFd<'_>> {

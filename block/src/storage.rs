@@ -4,8 +4,8 @@ use std::fmt::Debug;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
-use std::path::Path;
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use rustix::fs::{FallocateFlags, SeekFrom};
@@ -16,7 +16,7 @@ use crate::disk::total_len;
 use crate::lock::{self, Access};
 use crate::nowait::NoWait;
 use crate::units::{PAGE, Units};
-use crate::{Locking, Result, vectored};
+use crate::{FileStamp, Locking, Modified, Result, vectored};
 
 /// One host file below a disk: image metadata, guest data, or both.
 ///
@@ -109,9 +109,21 @@ pub trait Storage: Debug + Send + Sync {
         Ok(None)
     }
 
+    /// What tells later whether anybody has written to it since, without a path; `None` if nothing
+    /// does.
+    fn stamp(&self) -> io::Result<Option<FileStamp>> {
+        Ok(None)
+    }
+
     /// In which units it works best.
     fn units(&self) -> Units {
         Units::default()
+    }
+
+    /// The file that has the locks, if they keep others off.
+    #[doc(hidden)]
+    fn locked(&self) -> Option<BorrowedFd<'_>> {
+        None
     }
 }
 
@@ -120,7 +132,7 @@ pub trait Storage: Debug + Send + Sync {
 pub struct FileStorage {
     file: File,
     is_block_device: bool,
-    is_locked: bool,
+    locking: Locking,
     nowait: NoWait,
     units: Units,
 }
@@ -174,14 +186,14 @@ impl FileStorage {
             },
             file,
             is_block_device,
-            is_locked: false,
+            locking: Locking::Off,
         })
     }
 
     /// Locks the file, which is called `path`, until this is dropped.
     pub(crate) fn lock(&mut self, path: &Path, access: Access, locking: Locking) -> Result<()> {
         lock::acquire(&self.file, path, access, locking)?;
-        self.is_locked = true;
+        self.locking = locking;
         Ok(())
     }
 
@@ -236,7 +248,7 @@ impl FileStorage {
 
 impl Drop for FileStorage {
     fn drop(&mut self) {
-        if self.is_locked {
+        if self.locking != Locking::Off {
             lock::release(&self.file);
         }
     }
@@ -422,6 +434,24 @@ impl Storage for FileStorage {
             return self.size().map(Some);
         }
         Ok(None)
+    }
+
+    fn locked(&self) -> Option<BorrowedFd<'_>> {
+        (self.locking == Locking::On).then(|| self.file.as_fd())
+    }
+
+    fn stamp(&self) -> io::Result<Option<FileStamp>> {
+        let metadata = self.file.metadata()?;
+        let modified = Modified {
+            seconds: metadata.mtime(),
+            // Less than a second.
+            nanoseconds: metadata.mtime_nsec() as u32,
+        };
+        Ok(Some(FileStamp {
+            path: PathBuf::new(),
+            len: self.size()?,
+            modified: (!self.is_block_device).then_some(modified),
+        }))
     }
 
     fn units(&self) -> Units {

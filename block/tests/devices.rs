@@ -9,6 +9,7 @@
 mod common;
 
 use std::path::Path;
+use std::sync::Arc;
 
 use common::{Memory, assert_clean, new_image, open, open_with, read, write};
 use tandem_block::qcow2::{BackingFormat, CreateOptions, DataFileLayout, OpenOptions, Qcow2};
@@ -154,7 +155,7 @@ fn version_2_unmaps_where_nothing_is_below() {
         Path::new("image"),
         Box::new(image),
         None,
-        Some(Box::new(base)),
+        Some(Arc::new(base)),
         &OpenOptions::default(),
     );
     assert!(!disk.unwrap().limits().can_unmap);

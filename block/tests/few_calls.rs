@@ -10,6 +10,7 @@
 mod common;
 
 use std::path::Path;
+use std::sync::Arc;
 
 use common::{Memory, new_image, open, read, write};
 use tandem_block::qcow2::{
@@ -38,7 +39,7 @@ fn open_over(image: &Memory, base: &Memory) -> Qcow2 {
         Path::new("image"),
         Box::new(image.clone()),
         None,
-        Some(Box::new(base)),
+        Some(Arc::new(base)),
         &OpenOptions::default(),
     )
     .unwrap()
@@ -209,7 +210,7 @@ fn zeroes_on_a_full_disk_wait_for_space() {
         Path::new("image"),
         Box::new(image),
         Some(Box::new(data)),
-        Some(Box::new(base)),
+        Some(Arc::new(base)),
         &OpenOptions::default(),
     )
     .unwrap();

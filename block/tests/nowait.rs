@@ -201,7 +201,7 @@ impl Setup {
             return raw(&files[0], false);
         }
         let (data, backing) = match files.get(1) {
-            Some(base) if kind == Kind::Overlay => (None, Some(raw(base, true))),
+            Some(base) if kind == Kind::Overlay => (None, Some(raw(base, true).into())),
             data => (data.map(boxed), None),
         };
         Box::new(Qcow2::with_backing(name, boxed(&files[0]), data, backing, options).unwrap())

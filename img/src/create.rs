@@ -8,7 +8,7 @@ use clap::Command;
 use tandem_block::qcow2::{
     self, BackingFormat, CompressionType, CreateOptions, DataFileLayout, DataFileReuse, Follow,
 };
-use tandem_block::{Disk, Error, FileHints, FileOptions, Locking, NewImage, Preallocation};
+use tandem_block::{Disk, Error, FileHints, FileOptions, Locking, NewImage, Preallocation, Stamp};
 
 use crate::create_options::refuse_encryption;
 pub use crate::create_options::{definitions, help, is_qcow2_option};
@@ -59,7 +59,9 @@ pub fn command() -> Command {
              Files that exist are replaced, a data file as well, once the new ones are complete.\n\
              With data_file_reuse=keep a raw disk or block device becomes the data of the new disk as \
              it is, and is not written; SIZE may be less than it has. data_file_reuse=refuse fails if \
-             the data file exists.\n\n\
+             the data file exists.\n\
+             With base_stamp=on the image keeps what the files of its backing file are like, and is \
+             refused once they have been written.\n\n\
              Examples:\n  \
              tandem-img create -f qcow2 disk.qcow2 20G\n  \
              tandem-img create -f qcow2 -o data_file=disk.raw,data_file_raw=on disk.qcow2 20G\n  \
@@ -147,10 +149,10 @@ fn create(args: &Parsed, file: &OsStr, size: Option<u64>, list: &str) -> Result<
         ));
     }
     let mut warn = |text| output::complain_line(&args.name.text(&format!("warning: {text}")));
-    let made = make(format, path, &options, &mut warn);
-    // Its locks have kept the new files off those that it consists of.
-    drop(backing);
-    made
+    // Its locks keep the new files off those that it consists of.
+    begin(format, path, &options, backing.as_deref(), &mut warn)?
+        .commit()
+        .map_err(|error| reason(&error, format))
 }
 
 /// The options of an image for a copy of a disk of `size` bytes: those of `list`, and the backing file
@@ -174,23 +176,13 @@ pub fn copy_options(
     Ok(options)
 }
 
-fn make(
-    format: Format,
-    path: &Path,
-    options: &Options,
-    warn: &mut dyn FnMut(String),
-) -> Result<(), String> {
-    begin(format, path, options, warn)?
-        .commit()
-        .map_err(|error| reason(&error, format))
-}
-
-/// A new image with `options` that has not taken its name yet; `warn` is told what could not be done
-/// and is not needed.
+/// A new image with `options`, on `backing`, that has not taken its name yet; `warn` is told what could
+/// not be done and is not needed.
 pub fn begin(
     format: Format,
     path: &Path,
     options: &Options,
+    backing: Option<&dyn Disk>,
     warn: &mut dyn FnMut(String),
 ) -> Result<NewImage, String> {
     let size = options.number("size").unwrap_or_default();
@@ -205,12 +197,25 @@ pub fn begin(
         Format::Qcow2 => {
             let options = CreateOptions {
                 hints,
+                base_stamp: base_stamp(options, backing)?,
                 ..qcow2_options(size, preallocation, options)?
             };
             NewImage::qcow2_with(path, &options, warn)
         }
     };
     new.map_err(|error| reason(&error, format))
+}
+
+/// The stamp of `backing` that a new image is to keep.
+fn base_stamp(options: &Options, backing: Option<&dyn Disk>) -> Result<Option<Stamp>, String> {
+    match backing {
+        _ if !options.is_on("base_stamp") => Ok(None),
+        None => Err("base_stamp=on requires a backing file that is opened".to_owned()),
+        Some(disk) => match Stamp::of(disk).map_err(|e| e.reason())? {
+            None => Err("base_stamp=on requires a backing file that is in files".to_owned()),
+            stamp => Ok(stamp),
+        },
+    }
 }
 
 /// A disk whose data is there already has its size, unless another is given.
@@ -299,7 +304,7 @@ fn check_backing(
     };
     let disk = match open(Locking::On) {
         // That somebody writes to it, who has locked it, may be mended before it is used.
-        Err(Error::Locked { .. }) => open(Locking::Off),
+        Err(Error::Locked { .. }) if !options.is_on("base_stamp") => open(Locking::Off),
         other => other,
     };
     let disk = disk.map_err(|e| opened(e.reason()))?;
@@ -360,6 +365,7 @@ fn qcow2_options(
             Some(name) => DataFileReuse::from_name(name)
                 .ok_or_else(|| not_accepted("data-file-reuse", name))?,
         },
+        base_stamp: None,
         hints: FileHints::default(),
         preallocation,
         lazy_refcounts: options.is_on("lazy_refcounts"),

@@ -117,6 +117,12 @@ const QCOW2: &[Definition] = &[
         "Image format of the base image",
     ),
     option(
+        "base_stamp",
+        Kind::Switch,
+        None,
+        "Open the image only while its backing file is as it is now",
+    ),
+    option(
         "data_file",
         Kind::Text,
         None,

@@ -8,10 +8,11 @@ use std::path::{Path, PathBuf};
 use clap::Command;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
-use tandem_block::FileOptions;
 use tandem_block::qcow2::{
-    BackingFormat, BitmapInfo, DataFileLayout, Follow, Info, backing_path, find_backing,
+    self, BackingFormat, BitmapInfo, DataFileLayout, Follow, Info, OpenOptions, backing_path,
+    find_backing,
 };
+use tandem_block::{FileOptions, Locking, Stamp};
 
 use crate::failure::Failure;
 use crate::getopt::{self, Parsed, flag, value};
@@ -22,6 +23,7 @@ use crate::image::{
 use crate::output::{self, Output};
 use crate::size;
 use crate::snapshot;
+use crate::users::Users;
 
 /// Definition of the subcommand.
 pub fn command() -> Command {
@@ -29,7 +31,7 @@ pub fn command() -> Command {
         .about("Tells what the header of an image says; its data file is not opened")
         .disable_help_flag(true)
         .override_usage(
-            "tandem-img info [-f FMT | --image-opts] [--output human|json] [-b] [-U] FILENAME",
+            "tandem-img info [-f FMT | --image-opts] [--output human|json] [-b] [-U] [--users] FILENAME",
         )
         .args([
             getopt::help(),
@@ -42,6 +44,11 @@ pub fn command() -> Command {
             value("output", None, "human|json", "How to print the result"),
             force_share_option(),
             flag("backing-chain", Some('b'), "Tell of all images below, too"),
+            flag(
+                "users",
+                None,
+                "Tell which processes have the image open, whether or not they write to it",
+            ),
             follow_option(),
             image_opts_option(),
             object_option(),
@@ -51,6 +58,7 @@ pub fn command() -> Command {
              tandem-img info disk.qcow2\n  \
              tandem-img info --output=json disk.qcow2\n  \
              tandem-img info --backing-chain overlay.qcow2\n  \
+             tandem-img info --users base.qcow2\n  \
              tandem-img info -f raw disk.raw",
         )
 }
@@ -127,8 +135,12 @@ impl Reports {
     /// Adds what there is to say of `image`; returns its backing file.
     fn add(&mut self, args: &Parsed, image: &Image<'_>) -> Result<Option<Below>, Failure> {
         let opened = |reason: &str| args.name.error(&could_not_open(image.name, reason));
+        let shows_users = args.has("users");
         let files = FileOptions {
-            locking: locking(args),
+            locking: match shows_users {
+                true => Locking::ForceShare,
+                false => locking(args),
+            },
             ..FileOptions::default()
         };
         let options = image.options(true, Follow::Nothing, files);
@@ -145,6 +157,8 @@ impl Reports {
         let report = Report {
             image,
             info: info.as_ref(),
+            base_difference: base_difference(image, info.as_ref(), follow(args)?),
+            users: shows_users.then(|| Users::of(&image.metadata)),
         };
         match self {
             Self::Human(texts) => texts.push(report.human()),
@@ -183,10 +197,28 @@ impl Reports {
     }
 }
 
+/// What has changed of the backing file whose stamp `image` keeps, as far as that can be told.
+fn base_difference(image: &Image<'_>, info: Option<&Info>, follow: Follow) -> Option<String> {
+    info?.base_stamp.as_ref()?;
+    let options = OpenOptions {
+        read_only: true,
+        follow,
+        files: FileOptions {
+            locking: Locking::Off,
+            ..FileOptions::default()
+        },
+        ..OpenOptions::default()
+    };
+    qcow2::base_difference(&image.path, &options).ok()?
+}
+
 /// What is known of an image; without [`Info`] it is raw.
 struct Report<'a> {
     image: &'a Image<'a>,
     info: Option<&'a Info>,
+    base_difference: Option<String>,
+    /// If they are asked for.
+    users: Option<Users>,
 }
 
 impl Report<'_> {
@@ -231,6 +263,9 @@ impl Report<'_> {
         if let Some(info) = self.info {
             text += &self.human_qcow2(info);
         }
+        if let Some(users) = &self.users {
+            text += &users.human();
+        }
         if self.image.is_protocol {
             return text;
         }
@@ -263,6 +298,9 @@ impl Report<'_> {
                 "backing file format: {}\n",
                 printable(OsStr::from_bytes(format))
             );
+        }
+        if let Some(difference) = &self.base_difference {
+            text += &format!("backing file has changed: {difference}\n");
         }
         text += &snapshot::list(&info.snapshots);
         text + &human_specific(info)
@@ -312,6 +350,12 @@ impl Report<'_> {
             add("full-backing-filename", text(full.as_bytes()));
             add("backing-filename", text(name));
         }
+        if let Some(difference) = &self.base_difference {
+            add("backing-file-changed", difference.as_str().into());
+        }
+        if let Some(users) = &self.users {
+            add("users", users.json());
+        }
         add(
             "dirty-flag",
             self.info.is_some_and(|info| info.dirty).into(),
@@ -357,6 +401,8 @@ fn specific(info: &Info) -> Map<String, Value> {
         #[serde(skip_serializing_if = "Option::is_none")]
         data_file_layout: Option<&'static str>,
         #[serde(skip_serializing_if = "Option::is_none")]
+        base_stamp: Option<Value>,
+        #[serde(skip_serializing_if = "Option::is_none")]
         corrupt: Option<bool>,
         #[serde(skip_serializing_if = "Option::is_none")]
         extended_l2: Option<bool>,
@@ -377,6 +423,7 @@ fn specific(info: &Info) -> Map<String, Value> {
             Some(DataFileLayout::Packed) => Some("packed"),
             _ => None,
         },
+        base_stamp: info.base_stamp.as_ref().map(stamp),
         corrupt: v3.then_some(info.corrupt),
         extended_l2: v3.then_some(info.extended_l2),
     };
@@ -384,6 +431,14 @@ fn specific(info: &Info) -> Map<String, Value> {
         Ok(Value::Object(map)) => map,
         _ => Map::new(),
     }
+}
+
+fn stamp(stamp: &Stamp) -> Value {
+    let files = stamp.files.iter().map(|file| {
+        let modified = file.modified.map(|at| at.to_string());
+        json!({ "length": file.len, "modified": modified })
+    });
+    json!({ "virtual-size": stamp.size, "files": files.collect::<Vec<_>>() })
 }
 
 fn bitmap(bitmap: &BitmapInfo) -> Value {
@@ -410,7 +465,7 @@ fn property(key: &str, value: &Value, level: usize) -> String {
         ),
         Value::Object(map) => nested(
             map.iter()
-                .map(|(key, value)| property(key, value, level + 1))
+                .map(|(key, value)| property(&key.replace('-', " "), value, level + 1))
                 .collect(),
         ),
         Value::String(text) => format!("{indent}{key}: {}\n", printable(OsStr::new(text))),

@@ -4,6 +4,7 @@
 #![deny(clippy::print_stderr, clippy::print_stdout)]
 
 pub mod amend;
+pub mod backup;
 pub mod bench;
 pub mod bitmap;
 pub mod chain;
@@ -38,6 +39,8 @@ pub mod pseudo;
 pub mod rate;
 pub mod rebase;
 pub mod resize;
+pub mod restore;
 pub mod size;
 pub mod snapshot;
+pub mod users;
 pub mod workers;

@@ -10,8 +10,8 @@ use clap::Command;
 use crate::failure::Failure;
 use crate::getopt::{self, Name, Parsed};
 use crate::{
-    amend, bench, bitmap, check, commit, compare, completions, convert, create, dd, info, man, map,
-    measure, output, rebase, resize, snapshot,
+    amend, backup, bench, bitmap, check, commit, compare, completions, convert, create, dd, info,
+    man, map, measure, output, rebase, resize, restore, snapshot,
 };
 
 /// A subcommand: its definition, and what it does with its arguments.
@@ -24,6 +24,10 @@ const SUBCOMMANDS: &[Subcommand] = &[
     Subcommand {
         command: amend::command,
         run: amend::run,
+    },
+    Subcommand {
+        command: backup::command,
+        run: backup::run,
     },
     Subcommand {
         command: bench::command,
@@ -86,6 +90,10 @@ const SUBCOMMANDS: &[Subcommand] = &[
         run: resize::run,
     },
     Subcommand {
+        command: restore::command,
+        run: restore::run,
+    },
+    Subcommand {
         command: snapshot::command,
         run: snapshot::run,
     },
@@ -121,7 +129,8 @@ pub fn command() -> Command {
              tandem-img map disk.qcow2\n  \
              tandem-img resize disk.qcow2 +10G\n  \
              tandem-img snapshot -c before-upgrade disk.qcow2\n  \
-             tandem-img bitmap --add disk.qcow2 monday",
+             tandem-img bitmap --add disk.qcow2 monday\n  \
+             tandem-img backup --control vm.sock --track b vda full.qcow2",
         )
 }
 

@@ -6,7 +6,8 @@ use std::path::Path;
 
 use clap::Command;
 use tandem_block::qcow2::{
-    Backing, BackingFormat, BackingName, Info, NewBacking, Qcow2, backing_path, set_backing_name,
+    Backing, BackingFormat, BackingName, Info, NewBacking, OpenOptions, Qcow2, backing_path,
+    set_backing_name, stamp_base,
 };
 use tandem_block::{CacheMode, Disk, Error, FileOptions, Locking};
 
@@ -17,6 +18,7 @@ use crate::image::{
     Format, Image, cache, cache_option, could_not_open, follow, follow_option, image_opts_option,
     locking, object_option,
 };
+use crate::output;
 use crate::progress::Progress;
 
 /// Definition of the subcommand.
@@ -123,10 +125,26 @@ fn rebase_raw(args: &Parsed, image: &Image<'_>, cache: CacheMode) -> Result<(), 
 fn rename(args: &Parsed, image: &Image<'_>, files: FileOptions) -> Result<(), Failure> {
     new_format(args)?;
     let name = new_name(args)?;
+    let info = Info::read_with(&image.path, Locking::Off);
+    let keeps_stamp = info.is_ok_and(|info| info.base_stamp.is_some());
     set_backing_name(&image.path, name.as_ref(), files).map_err(|e| match e {
         Error::HeaderFull { .. } | Error::Option(_) => cannot_change(args, &reason(&e)),
         e => args.name.error(&could_not_open(image.name, &e.reason())),
-    })
+    })?;
+    if !keeps_stamp || name.is_none() {
+        return Ok(());
+    }
+    let options = OpenOptions {
+        follow: follow(args)?,
+        files,
+        ..OpenOptions::default()
+    };
+    if let Err(e) = stamp_base(&image.path, &options) {
+        let reason = e.reason();
+        let text = format!("warning: The image keeps no stamp of its backing file now: {reason}");
+        output::complain_line(&args.name.text(&text));
+    }
+    Ok(())
 }
 
 fn rebase(

@@ -8,6 +8,9 @@
 //! itself, without the noise of the system calls. imago drops the promise of raw data files
 //! (`data_file_raw`) when it opens them.
 //!
+//! Rows with bitmaps are of images that have that many, with the default granularity, all of which
+//! follow changes; imago's image has none.
+//!
 //! Work that is tried does not wait, where an engine can tell. The bare call of such a read is
 //! `preadv2` with `RWF_NOWAIT`, and `pread` on file systems in memory, which do not have that.
 //!
@@ -21,7 +24,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use imago::{FormatAccess, FormatDriverBuilder};
-use tandem_block::qcow2::{CreateOptions, OpenOptions, Qcow2, create};
+use tandem_block::qcow2::{BitmapEditor, CreateOptions, OpenOptions, Qcow2, create};
 use tandem_block::{Disk, FileStorage, Storage};
 use vm_memory::VolatileSlice;
 
@@ -81,9 +84,20 @@ fn main() {
         for kind in [Kind::Raw, Kind::External, Kind::Internal] {
             let order = if random { "random" } else { "sequential" };
             let name = format!("{work:?} {order} {}K {kind:?}", len >> 10).to_lowercase();
-            if name.contains(&filter.to_lowercase()) {
-                let dir = tempfile::tempdir_in(&dir).unwrap();
-                measure(&name, dir.path(), kind, work, random, len);
+            let counts: &[usize] = match (work, random, len) {
+                (Work::Overwrite | Work::TryOverwrite, true, 4096) => &[0, 1, 4],
+                _ => &[0],
+            };
+            for bitmaps in counts {
+                let with = match bitmaps {
+                    0 => String::new(),
+                    n => format!(" +{n} bitmaps"),
+                };
+                let name = format!("{name}{with}");
+                if name.contains(&filter.to_lowercase()) {
+                    let dir = tempfile::tempdir_in(&dir).unwrap();
+                    measure(&name, dir.path(), kind, work, random, len, *bitmaps);
+                }
             }
         }
     }
@@ -186,6 +200,17 @@ fn image(dir: &Path, kind: Kind) -> PathBuf {
     path
 }
 
+/// As [`image`], with persistent bitmaps.
+fn image_with(dir: &Path, kind: Kind, bitmaps: usize) -> PathBuf {
+    let path = image(dir, kind);
+    let mut editor = BitmapEditor::open(&path, &OpenOptions::default()).unwrap();
+    for i in 0..bitmaps {
+        editor.add(i.to_string().as_bytes(), None).unwrap();
+    }
+    editor.commit().unwrap();
+    path
+}
+
 /// Storage that does nothing with data.
 #[derive(Debug)]
 struct NoData(FileStorage);
@@ -235,7 +260,15 @@ fn open_without_data(image: &Path, kind: Kind) -> Qcow2 {
     Qcow2::with_storage(image, storage(image), data, &OpenOptions::default()).unwrap()
 }
 
-fn measure(name: &str, dir: &Path, kind: Kind, work: Work, random: bool, len: usize) {
+fn measure(
+    name: &str,
+    dir: &Path,
+    kind: Kind,
+    work: Work,
+    random: bool,
+    len: usize,
+    bitmaps: usize,
+) {
     let bare = File::options()
         .read(true)
         .write(true)
@@ -244,14 +277,15 @@ fn measure(name: &str, dir: &Path, kind: Kind, work: Work, random: bool, len: us
         .open(dir.join("bare"))
         .unwrap();
     bare.set_len(SIZE).unwrap();
-    let tandem = Qcow2::open(&image(&dir.join("tandem"), kind), &OpenOptions::default()).unwrap();
+    let image_of = |name| image_with(&dir.join(name), kind, bitmaps);
+    let tandem = Qcow2::open(&image_of("tandem"), &OpenOptions::default()).unwrap();
     let imago =
         imago::qcow2::Qcow2::<imago::file::File>::builder_path(image(&dir.join("imago"), kind))
             .write(true)
             .open(imago::PermissiveImplicitOpenGate::default())
             .unwrap();
     let imago = FormatAccess::new(imago);
-    let alone = open_without_data(&image(&dir.join("alone"), kind), kind);
+    let alone = open_without_data(&image_of("alone"), kind);
     let targets: [&dyn Target; 4] = [&bare, &tandem, &imago, &alone];
     let mut buffer = vec![0x5a; len.max(1 << 20)];
     if work != Work::Allocate {

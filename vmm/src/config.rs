@@ -1,6 +1,7 @@
 //! What to run, and how its parts are written on a command line.
 
 mod disk;
+mod overlay;
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -31,6 +32,9 @@ pub struct Config {
     pub disks: Vec<DiskConfig>,
     /// The guest's console.
     pub serial: SerialConfig,
+    /// Whether the threads of the VM, among them the one that runs it, are confined to the system calls
+    /// that they need: see [`sandbox`](crate::sandbox).
+    pub seccomp: bool,
 }
 
 impl Config {
@@ -51,7 +55,7 @@ impl Config {
     pub const MAX_DISKS: usize = layout::MAX_DISKS;
 
     /// A machine with one CPU, the default RAM, no disk, and its console on standard input and
-    /// output.
+    /// output, not confined.
     pub fn new(kernel: impl Into<PathBuf>) -> Self {
         Self {
             kernel: kernel.into(),
@@ -61,6 +65,7 @@ impl Config {
             cpus: 1,
             disks: Vec::new(),
             serial: SerialConfig::Stdio,
+            seccomp: false,
         }
     }
 
@@ -151,8 +156,8 @@ pub enum Error {
     /// A key that disks do not have.
     #[error(
         "unknown disk key '{0}'; known are readonly, format, cache, locking, data-file, follow, \
-         backing-format, l2-cache-size, serial, queues, threads, poll, iops, iops-burst, bw and \
-         bw-burst"
+         backing-format, overlay, overlay-data-file, overlay-dir, l2-cache-size, serial, queues, \
+         threads, poll, iops, iops-burst, bw and bw-burst"
     )]
     DiskKey(String),
     /// A key that is there twice.
@@ -168,9 +173,12 @@ pub enum Error {
         /// What the key takes.
         expected: String,
     },
-    /// A burst without a rate.
+    /// A key that needs another one.
     #[error("disk key {0} has no meaning without {1}")]
-    DiskBurst(&'static str, &'static str),
+    DiskKeyAlone(&'static str, &'static str),
+    /// Keys that do not go together.
+    #[error("disk keys {0} and {1} exclude each other")]
+    DiskKeysExclude(&'static str, &'static str),
     /// A serial number that a disk cannot have.
     #[error(transparent)]
     DiskSerial(InvalidSerial),

@@ -4,8 +4,10 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use kvm_ioctls::VmFd;
-use tandem_block::qcow2::{DataFileLayout, OpenOptions, Qcow2};
-use tandem_block::{Disk, LiveDisk, LiveImage, Raw};
+use tandem_block::qcow2::{
+    BackingFormat, Base, DataFileLayout, OpenOptions, OverlayOptions, OverlayPlace, Qcow2,
+};
+use tandem_block::{CacheMode, Disk, LiveDisk, LiveImage, Locking, Raw};
 use tandem_devices::GuestMemory;
 use tandem_devices::bus::Bus;
 use tandem_devices::virtio::block::{Block, Handle, Options};
@@ -21,50 +23,121 @@ use crate::layout;
 /// An image that is open.
 #[derive(Clone)]
 pub struct Image {
-    /// Where it is.
+    /// How it has been opened, and how others will be that come to be in its place.
+    pub open_options: OpenOptions,
+    /// What a temporary overlay, which has no name, stands on.
+    temporary_on: Option<PathBuf>,
+    /// The guest's disk.
+    pub disk: Arc<LiveDisk>,
+}
+
+/// What a disk consists of now.
+pub struct Description {
+    /// Where its image is; of a temporary overlay, what it stands on.
     pub path: PathBuf,
-    /// Its format.
+    /// The format of that.
     pub format: DiskFormat,
     /// Where the guest's data is.
     pub kind: &'static str,
     /// The external data file.
     pub data_file: Option<PathBuf>,
-    /// The guest's disk.
-    pub disk: Arc<LiveDisk>,
+}
+
+impl Image {
+    /// Where it is now.
+    pub fn path(&self) -> PathBuf {
+        self.describe().path
+    }
+
+    /// What it consists of now.
+    pub fn describe(&self) -> Description {
+        let mut description = self.disk.with_image(describe);
+        if let Some(base) = &self.temporary_on {
+            description.path.clone_from(base);
+        }
+        description
+    }
+}
+
+/// Tells what `image` is.
+pub fn describe(image: &LiveImage) -> Description {
+    let data_file = image.qcow2().and_then(Qcow2::data_file);
+    let (format, kind) = match (image.qcow2(), &data_file) {
+        (None, _) => (DiskFormat::Raw, "raw"),
+        (Some(_), None) => (DiskFormat::Qcow2, "internal"),
+        (Some(_), Some(file)) if file.layout == DataFileLayout::Packed => {
+            (DiskFormat::Qcow2, "packed")
+        }
+        (Some(_), Some(file)) if file.is_raw => (DiskFormat::Qcow2, "external-raw"),
+        (Some(_), Some(_)) => (DiskFormat::Qcow2, "external"),
+    };
+    Description {
+        path: image.path().to_owned(),
+        format,
+        kind,
+        data_file: data_file.map(|file| file.path),
+    }
 }
 
 /// Opens the image of `config`.
 pub fn open(config: &DiskConfig) -> Result<Image> {
-    let image = |kind, data_file, disk: LiveImage| Image {
-        path: config.path.clone(),
-        format: config.format,
-        kind,
-        data_file,
-        disk: Arc::new(LiveDisk::new(disk)),
+    if let Some(place) = &config.overlay {
+        return open_overlay(config, place);
+    }
+    let open_options = open_options(config);
+    if config.format == DiskFormat::Raw {
+        let disk = Raw::open_with(&config.path, config.read_only, config.files)?;
+        return Ok(Image::new(disk, open_options));
+    }
+    let disk = Qcow2::open(&config.path, &open_options).map_err(with_hint)?;
+    Ok(Image::new(disk, open_options))
+}
+
+/// Opens the overlay of the image of `config`, which is made if it is not there yet.
+fn open_overlay(config: &DiskConfig, place: &OverlayPlace) -> Result<Image> {
+    config.check_overlay()?;
+    let format = match config.format {
+        DiskFormat::Raw => BackingFormat::Raw,
+        DiskFormat::Qcow2 => BackingFormat::Qcow2,
     };
-    match config.format {
-        DiskFormat::Raw => {
-            let disk = Raw::open_with(&config.path, config.read_only, config.files)?;
-            Ok(image("raw", None, disk.into()))
+    let base = Base::open(&config.path, format, &open_options(config)).map_err(with_hint)?;
+    let mut options = OverlayOptions {
+        place: place.clone(),
+        open: open_options(config),
+        ..OverlayOptions::default()
+    };
+    let files = &mut options.open.files;
+    if files.locking == Locking::ForceShare {
+        // That is for what is read.
+        files.locking = Locking::On;
+    }
+    match place {
+        OverlayPlace::Temporary { .. } => {
+            if !files.cache.is_direct() {
+                // Nobody finds it after a failure of power.
+                files.cache = CacheMode::Unsafe;
+            }
+            let overlay = base.overlay(&options)?;
+            Ok(Image {
+                temporary_on: Some(config.path.clone()),
+                ..Image::new(overlay, options.open)
+            })
         }
-        DiskFormat::Qcow2 => {
-            let disk = open_qcow2(config)?;
-            let data_file = disk.data_file();
-            let kind = match &data_file {
-                None => "internal",
-                Some(file) if file.layout == DataFileLayout::Packed => "packed",
-                Some(file) if file.is_raw => "external-raw",
-                Some(_) => "external",
+        OverlayPlace::Kept { path, data_file } => {
+            let disk = if path.exists() {
+                options.open.data_file = data_file.clone();
+                base.open_overlay(path, &options.open)?
+            } else {
+                base.overlay(&options)?
             };
-            let path = data_file.map(|file| file.path);
-            Ok(image(kind, path, disk.into()))
+            Ok(Image::new(disk, options.open))
         }
     }
 }
 
-fn open_qcow2(config: &DiskConfig) -> Result<Qcow2> {
+fn open_options(config: &DiskConfig) -> OpenOptions {
     let default = OpenOptions::default();
-    let options = OpenOptions {
+    OpenOptions {
         read_only: config.read_only,
         data_file: config.data_file.clone(),
         follow: config.follow.unwrap_or(default.follow),
@@ -72,11 +145,25 @@ fn open_qcow2(config: &DiskConfig) -> Result<Qcow2> {
         l2_cache_size: config.l2_cache_size.unwrap_or(default.l2_cache_size),
         files: config.files,
         ..default
-    };
-    Qcow2::open(&config.path, &options).map_err(|error| match error {
+    }
+}
+
+/// An image that is not qcow2 may have been meant to be raw.
+fn with_hint(error: tandem_block::Error) -> Error {
+    match error {
         tandem_block::Error::NotQcow2 { file, .. } => Error::NotQcow2 { path: file },
         error => error.into(),
-    })
+    }
+}
+
+impl Image {
+    fn new(image: impl Into<LiveImage>, open_options: OpenOptions) -> Self {
+        Self {
+            open_options,
+            temporary_on: None,
+            disk: Arc::new(LiveDisk::new(image)),
+        }
+    }
 }
 
 /// How the disk of `config` is offered to a guest, on so many queues.
@@ -150,7 +237,171 @@ impl Attached {
 
     /// Makes everything durable, for the last time. Call it after [`Attached::stop`].
     pub fn close(&self) -> std::result::Result<(), (PathBuf, tandem_block::Error)> {
-        let path = || self.image.path.clone();
+        let path = || self.image.path();
         self.image.disk.close().map_err(|error| (path(), error))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+    use std::path::Path;
+
+    use tandem_block::qcow2::{CreateOptions, create};
+    use tandem_block::{Preallocation, VolatileSlice};
+
+    const SIZE: u64 = 1 << 20;
+
+    fn write(disk: &dyn Disk, byte: u8) {
+        disk.write_at(&[VolatileSlice::from(&mut [byte; 4096][..])], 4096)
+            .unwrap();
+    }
+
+    fn byte(disk: &dyn Disk) -> u8 {
+        let mut sector = [0; 512];
+        disk.read_at(&[VolatileSlice::from(&mut sector[..])], 4096)
+            .unwrap();
+        sector[0]
+    }
+
+    /// A raw base and a qcow2 one, of sevens.
+    fn bases(directory: &Path) -> [String; 2] {
+        let (raw, image) = (directory.join("raw"), directory.join("image"));
+        Raw::create(&raw, SIZE, Preallocation::Off).unwrap();
+        let options = CreateOptions {
+            size: SIZE,
+            data_file: Some(directory.join("image.data")),
+            ..CreateOptions::default()
+        };
+        create(&image, &options).unwrap();
+        let bases = [
+            format!("{},format=raw", raw.display()),
+            image.display().to_string(),
+        ];
+        for base in &bases {
+            let disk = open(&base.parse().unwrap()).unwrap().disk;
+            write(&*disk, 7);
+            disk.close().unwrap();
+        }
+        bases
+    }
+
+    fn open_text(text: &str) -> Result<Image> {
+        open(&text.parse().unwrap())
+    }
+
+    #[test]
+    fn overlays_of_each_kind() {
+        let dir = tempfile::tempdir().unwrap();
+        let directory = dir.path().display().to_string();
+        let names = || fs::read_dir(dir.path()).unwrap().count();
+        for base in bases(dir.path()) {
+            let path: DiskConfig = base.parse().unwrap();
+            let before = fs::read(&path.path).unwrap();
+            let count = names();
+            for (keys, kind) in [
+                ("", "internal"),
+                (",cache=none", "internal"),
+                (",overlay-data-file=temp,l2-cache-size=1M", "external"),
+            ] {
+                let text = format!("{base},overlay=temp,overlay-dir={directory}{keys}");
+                let image = open_text(&text).unwrap();
+                assert_eq!(
+                    (image.describe().kind, image.describe().format),
+                    (kind, DiskFormat::Qcow2)
+                );
+                assert_eq!((&image.path(), image.disk.size()), (&path.path, SIZE));
+                assert_eq!(byte(&*image.disk), 7);
+                write(&*image.disk, 8);
+                assert_eq!(byte(&*image.disk), 8);
+                image.disk.close().unwrap();
+                assert_eq!(names(), count);
+            }
+            for keys in [",follow=anywhere", ",locking=force-share"] {
+                let text = format!("{base},overlay={directory}/over{keys}");
+                // It is made, and found again.
+                for expected in [7, 9] {
+                    let image = open_text(&text).unwrap();
+                    let path = dir.path().join("over");
+                    assert_eq!((image.describe().kind, &image.path()), ("internal", &path));
+                    assert_eq!(byte(&*image.disk), expected);
+                    write(&*image.disk, 9);
+                    image.disk.close().unwrap();
+                }
+                fs::remove_file(dir.path().join("over")).unwrap();
+            }
+            let data = format!("{base},overlay={directory}/over,overlay-data-file={directory}/d");
+            for expected in [7, 9] {
+                let image = open_text(&data).unwrap();
+                assert_eq!(image.describe().kind, "external");
+                assert_eq!(byte(&*image.disk), expected);
+                write(&*image.disk, 9);
+                image.disk.close().unwrap();
+            }
+            for name in ["over", "d"] {
+                fs::remove_file(dir.path().join(name)).unwrap();
+            }
+            assert!(fs::read(&path.path).unwrap() == before);
+        }
+    }
+
+    #[test]
+    fn overlays_that_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let directory = dir.path().display().to_string();
+        let [raw, image] = bases(dir.path());
+        let refused = |text: String, reason: &str| {
+            let error = open_text(&text).map(drop).unwrap_err().to_string();
+            assert!(error.contains(reason), "{error}");
+        };
+        drop(open_text(&format!("{image},overlay={directory}/over")).unwrap());
+        refused(
+            format!("{raw},overlay={directory}/over"),
+            "image' and not '",
+        );
+        refused(
+            format!("{image},overlay={directory}/raw"),
+            "not in qcow2 format",
+        );
+        refused(format!("{directory}/raw,overlay=temp"), "format=raw");
+        refused(
+            format!("{image},overlay=temp,overlay-dir={directory}/none"),
+            "No such file",
+        );
+        fs::copy(dir.path().join("image"), dir.path().join("copy")).unwrap();
+        refused(
+            format!("{image},overlay={directory}/copy"),
+            "it has none, and is no overlay of '",
+        );
+        let image_in_use = open_text(&format!("{image},overlay=temp")).unwrap();
+        refused(image.clone(), "lock");
+        refused(format!("{directory}/image.data,format=raw"), "lock");
+        drop(image_in_use);
+        let file = fs::File::options()
+            .write(true)
+            .open(dir.path().join("image.data"));
+        file.unwrap().set_modified(std::time::UNIX_EPOCH).unwrap();
+        refused(format!("{image},overlay={directory}/over"), "has changed (");
+        let mut config: DiskConfig = format!("{image},overlay=temp").parse().unwrap();
+        config.read_only = true;
+        let error = open(&config).map(drop).unwrap_err().to_string();
+        assert!(error.contains("exclude each other"), "{error}");
+    }
+
+    #[test]
+    fn many_machines_share_one_base() {
+        let dir = tempfile::tempdir().unwrap();
+        for base in bases(dir.path()) {
+            let text = format!("{base},overlay=temp,overlay-dir={}", dir.path().display());
+            let disks: Vec<_> = (0..50).map(|_| open_text(&text).unwrap().disk).collect();
+            for (number, disk) in (10..).zip(&disks) {
+                assert_eq!(byte(&**disk), 7);
+                write(&**disk, number);
+            }
+            for (number, disk) in (10..).zip(&disks) {
+                assert_eq!(byte(&**disk), number);
+            }
+        }
     }
 }

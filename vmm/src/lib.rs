@@ -22,6 +22,8 @@
 //! tells what the disks do. [`ControlSocket`] offers the same to other programs, and [`MetricsLog`]
 //! writes metrics as the VM runs.
 //!
+//! [`sandbox`] confines all of that to what it needs, if it is told to.
+//!
 //! Threads: the one that calls [`Vmm::run`] handles the console and signals; each CPU has one, and so
 //! has each queue of a disk, besides those of the disk for requests that have to wait. A request goes
 //! from the guest's doorbell to the queue's thread and back as an interrupt inside KVM.
@@ -43,6 +45,7 @@ mod layout;
 mod memory;
 pub mod metrics;
 mod private_socket;
+pub mod sandbox;
 mod serve;
 pub mod signals;
 mod terminal;

@@ -54,6 +54,11 @@ impl Drop for RawTerminal {
     }
 }
 
+/// Restores the terminal, if one is in raw mode, in a signal handler of a process that is about to die.
+pub(crate) fn restore_in_crash() {
+    crash::restore();
+}
+
 /// Restores the terminal in a process that is about to die of a fault or an abort.
 mod crash {
     use super::*;
@@ -75,7 +80,9 @@ mod crash {
             let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
             // SAFETY: `action` takes the answer; nothing is changed.
             let result = unsafe { libc::sigaction(number, ptr::null(), &mut action) };
-            (result == 0).then_some((number, action))
+            // That of the sandbox restores the terminal itself, and tells which system call it was.
+            let is_left = number == libc::SIGSYS && action.sa_sigaction != libc::SIG_DFL;
+            (result == 0 && !is_left).then_some((number, action))
         };
         SIGNALS.into_iter().filter_map(get).collect()
     }
@@ -106,13 +113,19 @@ mod crash {
         }
     }
 
+    /// Restores the terminal, and returns what has been restored.
+    pub(super) fn restore() -> Option<&'static Saved> {
+        // SAFETY: the pointer is null or that of a `Saved`, which lives for ever.
+        let saved = unsafe { WATCHED.load(Ordering::Acquire).as_ref() }?;
+        saved.restore();
+        Some(saved)
+    }
+
     type Handler = extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void);
 
     /// Restores the terminal and lets the signal do what it did before.
     extern "C" fn handle(number: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
-        // SAFETY: the pointer is null or that of a `Saved`, which lives for ever.
-        if let Some(saved) = unsafe { WATCHED.load(Ordering::Acquire).as_ref() } {
-            saved.restore();
+        if let Some(saved) = restore() {
             reset(saved);
         }
         // An instruction that faulted is run again now, and faults again; a signal that a process

@@ -2,8 +2,8 @@
 
 use std::io;
 use std::os::unix::thread::JoinHandleExt;
-use std::sync::Arc;
-use std::thread::{Builder, JoinHandle};
+use std::sync::{Arc, RwLock};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use kvm_bindings::{
@@ -21,6 +21,7 @@ use crate::error::{Error, HostContext, KvmContext, Result};
 use crate::exit::{Exit, ExitReason};
 use crate::gate::Gate;
 use crate::layout;
+use crate::sandbox::{self, Role};
 
 /// State in which the boot processor starts. The other CPUs wait for it to start them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -171,12 +172,15 @@ impl Vcpu {
     /// Starts running the CPU on a thread of its own, until `machine.exit` ends.
     pub fn start(self, machine: Arc<Machine>) -> Result<Running> {
         let index = self.index;
+        let role = machine.seccomp.then_some(Role::Cpu);
         let body = move || {
             // Dropped in reverse order: the CPU must be closed before its memory can go.
             let machine = machine;
             let mut cpu = self;
             // Says so if the thread ends in a panic.
             let _guard = PanicGuard(&machine.exit, index);
+            // A panic elsewhere does not keep it from looking at the end.
+            drop(machine.setup.read());
             machine.gate.inside(|| {
                 while !machine.exit.has_ended() {
                     if let Err(error) = cpu.step(&machine) {
@@ -185,8 +189,7 @@ impl Vcpu {
                 }
             });
         };
-        let thread = Builder::new().name(format!("vcpu{index}")).spawn(body);
-        thread.map(Running).host("start the thread of a CPU")
+        sandbox::spawn(format!("vcpu{index}"), role, body).map(Running)
     }
 
     /// Runs the guest until it leaves for something that this process has to do, and does that.
@@ -323,6 +326,10 @@ pub struct Machine {
     pub exit: Arc<Exit>,
     /// The way into the guest.
     pub gate: Arc<Gate>,
+    /// Locked for writing until CPUs may enter the guest.
+    pub setup: RwLock<()>,
+    /// Whether the threads of CPUs are confined.
+    pub seccomp: bool,
     /// The guest's RAM, which is here to stay mapped as long as any CPU.
     pub _mem: GuestMemory,
 }

@@ -1,7 +1,7 @@
 //! The virtual machine as a whole: built from a [`Config`], run to its end.
 
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, RwLock};
 use std::time::Instant;
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
@@ -25,6 +25,7 @@ use crate::gate::Gate;
 use crate::interrupts;
 use crate::layout;
 use crate::memory;
+use crate::sandbox::{self, Role};
 use crate::signals::Signals;
 use crate::vcpu::{self, Entry, Machine, Vcpu};
 
@@ -83,6 +84,7 @@ impl Vmm {
             cpus: config.cpus,
             memory: config.memory,
             started: Instant::now(),
+            seccomp: config.seccomp,
         };
         let operated = disks.iter().map(Attached::operated).collect();
         Ok(Self {
@@ -97,6 +99,8 @@ impl Vmm {
                 mmio,
                 exit,
                 gate,
+                setup: RwLock::default(),
+                seccomp: config.seccomp,
                 _mem: mem,
             }),
         })
@@ -139,7 +143,12 @@ impl Vmm {
 
     /// Runs the CPUs until one of them, a device, the console or a signal ends the VM.
     fn run_until_end(&mut self) -> Result<ExitReason> {
-        let exit = self.machine.exit.clone();
+        let machine = self.machine.clone();
+        let exit = machine.exit.clone();
+        if machine.seccomp {
+            // Before a terminal is in raw mode.
+            sandbox::install_handler();
+        }
         let _growth = GrowthWatch::start(&self.control)?;
         // The terminal is restored when this goes out of scope.
         let mut events = EventManager::<Box<dyn MutEventSubscriber>>::new()
@@ -159,18 +168,27 @@ impl Vmm {
 
         vcpu::install_kick_handler()?;
         let mut running = Vec::new();
+        // Nobody can have panicked under it.
+        let setup = machine.setup.write();
         for vcpu in self.vcpus.drain(..) {
-            match vcpu.start(self.machine.clone()) {
+            match vcpu.start(machine.clone()) {
                 Ok(vcpu) => running.push(vcpu),
                 Err(error) => exit.end(Err(error)),
             }
         }
+        // After the CPUs' threads have been started, which would have to do with as little otherwise.
+        if machine.seccomp
+            && let Err(error) = sandbox::enter(Role::Main)
+        {
+            exit.end(Err(error));
+        }
+        drop(setup);
         while !exit.has_ended() {
             if let Err(e) = events.run().map_err(io::Error::other) {
                 exit.end(Err(e).host("wait for events"));
             }
         }
-        self.machine.gate.wake();
+        machine.gate.wake();
         running.into_iter().for_each(vcpu::Running::stop);
         exit.take().unwrap_or(Ok(ExitReason::Stopped))
     }

@@ -118,7 +118,13 @@ fn restored_after_a_signal_or_a_crash() {
     if !have_kvm() {
         return;
     }
-    for signal in [libc::SIGTERM, libc::SIGHUP, libc::SIGABRT, libc::SIGILL] {
+    for signal in [
+        libc::SIGTERM,
+        libc::SIGHUP,
+        libc::SIGABRT,
+        libc::SIGILL,
+        libc::SIGSYS,
+    ] {
         let status = ends_restored(&echo(), |_, child| send_signal(child, signal));
         assert_eq!(status.signal(), Some(signal));
     }

@@ -31,7 +31,7 @@ fn wrong_arguments_end_with_status_2() {
         (
             &["--disk=a,aio=native"],
             "known are readonly, format, cache, locking, data-file, follow, backing-format, \
-             l2-cache-size, serial, queues, threads, poll, iops, iops-burst, bw and bw-burst",
+             overlay, overlay-data-file, overlay-dir, l2-cache-size, serial, queues, threads, poll, iops, iops-burst, bw and bw-burst",
         ),
         (
             &["--disk=a,cache=no"],
@@ -53,6 +53,10 @@ fn wrong_arguments_end_with_status_2() {
         (
             &["--disk=a,bw=100"],
             "disk key bw: '100' is not a size from 1K to 8192T with a unit, as in 100M",
+        ),
+        (
+            &["--disk=a,overlay=temp,readonly=on"],
+            "disk keys readonly=on and overlay exclude each other",
         ),
         (
             &["--disk=a,iops-burst=10"],
@@ -134,6 +138,7 @@ fn help_tells_everything_there_is() {
     let long = help(&["run", "--help"]);
     for text in [
         "data-file=PATH",
+        "overlay=PATH|temp",
         "serial=ID",
         "queues=N",
         "threads=N",

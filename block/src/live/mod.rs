@@ -6,16 +6,43 @@
 //! the requests that are under way, and the others wait for it.
 //!
 //! [`Watcher`]s are told of each change before it happens.
+//!
+//! | module | what it knows |
+//! | --- | --- |
+//! | `bitmaps` | the persistent bitmaps of the disk |
+//! | `chain` | the images below one another, and handing their locks over |
+//! | `changes`, `passes` | going through a disk that changes meanwhile, until all of it has been seen |
+//! | `commit`, `rebase`, `fork` | what is done so to the images of a disk |
+
+mod bitmaps;
+mod chain;
+mod changes;
+mod commit;
+mod fork;
+mod passes;
+mod rebase;
 
 use std::os::fd::BorrowedFd;
+use std::path::Path;
 use std::sync::{Arc, PoisonError, TryLockError};
+use std::time::Duration;
 
 use crossbeam_utils::sync::{ShardedLock, ShardedLockReadGuard};
 use vm_memory::VolatileSlice;
 
+use crate::backup::History;
 use crate::disk::total_len;
 use crate::qcow2::Qcow2;
-use crate::{Disk, Error, Extent, Limits, Preallocation, Raw, Result};
+use crate::{Disk, Error, Extent, Limits, Preallocation, Raw, Result, Stamp};
+
+pub use bitmaps::LiveBitmap;
+use chain::Gone;
+pub use chain::ImageRef;
+use changes::Changes;
+pub use commit::CommitOptions;
+pub use fork::ForkOptions;
+pub use passes::Progress;
+pub use rebase::RebaseOptions;
 
 /// A [`Raw`] or [`Qcow2`] disk that can be operated on while it is used.
 ///
@@ -27,14 +54,30 @@ pub struct LiveDisk(ShardedLock<State>);
 pub(crate) struct State {
     pub image: LiveImage,
     pub watchers: Vec<Arc<dyn Watcher>>,
+    /// What is being done to the images, if anything is: one thing at a time.
+    operation: Option<&'static str>,
+    pub history: History,
 }
 
 /// What a [`LiveDisk`] consists of.
+#[derive(Clone)]
 pub enum LiveImage {
     /// The file is the disk.
-    Raw(Raw),
+    Raw(Arc<Raw>),
     /// qcow2.
-    Qcow2(Box<Qcow2>),
+    Qcow2(Arc<Qcow2>),
+    /// An image that could not be kept: every request fails.
+    Gone(Arc<Gone>),
+}
+
+/// How an operation on the images of a disk has gone.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct LiveReport {
+    /// The longest time that requests had to wait for it at a stretch.
+    pub stopped: Duration,
+    /// What has gone wrong that is not needed for the disk as it is now.
+    pub warning: Option<Error>,
 }
 
 /// Who is told of each change of a disk before it happens. A failure is its own affair: a change is
@@ -52,35 +95,68 @@ pub(crate) trait Watcher: Send + Sync {
     /// # Errors
     /// [`Error::Option`] says why not.
     fn check_size(&self, disk: &dyn Disk, size: u64) -> Result<()>;
+
+    /// The disk, which is `image`, is about to be closed. Nothing changes any more. `history` tells of
+    /// its backups.
+    fn close(&self, image: &mut LiveImage, history: &mut History) {
+        let _ = (image, history);
+    }
 }
 
 impl LiveImage {
     /// The disk that requests go to.
     pub fn disk(&self) -> &dyn Disk {
         match self {
-            Self::Raw(disk) => disk,
+            Self::Raw(disk) => &**disk,
             Self::Qcow2(disk) => &**disk,
+            Self::Gone(disk) => &**disk,
+        }
+    }
+
+    /// The same, for one that others are on top of.
+    pub(crate) fn shared(&self) -> Arc<dyn Disk> {
+        match self {
+            Self::Raw(disk) => disk.clone(),
+            Self::Qcow2(disk) => disk.clone(),
+            Self::Gone(disk) => disk.clone(),
+        }
+    }
+
+    /// Where the image is, as it was named when it was opened.
+    pub fn path(&self) -> &Path {
+        match self {
+            Self::Raw(disk) => disk.path(),
+            Self::Qcow2(disk) => disk.path(),
+            Self::Gone(disk) => disk.path(),
         }
     }
 
     /// The image, if it is in qcow2 format.
     pub fn qcow2(&self) -> Option<&Qcow2> {
         match self {
-            Self::Raw(_) => None,
             Self::Qcow2(disk) => Some(disk),
+            Self::Raw(_) | Self::Gone(_) => None,
+        }
+    }
+
+    /// The image to be changed as a whole, if it is in qcow2 format and nobody else holds it.
+    pub(crate) fn qcow2_mut(&mut self) -> Option<&mut Qcow2> {
+        match self {
+            Self::Qcow2(disk) => Arc::get_mut(disk),
+            Self::Raw(_) | Self::Gone(_) => None,
         }
     }
 }
 
 impl From<Raw> for LiveImage {
     fn from(disk: Raw) -> Self {
-        Self::Raw(disk)
+        Self::Raw(Arc::new(disk))
     }
 }
 
 impl From<Qcow2> for LiveImage {
     fn from(disk: Qcow2) -> Self {
-        Self::Qcow2(Box::new(disk))
+        Self::Qcow2(Arc::new(disk))
     }
 }
 
@@ -90,6 +166,8 @@ impl LiveDisk {
         Self(ShardedLock::new(State {
             image: image.into(),
             watchers: Vec::new(),
+            operation: None,
+            history: History::default(),
         }))
     }
 
@@ -98,15 +176,44 @@ impl LiveDisk {
         look(&self.shared().image)
     }
 
-    #[cfg_attr(
-        not(test),
-        expect(dead_code, reason = "used by the operations to come")
-    )]
     /// Carries out `operation` at an instant at which no request is under way.
     pub(crate) fn exclusive<T>(&self, operation: impl FnOnce(&mut State) -> T) -> T {
         // A request that panicked has left the image as valid as it would without this lock.
         let mut state = self.0.write().unwrap_or_else(PoisonError::into_inner);
         operation(&mut state)
+    }
+
+    /// Begins an operation on the qcow2 image of the disk, which keeps its size, and takes down its
+    /// changes, until [`end_watched`](Self::end_watched).
+    fn begin_watched(&self, operation: &'static str) -> Result<Arc<Changes>> {
+        self.exclusive(|state| {
+            let top = state.writable_qcow2()?;
+            state.image.as_ref()?.check_named()?;
+            let changes = Arc::new(Changes::new(top.size(), top.cluster_size()));
+            state.begin(operation)?;
+            state.watchers.push(changes.clone());
+            Ok(changes)
+        })
+    }
+
+    /// Has the qcow2 image of the disk keep the stamp of what is below it, which does not change any more.
+    fn stamp_below(&self) -> Result<()> {
+        let below = {
+            let state = self.shared();
+            state.writable_qcow2()?.lower().cloned()
+        };
+        let Some(below) = below else { return Ok(()) };
+        // This may wait for the clock.
+        let stamp = Stamp::of(&*below)?;
+        drop(below);
+        self.exclusive(|state| state.writable_qcow2()?.keep_stamp(stamp))
+    }
+
+    fn end_watched(&self, changes: &Arc<Changes>) {
+        self.exclusive(|state| {
+            state.unwatch(changes);
+            state.end();
+        });
     }
 
     /// Keeps operations out while what is returned is held.
@@ -138,6 +245,48 @@ impl LiveDisk {
 }
 
 impl State {
+    /// Keeps other operations on the images out until [`end`](Self::end).
+    fn begin(&mut self, operation: &'static str) -> Result<()> {
+        if let Some(other) = self.operation {
+            let reason = format!("{operation} is not possible during {other} of the same disk");
+            return Err(Error::Option(reason));
+        }
+        self.operation = Some(operation);
+        Ok(())
+    }
+
+    fn end(&mut self) {
+        self.operation = None;
+    }
+
+    fn unwatch<W: Watcher>(&mut self, watcher: &Arc<W>) {
+        let watcher = Arc::as_ptr(watcher).cast::<()>();
+        let is_other = |other: &Arc<dyn Watcher>| Arc::as_ptr(other).cast() != watcher;
+        self.watchers.retain(is_other);
+    }
+
+    /// The image, if it can have others below it and be written.
+    fn writable_qcow2(&self) -> Result<&Qcow2> {
+        let image = match &self.image {
+            LiveImage::Qcow2(image) => image,
+            LiveImage::Gone(gone) => return Err(gone.error()),
+            LiveImage::Raw(_) => {
+                let reason = "a raw disk is not on top of another image";
+                return Err(Error::Option(reason.to_owned()));
+            }
+        };
+        if image.limits().read_only {
+            return Err(Error::ReadOnly);
+        }
+        Ok(image)
+    }
+
+    /// Fails every request from now on.
+    fn give_up(&mut self, reason: String) {
+        let gone = Gone::new(&self.image, reason);
+        self.image = LiveImage::Gone(Arc::new(gone));
+    }
+
     /// Tells the watchers of a change of `len` bytes at `offset`, if it can come to pass.
     fn announce(&self, disk: &dyn Disk, offset: u64, len: u64) {
         if self.watchers.is_empty() || !is_within(disk, offset, len) {
@@ -153,6 +302,10 @@ impl State {
         let mut watchers = self.watchers.iter();
         watchers.try_for_each(|watcher| watcher.check_size(disk, size))
     }
+}
+
+fn in_use() -> Error {
+    Error::Option("the image is in another operation".to_owned())
 }
 
 fn is_within(disk: &dyn Disk, offset: u64, len: u64) -> bool {
@@ -214,6 +367,10 @@ impl Disk for LiveDisk {
         self.shared().image.disk().extent(offset, len)
     }
 
+    fn stamp(&self) -> Result<Option<Stamp>> {
+        self.shared().image.disk().stamp()
+    }
+
     fn sparse_extent(&self, offset: u64, len: u64) -> Result<Extent> {
         self.shared().image.disk().sparse_extent(offset, len)
     }
@@ -250,7 +407,12 @@ impl Disk for LiveDisk {
     }
 
     fn close(&self) -> Result<()> {
-        self.shared().image.disk().close()
+        self.exclusive(|state| {
+            for watcher in state.watchers.drain(..) {
+                watcher.close(&mut state.image, &mut state.history);
+            }
+            state.image.disk().close()
+        })
     }
 }
 

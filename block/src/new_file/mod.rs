@@ -12,7 +12,8 @@ use std::path::{Path, PathBuf};
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 
-use self::names::{Placed, create_unnamed, directory_of, exchange, link_beside, replace};
+use self::names::{Placed, create_unnamed, exchange, link_beside, replace};
+pub(crate) use self::names::{create_temporary, directory_of, sync_directory};
 use crate::hints::FileHints;
 use crate::lock::{self, Access, Locking};
 use crate::preallocation::Preallocation;
@@ -43,6 +44,8 @@ pub(crate) struct NewFile {
     /// The regular file that is there already.
     old: Option<File>,
     kind: Kind,
+    /// Whether the locks of the file are somebody else's to give up.
+    is_handed_over: bool,
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -106,6 +109,7 @@ impl NewFile {
                 file,
                 old: None,
                 kind: Kind::regular(temporary),
+                is_handed_over: false,
             });
         };
         let target = name.canonicalize()?;
@@ -121,6 +125,7 @@ impl NewFile {
                     size,
                     clear_start: false,
                 },
+                is_handed_over: false,
             });
         }
         if !metadata.is_file() {
@@ -136,6 +141,7 @@ impl NewFile {
             file,
             old: Some(old),
             kind: Kind::regular(temporary),
+            is_handed_over: false,
         };
         keep_access(&new.file, &metadata)?;
         Ok(new)
@@ -199,12 +205,10 @@ impl NewFile {
             *clear_start = true;
             return Self::check_device(len, *size, preallocation);
         }
-        self.io("resize", self.file.set_len(len))?;
         if preallocation == Preallocation::Off {
-            // How direct I/O must be aligned can be found out only where there is a block.
-            let first_block = write_zeros(&self.file, 0, len.min(FIRST_BLOCK));
-            self.io("write", first_block)?;
+            return self.io("resize", make_data(&self.file, len));
         }
+        self.io("resize", self.file.set_len(len))?;
         self.preallocate(0, len, preallocation)
     }
 
@@ -244,6 +248,23 @@ impl NewFile {
             .and_then(|()| files.iter().try_for_each(Self::clear_start));
         if placed.is_err() {
             files.iter_mut().for_each(Self::take_back);
+        }
+        placed
+    }
+
+    /// Gives the files, none of which replaces another one, their names: all of them or, on an error,
+    /// none. Nothing is made durable, and their locks stay for whoever has the files open.
+    pub fn hand_over(mut files: Vec<Self>) -> Result<()> {
+        let placed = files.iter_mut().try_for_each(|file| {
+            let named = file.name_temporarily();
+            file.io("name", named)?;
+            file.place()
+        });
+        if placed.is_err() {
+            files.iter_mut().for_each(Self::take_back);
+        }
+        for file in &mut files {
+            file.is_handed_over = placed.is_ok();
         }
         placed
     }
@@ -291,11 +312,8 @@ impl NewFile {
         if let Kind::BlockDevice { .. } = self.kind {
             return Ok(());
         }
-        let synced = match File::open(directory_of(&self.target)).and_then(|d| d.sync_all()) {
-            // The file system does not sync directories.
-            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => Ok(()),
-            other => other,
-        };
+        let directory = File::open(directory_of(&self.target));
+        let synced = directory.and_then(|directory| sync_directory(&directory));
         self.io("sync the directory of", synced)
     }
 
@@ -342,7 +360,8 @@ impl Drop for NewFile {
         {
             let _ = std::fs::remove_file(temporary);
         }
-        self.old.iter().chain([&self.file]).for_each(lock::release);
+        let own = Some(&self.file).filter(|_| !self.is_handed_over);
+        self.old.iter().chain(own).for_each(lock::release);
     }
 }
 
@@ -355,6 +374,13 @@ fn keep_access(file: &File, old: &Metadata) -> io::Result<()> {
     // What the old group may do is no concern of another one.
     let mask = if keeps_group { 0o777 } else { 0o707 };
     file.set_permissions(Permissions::from_mode(old.mode() & mask))
+}
+
+/// Makes an empty file one of `len` bytes for a guest's data, without space for it.
+pub(crate) fn make_data(file: &File, len: u64) -> io::Result<()> {
+    file.set_len(len)?;
+    // How direct I/O must be aligned can be found out only where there is a block.
+    write_zeros(file, 0, len.min(FIRST_BLOCK))
 }
 
 fn write_zeros(file: &File, mut offset: u64, len: u64) -> io::Result<()> {
@@ -421,6 +447,7 @@ mod tests {
                 file,
                 old: None,
                 kind: Kind::regular(Some(temporary)),
+                is_handed_over: false,
             };
             if commit {
                 NewFile::commit(vec![new]).unwrap();

@@ -46,6 +46,24 @@ pub(super) fn create_unnamed(target: &Path, mode: u32) -> io::Result<(File, Opti
     }
 }
 
+/// Creates a file in `directory` that has no name and is gone once it is closed.
+pub(crate) fn create_temporary(directory: &Path) -> io::Result<File> {
+    let (file, named) = create_unnamed(&directory.join("temporary"), 0o600)?;
+    if let Some(named) = named {
+        std::fs::remove_file(named)?;
+    }
+    Ok(file)
+}
+
+/// Makes the names in a directory durable.
+pub(crate) fn sync_directory(directory: &File) -> io::Result<()> {
+    match directory.sync_all() {
+        // The file system does not sync directories.
+        Err(e) if e.raw_os_error() == Some(libc::EINVAL) => Ok(()),
+        other => other,
+    }
+}
+
 /// Gives the name `target` to the file `new`. If another file has it, that must be `old`.
 pub(super) fn replace(new: &Path, target: &Path, old: Option<&File>) -> io::Result<Placed> {
     if let Some(old) = old {
@@ -106,7 +124,7 @@ pub(super) fn create_beside<T>(
     }
 }
 
-pub(super) fn directory_of(path: &Path) -> &Path {
+pub(crate) fn directory_of(path: &Path) -> &Path {
     match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),

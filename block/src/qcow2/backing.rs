@@ -11,15 +11,18 @@ use std::ops::Range;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use vm_memory::VolatileSlice;
 
 use super::header::Header;
 use super::policy::{self, Follow};
+use super::rebase::BackingName;
 use super::{OpenOptions, Qcow2, check};
 use crate::buffers::{Buffers, fill_zero};
-use crate::file::ImageFile;
-use crate::lock::Access;
+use crate::file::{FileOptions, ImageFile};
+use crate::live::LiveImage;
+use crate::lock::{Access, Locking};
 use crate::{Disk, Error, ExtentKind, Limits, Raw, Result, extent_in_chain};
 
 /// Most images below one another.
@@ -100,7 +103,7 @@ impl Found {
 
 /// Opens what lies below `top`: from the backing file that it names down to an image that names none,
 /// and then from there up to the one below `top`.
-pub(super) fn open(top: &Found, options: &OpenOptions) -> Result<Option<Box<dyn Disk>>> {
+pub(super) fn open(top: &Found, options: &OpenOptions) -> Result<Option<Arc<dyn Disk>>> {
     Ok(open_chain(top, options, None)?.below)
 }
 
@@ -110,30 +113,90 @@ pub(super) fn open(top: &Found, options: &OpenOptions) -> Result<Option<Box<dyn 
 /// # Errors
 /// [`Error::Option`] if there is no such image.
 pub(super) fn open_above(top: &Found, options: &OpenOptions, depth: usize) -> Result<Above> {
-    let chain = open_chain(top, options, Some(depth))?;
-    match (chain.below, chain.base) {
-        (Some(below), Some(base)) => Ok(Above { below, base }),
-        _ => Err(Error::Option(
-            "Image does not have a backing file".to_owned(),
-        )),
-    }
+    let base = Base {
+        depth,
+        shows: false,
+    };
+    let chain = open_chain(top, options, Some(base))?;
+    let (Some(below), Some(base)) = (chain.below, chain.base) else {
+        return Err(no_base());
+    };
+    Ok(Above {
+        below,
+        base: base.shared(),
+        stamped: chain.stamped,
+    })
+}
+
+/// As [`open_above`], and the images above the base are on it.
+///
+/// # Errors
+/// Those of [`open_above`].
+pub(crate) fn open_with_base(
+    top: &Path,
+    options: &OpenOptions,
+    depth: usize,
+) -> Result<(Arc<dyn Disk>, LiveImage)> {
+    let base = Base { depth, shows: true };
+    let chain = open_chain(&look(top, options)?, options, Some(base))?;
+    chain.below.zip(chain.base).ok_or_else(no_base)
+}
+
+/// Opens what is below the image at `top` once it has `name` as the name of its backing file.
+///
+/// # Errors
+/// As [`Qcow2::open`].
+pub(crate) fn open_renamed(
+    top: &Path,
+    name: &BackingName,
+    options: &OpenOptions,
+) -> Result<Option<Arc<dyn Disk>>> {
+    let mut top = look(top, options)?;
+    top.header.backing_file = Some(name.file.clone());
+    top.header.extensions.backing_format = Some(name.format.clone());
+    open(&top, options)
+}
+
+/// Reads the header of an image that is in use.
+fn look(image: &Path, options: &OpenOptions) -> Result<Found> {
+    let unlocked = FileOptions {
+        locking: Locking::Off,
+        ..options.files
+    };
+    Found::new(ImageFile::open(image, Access::Look, unlocked)?, true)
+}
+
+fn no_base() -> Error {
+    Error::Option("Image does not have a backing file".to_owned())
+}
+
+/// An image below another that is opened for writing.
+#[derive(Clone, Copy)]
+struct Base {
+    /// How many others are between the two.
+    depth: usize,
+    /// Whether those show what it has.
+    shows: bool,
 }
 
 /// What lies below an image, without a base.
 pub(super) struct Above {
     /// The images above the base, on something in its place that has its size and cannot be read.
-    pub below: Box<dyn Disk>,
+    pub below: Arc<dyn Disk>,
     /// On what lies below it.
-    pub base: Box<dyn Disk>,
+    pub base: Arc<dyn Disk>,
+    /// Those above the base, the one on top among them, that keep a stamp, from the base up.
+    pub stamped: Vec<PathBuf>,
 }
 
 #[derive(Default)]
 struct Chain {
-    below: Option<Box<dyn Disk>>,
-    base: Option<Box<dyn Disk>>,
+    below: Option<Arc<dyn Disk>>,
+    base: Option<LiveImage>,
+    stamped: Vec<PathBuf>,
 }
 
-fn open_chain(top: &Found, options: &OpenOptions, base: Option<usize>) -> Result<Chain> {
+fn open_chain(top: &Found, options: &OpenOptions, base: Option<Base>) -> Result<Chain> {
     let given = &options.backing;
     let options = OpenOptions {
         read_only: true,
@@ -159,7 +222,7 @@ fn open_chain(top: &Found, options: &OpenOptions, base: Option<usize>) -> Result
             })?;
             return Ok(Chain {
                 below: Some(below),
-                base: None,
+                ..Chain::default()
             });
         }
     }
@@ -176,7 +239,8 @@ fn open_chain(top: &Found, options: &OpenOptions, base: Option<usize>) -> Result
     let mut chain = Chain::default();
     while let Some(name) = &images.last().unwrap_or(top).header.backing_file {
         let above = images.last().unwrap_or(top);
-        let is_base = base == Some(images.len());
+        let is_base = base.is_some_and(|base| base.depth == images.len());
+        let shows = base.is_some_and(|base| base.shows);
         let options = OpenOptions {
             read_only: !is_base,
             ..options.clone()
@@ -189,20 +253,28 @@ fn open_chain(top: &Found, options: &OpenOptions, base: Option<usize>) -> Result
         match find(above, name, forced.take(), &options, &mut ids).map_err(wrapped)? {
             next if is_base => {
                 let base = next.open_base(&options).map_err(wrapped)?;
-                chain.below = Some(Box::new(Absent { size: base.size() }));
+                chain.below = Some(if shows {
+                    base.shared()
+                } else {
+                    let size = base.disk().size();
+                    Arc::new(Absent { size })
+                });
                 chain.base = Some(base);
                 break;
             }
-            Next::Disk(raw) => {
-                chain.below = Some(raw);
+            Next::Raw(raw) => {
+                chain.below = Some(Arc::new(raw));
                 break;
             }
             Next::Image(image) => images.push(*image),
         }
     }
+    let stamped = |image: &&Found| image.header.extensions.base_stamp.is_some();
+    let stamped = images.iter().rev().chain([top]).filter(stamped);
+    chain.stamped = stamped.map(|image| image.image.path.clone()).collect();
     while let Some(image) = images.pop() {
         let opened = Qcow2::from_found(image, &options, chain.below.take());
-        chain.below = Some(Box::new(opened.map_err(|e| failed(&images, e.reason()))?));
+        chain.below = Some(Arc::new(opened.map_err(|e| failed(&images, e.reason()))?));
     }
     Ok(chain)
 }
@@ -249,7 +321,7 @@ fn open_given(
     path: &Path,
     format: Option<BackingFormat>,
     options: &OpenOptions,
-) -> std::result::Result<Box<dyn Disk>, String> {
+) -> std::result::Result<Arc<dyn Disk>, String> {
     let format = match format {
         Some(format) => format,
         None => format_of(&top.header, options)?,
@@ -260,9 +332,9 @@ fn open_given(
     let opened = match format {
         BackingFormat::Raw => ImageFile::open(path, Access::Read, options.files)
             .and_then(|file| Raw::from_file(file, true))
-            .map(|raw| -> Box<dyn Disk> { Box::new(raw) }),
+            .map(|raw| -> Arc<dyn Disk> { Arc::new(raw) }),
         BackingFormat::Qcow2 => {
-            Qcow2::open(path, options).map(|image| -> Box<dyn Disk> { Box::new(image) })
+            Qcow2::open(path, options).map(|image| -> Arc<dyn Disk> { Arc::new(image) })
         }
     };
     opened.map_err(|e| e.reason())
@@ -270,18 +342,18 @@ fn open_given(
 
 /// A backing file.
 enum Next {
-    Disk(Box<dyn Disk>),
+    Raw(Raw),
     Image(Box<Found>),
 }
 
 impl Next {
     /// Opens what is to be written, on top of what lies below it.
-    fn open_base(self, options: &OpenOptions) -> Result<Box<dyn Disk>> {
+    fn open_base(self, options: &OpenOptions) -> Result<LiveImage> {
         match self {
-            Self::Disk(raw) => Ok(raw),
+            Self::Raw(raw) => Ok(raw.into()),
             Self::Image(image) => {
                 let below = open(&image, options)?;
-                Ok(Box::new(Qcow2::from_found(*image, options, below)?))
+                Ok(Qcow2::from_found(*image, options, below)?.into())
             }
         }
     }
@@ -318,7 +390,7 @@ fn find(
     };
     let file = ImageFile::open_with(&path, open, access, options.files)?;
     Ok(match format {
-        BackingFormat::Raw => Next::Disk(Box::new(Raw::from_file(file, read_only)?)),
+        BackingFormat::Raw => Next::Raw(Raw::from_file(file, read_only)?),
         BackingFormat::Qcow2 => Next::Image(Box::new(Found::new(file, read_only)?)),
     })
 }
@@ -331,7 +403,10 @@ fn id(path: &Path) -> std::result::Result<(u64, u64), String> {
 }
 
 /// What the header says, and never what the file looks like: a guest could have written that.
-fn format_of(header: &Header, options: &OpenOptions) -> std::result::Result<BackingFormat, String> {
+pub(super) fn format_of(
+    header: &Header,
+    options: &OpenOptions,
+) -> std::result::Result<BackingFormat, String> {
     match (&header.extensions.backing_format, options.backing_format) {
         (Some(name), _) => BackingFormat::from_name(name)
             .ok_or_else(|| format!("Unknown driver '{}'", String::from_utf8_lossy(name))),

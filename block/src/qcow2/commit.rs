@@ -4,14 +4,16 @@
 //! Until all of that is on disk the images above it are not touched, and hide what the base has; so
 //! the disk on top reads the same at any time, and after a crash.
 
-use std::path::Path;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use vm_memory::VolatileSlice;
 
-use super::backing::{self, Above, Found};
+use super::backing::{self, Found};
 use super::placement::Placement;
 use super::zeroes::Zeroed;
-use super::{OpenOptions, Qcow2};
+use super::{OpenOptions, Qcow2, stamp};
 use crate::file::ImageFile;
 use crate::lock::Access;
 use crate::{Disk, ExtentKind, Result, extent_in_chain};
@@ -23,9 +25,12 @@ const PIECE: u64 = 2 << 20;
 pub struct Commit {
     /// Without the base and what lies below that.
     top: Qcow2,
-    base: Box<dyn Disk>,
+    base: Arc<dyn Disk>,
     /// How many images are between the two.
     between: usize,
+    /// The images above the base that keep a stamp, from the base up.
+    stamped: Vec<PathBuf>,
+    options: OpenOptions,
 }
 
 impl Commit {
@@ -42,19 +47,29 @@ impl Commit {
         let image = ImageFile::open(path, Access::Write, options.files)?;
         let found = Found::new(image, false)?;
         // What keeps the images below from being read is no matter of writing them.
-        drop(backing::open(&found, &options)?);
-        let Above { below, base } = backing::open_above(&found, &options, between)?;
+        let read = backing::open(&found, &options)?;
+        stamp::check(&found.image.path, &found.header, read.as_ref())?;
+        drop(read);
+        let above = backing::open_above(&found, &options, between)?;
         Ok(Self {
-            top: Qcow2::from_found(found, &options, Some(below))?,
-            base,
+            top: Qcow2::from_found(found, &options, Some(above.below))?,
+            base: above.base,
             between,
+            stamped: above.stamped,
+            options,
         })
     }
 
     /// Commits `top` to `base`, which is what it lies on or, with `between` others, further down. They are
     /// open for writing, and what is below `top` is as large as `base`, whether it can be read or not.
     pub fn with_disks(top: Qcow2, base: Box<dyn Disk>, between: usize) -> Self {
-        Self { top, base, between }
+        Self {
+            top,
+            base: base.into(),
+            between,
+            stamped: Vec::new(),
+            options: OpenOptions::default(),
+        }
     }
 
     /// Makes the base read as the disk on top, and as large if that is larger. `progress` is told how
@@ -71,6 +86,8 @@ impl Commit {
             }
             Ok(())
         })?;
+        // The images stay as good as they are if this is broken off.
+        self.stamped.iter().try_for_each(|path| stamp::end(path))?;
         let size = self.top.size();
         if size > self.base.size() {
             self.base.resize(size)?;
@@ -94,27 +111,16 @@ impl Commit {
         Ok(())
     }
 
-    /// Calls `f` on what the images above the base have, and what lies behind its end: data in parts
-    /// of up to [`PIECE`] bytes.
+    /// Calls `f` on what the images above the base have, and what lies behind its end.
     fn for_each_part(&self, mut f: impl FnMut(Part) -> Result<()>) -> Result<()> {
         let size = self.top.size();
         let mut offset = 0;
         while offset < size {
-            let (depth, extent) = extent_in_chain(&self.top, offset, size - offset)?;
-            let (is_zero, len) = match extent.kind {
-                ExtentKind::Data | ExtentKind::Compressed => (false, extent.len.min(PIECE)),
-                // Unallocated, if the image below this one ends before. That goes for the base, too: a
-                // raw data file of it may hold anything there.
-                ExtentKind::Zero | ExtentKind::Unallocated => (true, extent.len),
-            };
-            if depth <= self.between {
-                f(Part {
-                    offset,
-                    len,
-                    is_zero,
-                })?;
+            let part = Part::find(&self.top, offset..size)?;
+            offset += part.len;
+            if part.depth <= self.between {
+                f(part)?;
             }
-            offset += len;
         }
         Ok(())
     }
@@ -127,23 +133,48 @@ impl Commit {
     pub fn finish(self, empties: bool) -> Result<()> {
         self.base.close()?;
         if empties && self.between == 0 {
-            self.top.empty()
+            self.top.empty()?;
         } else {
-            self.top.close()
+            self.top.close()?;
+            drop(self.top);
         }
+        drop(self.base);
+        let mut stamped = self.stamped.iter();
+        stamped.try_for_each(|path| stamp::stamp_base(path, &self.options))
     }
 }
 
-/// A part of the disk that the base takes up.
-struct Part {
-    offset: u64,
-    len: u64,
-    is_zero: bool,
+/// A part of the disk that one image shows.
+pub(crate) struct Part {
+    pub offset: u64,
+    pub len: u64,
+    pub is_zero: bool,
+    /// How many images are above that one.
+    pub depth: usize,
+}
+
+impl Part {
+    /// The one that `range` of `top` begins with: up to [`PIECE`] bytes of data.
+    pub fn find(top: &dyn Disk, range: Range<u64>) -> Result<Self> {
+        let (depth, extent) = extent_in_chain(top, range.start, range.end - range.start)?;
+        let (is_zero, len) = match extent.kind {
+            ExtentKind::Data | ExtentKind::Compressed => (false, extent.len.min(PIECE)),
+            // Unallocated, if the image below this one ends before. That goes for the base, too: a
+            // raw data file of it may hold anything there.
+            ExtentKind::Zero | ExtentKind::Unallocated => (true, extent.len),
+        };
+        Ok(Self {
+            offset: range.start,
+            len,
+            is_zero,
+            depth,
+        })
+    }
 }
 
 impl Qcow2 {
     /// Removes all mappings, so that the backing file shows everywhere, and closes the image.
-    fn empty(self) -> Result<()> {
+    pub(crate) fn empty(self) -> Result<()> {
         self.check_writable()?;
         let clusters = self.geometry.clusters(self.size());
         self.unmap_clusters(0..clusters, Zeroed::Emptied)?;

@@ -6,7 +6,8 @@ use std::path::Path;
 use zerocopy::byteorder::big_endian::{U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use crate::{Error, Result};
+use super::stamp;
+use crate::{Error, Result, Stamp};
 
 const END: u32 = 0;
 const BACKING_FORMAT: u32 = 0xe279_2aca;
@@ -14,6 +15,8 @@ const FEATURE_NAMES: u32 = 0x6803_f857;
 const BITMAPS: u32 = 0x2385_2875;
 const CRYPTO: u32 = 0x0537_be77;
 const DATA_FILE: u32 = 0x4441_5441;
+/// Ours, "BSTM": see `stamp`.
+const BASE_STAMP: u32 = 0x4253_544d;
 
 /// Longest name of a backing format in bytes.
 const MAX_BACKING_FORMAT: usize = 15;
@@ -33,6 +36,8 @@ pub(crate) struct Extensions {
     pub bitmaps: Option<Bitmaps>,
     /// Whether there are bitmaps that a program without support for them has made stale.
     pub stale_bitmaps: bool,
+    /// What the backing file was like; `None` also if that does not count any more.
+    pub base_stamp: Option<Stamp>,
     /// The image's own names of feature bits.
     pub feature_names: Vec<FeatureName>,
     /// Type and content of every other extension, in the order in which they were read.
@@ -77,6 +82,7 @@ pub(crate) struct Context<'a> {
     pub cluster_size: u64,
     pub luks: bool,
     pub bitmaps_valid: bool,
+    pub base_stamp_valid: bool,
 }
 
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
@@ -176,12 +182,21 @@ impl Extensions {
                 self.bitmaps = Some(parse_bitmaps(data, context)?);
             }
             BITMAPS => self.stale_bitmaps = true,
+            BASE_STAMP if context.base_stamp_valid => {
+                let stamp = stamp::decode(data);
+                let wrong =
+                    || context.invalid(data.len() as u64, "wrong stamp of the backing file");
+                self.base_stamp = Some(stamp.ok_or_else(wrong)?);
+            }
+            // A program without support for it has written to the image.
+            BASE_STAMP => {}
             _ => self.unknown.push((kind, data.to_vec())),
         }
         Ok(())
     }
 
-    /// Appends the extensions in QEMU's order, with the end marker. Stale bitmaps are dropped.
+    /// Appends the extensions in QEMU's order, with the end marker. Stale bitmaps and stamps are
+    /// dropped.
     ///
     /// `with_data_file`: whether the image has an external data file, without which a name in the
     /// header means nothing.
@@ -205,6 +220,9 @@ impl Extensions {
         }
         if let Some(bitmaps) = self.bitmaps {
             append(out, BITMAPS, bitmaps.layout().as_bytes());
+        }
+        if let Some(stamp) = &self.base_stamp {
+            append(out, BASE_STAMP, &stamp::encode(stamp));
         }
         for (kind, data) in &self.unknown {
             append(out, *kind, data);
@@ -383,6 +401,8 @@ fn encode_feature_names(names: FeatureNames) -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{FileStamp, Modified};
+    use std::path::PathBuf;
 
     fn parse(bytes: &[u8]) -> std::result::Result<Extensions, String> {
         let context = Context {
@@ -390,6 +410,7 @@ mod tests {
             cluster_size: 512,
             luks: false,
             bitmaps_valid: true,
+            base_stamp_valid: true,
         };
         Extensions::parse(bytes, &context).map_err(|error| match error {
             Error::Invalid { reason, .. } => reason,
@@ -406,6 +427,24 @@ mod tests {
                 count: 2,
                 directory_size: 96,
                 directory_offset: 0x1000,
+            }),
+            base_stamp: Some(Stamp {
+                size: 1 << 40,
+                files: vec![
+                    FileStamp {
+                        path: PathBuf::new(),
+                        len: 1 << 33,
+                        modified: Some(Modified {
+                            seconds: -7,
+                            nanoseconds: 999_999_999,
+                        }),
+                    },
+                    FileStamp {
+                        path: PathBuf::new(),
+                        len: 512,
+                        modified: None,
+                    },
+                ],
             }),
             unknown: vec![(0x1234, vec![1; 9]), (0x1233, vec![])],
             ..Extensions::default()

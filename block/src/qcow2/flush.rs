@@ -96,7 +96,8 @@ impl Qcow2 {
         }
         // After the copy of the mapping: every cluster in it is counted.
         let counts = self.refcounts()?.write_counts(&self.image)?;
-        if internal || counts.sync || !tables.is_empty() {
+        let is_new = self.image.has_new_name();
+        if internal || is_new || counts.sync || !tables.is_empty() {
             self.image.sync()?;
         }
         if !counts.blocks.is_empty() {

@@ -10,7 +10,7 @@ use super::extension::{self, Bitmaps, Extensions, FeatureNames};
 use super::geometry::Geometry;
 use super::parse::{LENGTH_V2, LENGTH_V3, Layout, MAGIC, Purpose};
 use super::refcount_width::RefcountWidth;
-use crate::{Error, Result, Storage};
+use crate::{Error, Result, Stamp, Storage};
 
 /// The smallest and the largest cluster that an image may have, as powers of two.
 pub(crate) const CLUSTER_BITS: std::ops::RangeInclusive<u32> = 9..=21;
@@ -53,8 +53,10 @@ pub(crate) mod autoclear {
     pub(crate) const BITMAPS: u64 = 1 << 0;
     /// The data file is by itself a valid raw image.
     pub(crate) const DATA_FILE_RAW: u64 = 1 << 1;
-    /// All bits that the published specification defines.
-    pub(crate) const KNOWN: u64 = 0x3;
+    /// The stamp of the backing file holds: an extension of ours, see `stamp`.
+    pub(crate) const BASE_STAMP: u64 = 1 << 62;
+    /// All bits that are kept up.
+    pub(crate) const KNOWN: u64 = BITMAPS | DATA_FILE_RAW | BASE_STAMP;
 }
 
 /// The header of an image, valid in itself; whether this version supports everything that it asks
@@ -268,6 +270,15 @@ impl Header {
         if bitmaps.is_some() {
             self.autoclear_features |= autoclear::BITMAPS;
         }
+    }
+
+    /// Keeps what the backing file is like now, or nothing of that.
+    pub fn set_base_stamp(&mut self, stamp: Option<Stamp>) {
+        self.autoclear_features &= !autoclear::BASE_STAMP;
+        if stamp.is_some() {
+            self.autoclear_features |= autoclear::BASE_STAMP;
+        }
+        self.extensions.base_stamp = stamp;
     }
 
     /// Clears what this version does not know and will not keep up, as on any first write.

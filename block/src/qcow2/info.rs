@@ -10,7 +10,7 @@ use super::{DataFileLayout, bitmaps};
 use crate::Error;
 use crate::file::{FileOptions, ImageFile};
 use crate::lock::{Access, Locking};
-use crate::{Result, Storage};
+use crate::{Result, Stamp, Storage};
 
 /// What an image is like, as told by its header.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -26,6 +26,9 @@ pub struct Info {
     pub backing_file: Option<Vec<u8>>,
     /// Name of the backing file's format, untrusted bytes.
     pub backing_format: Option<Vec<u8>>,
+    /// What the backing file was like when the image was put on it, if the image is to be opened only on
+    /// that.
+    pub base_stamp: Option<Stamp>,
     /// Whether compressed clusters are compressed with zstd instead of deflate.
     pub zstd: bool,
     /// Whether refcount updates may be postponed.
@@ -104,6 +107,7 @@ impl Info {
             dirty: incompatible(incompatible::DIRTY),
             corrupt: incompatible(incompatible::CORRUPT),
             extended_l2: header.has_extended_l2(),
+            base_stamp: header.extensions.base_stamp,
             backing_file: header.backing_file,
             backing_format: header.extensions.backing_format,
             data_file: header.extensions.data_file,

@@ -12,10 +12,11 @@ use super::Qcow2;
 use super::allocator::Allocation;
 use super::mapping::{Kind, Place};
 use super::placement::Placement;
-use super::ranges::RangeGuard;
 use crate::buffers::{Buffers, fill_zero};
 use crate::disk::{check_range, total_len};
-use crate::{Disk, Error, Extent, Limits, Preallocation, Result};
+use crate::live::ImageRef;
+use crate::ranges::RangeGuard;
+use crate::{Disk, Error, Extent, Limits, Preallocation, Result, Stamp};
 
 /// How often a request on a full disk looks for clusters that have come back.
 const SPACE_POLL: Duration = Duration::from_millis(1);
@@ -137,8 +138,31 @@ impl Disk for Qcow2 {
         Ok(is_copied)
     }
 
+    fn as_image(&self) -> Option<ImageRef<'_>> {
+        Some(ImageRef::Qcow2(self))
+    }
+
     fn backing(&self) -> Option<&dyn Disk> {
         self.backing.as_deref()
+    }
+
+    fn stamp(&self) -> Result<Option<Stamp>> {
+        let below = match &self.backing {
+            None => Some(Vec::new()),
+            Some(backing) => backing.stamp()?.map(|stamp| stamp.files),
+        };
+        let image = self.image.stamp()?;
+        let data = match self.placement {
+            Placement::Internal => Some(None),
+            _ => self.data().stamp()?.map(Some),
+        };
+        let (Some(image), Some(data), Some(below)) = (image, data, below) else {
+            return Ok(None);
+        };
+        Ok(Some(Stamp {
+            size: self.size(),
+            files: [image].into_iter().chain(data).chain(below).collect(),
+        }))
     }
 
     fn resize(&self, size: u64) -> Result<()> {
@@ -199,7 +223,7 @@ impl Qcow2 {
     }
 
     /// Calls `write` until it finds room for its data and tables, or no more clusters come back.
-    pub(super) fn with_space(&self, write: impl Fn() -> Result<()>) -> Result<()> {
+    pub(super) fn with_space(&self, mut write: impl FnMut() -> Result<()>) -> Result<()> {
         loop {
             let returned = self.retired.returned();
             match write() {

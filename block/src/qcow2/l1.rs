@@ -57,14 +57,23 @@ impl L1Table {
     /// As [`check_entry`].
     pub fn open(image: &ImageFile, geometry: Geometry, offset: u64, count: u32) -> Result<Self> {
         let file_size = image.size()?;
-        let entries = table::read(image, "l1_table_offset", offset, count as usize)?;
-        let words = Words::new((MAX_L1_SIZE / ENTRY_SIZE) as usize);
-        for (index, &raw) in entries.iter().enumerate() {
-            if raw != 0 {
-                words.make(index).store(raw, Ordering::Relaxed);
-            }
-            check_entry(image, geometry, file_size, index, raw)?;
+        if count > 0 && offset >= file_size {
+            let reason = "the table lies past the end of the file".to_owned();
+            return Err(image.invalid("l1_table_offset", offset, reason));
         }
+        let words = Words::new((MAX_L1_SIZE / ENTRY_SIZE) as usize);
+        // That of a new image is a hole.
+        table::for_each(
+            &*image.storage,
+            &image.path,
+            offset,
+            count.into(),
+            |index, raw| {
+                check_entry(image, geometry, file_size, index as usize, raw)?;
+                words.make(index as usize).store(raw, Ordering::Relaxed);
+                Ok(())
+            },
+        )?;
         Ok(Self {
             offset: AtomicU64::new(offset),
             size: AtomicU64::new(count.into()),
@@ -85,7 +94,7 @@ impl L1Table {
     /// Offsets of the L2 tables.
     pub fn tables(&self) -> impl Iterator<Item = u64> + '_ {
         self.entries
-            .indices()
+            .indices(0)
             .map(|index| self.get(index).offset())
             .filter(|offset| *offset != 0)
     }

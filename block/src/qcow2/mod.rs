@@ -16,17 +16,19 @@
 //! | `vm_state` | what lies behind the disk in the same mapping |
 //! | `resize`, `preallocate` | growing and shrinking the disk |
 //! | `backing` | what shows where the image has nothing |
+//! | `stamp` | whether that has changed since |
+//! | `live` | what is done to the image of a disk in use |
 //! | `rebase`, `commit` | putting an image on another backing file; moving its data to one below |
 //! | `placement`, `packed` | where data lies: in the image, or in a data file of some kind |
 //! | `cache`, `l1`, `words`, `refcount` | L2 slices, the L1 table and refcounts, in memory |
 //! | `allocator`, `free_map`, `reserved` | free clusters, and those that can never be free |
 //! | `overlap` | keeping guest data off metadata, and marking damaged images |
-//! | `ranges` | who may change which mapping |
 //! | `requests`, `retired` | when clusters that lost their mapping may be used again |
 //! | `flush` | the order in which all of that reaches the disk |
 //! | `snapshot` | internal snapshots: their table, taking, applying and deleting them |
 //! | `bitmaps` | persistent bitmaps of what has changed |
 //! | `create`, `amend` | making new images, and changing options of others |
+//! | `overlay` | making images on a base that they share, and opening them |
 //! | `info`, `measure` | what a user wants to know of an image, and how large one will be |
 //! | `check` | checking and repairing an image that is not open |
 //!
@@ -34,7 +36,7 @@
 //! A thread that holds one of these takes only ones further down:
 //!
 //! 1. the right to change the size (`Qcow2::resizing`);
-//! 2. a range of guest clusters (`ranges`), at most one;
+//! 2. a range of guest clusters (`crate::ranges`), at most one;
 //! 3. the completeness of raw tables (`placement::Passthrough`);
 //! 4. the right to write back (`Qcow2::flushing`);
 //! 5. a set of the slice cache, or the list of new L1 entries;
@@ -72,17 +74,18 @@ mod header;
 mod info;
 mod io;
 mod l1;
+mod live;
 mod mapping;
 mod measure;
 mod nowait;
 mod open;
 mod overlap;
+mod overlay;
 mod packed;
 mod parse;
 mod placement;
 mod policy;
 mod preallocate;
-mod ranges;
 mod rebase;
 mod refcount;
 mod refcount_width;
@@ -92,6 +95,7 @@ mod reserved;
 mod resize;
 mod retired;
 mod snapshot;
+mod stamp;
 mod subclusters;
 mod switch;
 mod table;
@@ -110,19 +114,22 @@ use geometry::Geometry;
 use l1::L1Table;
 use overlap::Filter;
 use placement::Placement;
-use ranges::RangeLocks;
+
 use refcount::Refcounts;
 use requests::Requests;
 use retired::Retired;
 
 use crate::Disk;
 use crate::file::ImageFile;
+use crate::ranges::RangeLocks;
 
 pub use amend::{AmendOptions, amend};
 pub use backing::{Backing, BackingFormat, find_backing, path_of as backing_path};
-pub use bitmaps::{BitmapEditor, BitmapInfo};
+pub(crate) use backing::{open_renamed, open_with_base};
+pub use bitmaps::{BitmapAction, BitmapEditor, BitmapInfo, DirtyBits};
 pub use check::{CheckOptions, CheckReport, Finding, FindingKind, Repair, check, check_storage};
 pub use commit::Commit;
+pub(crate) use commit::Part;
 pub use compress::CompressedCluster;
 pub use compressed::CompressionType;
 pub use create::{CreateOptions, DataFileReuse, create, create_with};
@@ -130,10 +137,14 @@ pub(crate) use create::{NewFiles, begin};
 pub use info::Info;
 pub use measure::{bitmaps_size, full_size};
 pub use open::OpenOptions;
+pub use overlay::{Base, OverlayOptions, OverlayPlace};
 pub use placement::DataFile;
 pub use policy::Follow;
+pub(crate) use rebase::Taking;
 pub use rebase::{BackingName, NewBacking, set_backing_name};
 pub use snapshot::{SnapshotInfo, SnapshotName};
+pub use stamp::{base_difference, stamp_base};
+pub(crate) use words::Words;
 
 /// How guest data lies in an external data file.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -155,7 +166,7 @@ pub struct Qcow2 {
     image: ImageFile,
     placement: Placement,
     /// What shows where the image has nothing.
-    backing: Option<Box<dyn Disk>>,
+    backing: Option<Arc<dyn Disk>>,
     geometry: Geometry,
     /// Of the disk, in bytes. A request that looks at it twice may see two sizes.
     size: AtomicU64,
@@ -174,7 +185,7 @@ pub struct Qcow2 {
     corrupt: AtomicBool,
     /// Everything has been stored for the last time.
     closed: AtomicBool,
-    /// `None` without any, or in an image that is open read-only.
+    /// `None` in an image that is open read-only.
     bitmaps: Option<Bitmaps>,
     /// `None` in an image that is open read-only.
     refcounts: Option<Mutex<Refcounts>>,

@@ -3,7 +3,7 @@
 use crate::sync::atomic::{AtomicBool, AtomicU64};
 use crate::sync::{Mutex, lock};
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 use super::backing::{self, Backing, BackingFormat, Found};
 use super::bitmaps::Bitmaps;
@@ -16,15 +16,15 @@ use super::packed::Packed;
 use super::parse::offset;
 use super::placement::{External, Passthrough, Placement};
 use super::policy::{self, Follow};
-use super::ranges::RangeLocks;
 use super::refcount::Refcounts;
 use super::requests::Requests;
 use super::reserved::{Field, Reserved};
 use super::retired::Retired;
 use super::snapshot::Snapshot;
-use super::{DataFileLayout, Qcow2, SnapshotName, bitmaps, snapshot, table};
+use super::{DataFileLayout, Qcow2, SnapshotName, bitmaps, snapshot, stamp, table};
 use crate::file::{FileOptions, ImageFile};
 use crate::lock::Access;
+use crate::ranges::RangeLocks;
 use crate::{Disk, Error, Result, Storage};
 
 const NO_DATA_FILE: &str = "'data-file' can only be set for images with an external data file";
@@ -91,7 +91,7 @@ impl Qcow2 {
     pub(super) fn from_found(
         found: Found,
         options: &OpenOptions,
-        backing: Option<Box<dyn Disk>>,
+        backing: Option<Arc<dyn Disk>>,
     ) -> Result<Self> {
         let path = &found.image.path;
         let data = match (found.header.has_data_file(), &options.data_file) {
@@ -130,7 +130,7 @@ impl Qcow2 {
         name: &Path,
         image: Box<dyn Storage>,
         data_file: Option<Box<dyn Storage>>,
-        backing: Option<Box<dyn Disk>>,
+        backing: Option<Arc<dyn Disk>>,
         options: &OpenOptions,
     ) -> Result<Self> {
         let cache = options.files.cache;
@@ -171,7 +171,7 @@ impl Qcow2 {
     pub(crate) fn with_files(
         image: ImageFile,
         data: Option<ImageFile>,
-        backing: Option<Box<dyn Disk>>,
+        backing: Option<Arc<dyn Disk>>,
         options: &OpenOptions,
     ) -> Result<Self> {
         let found = Found::new(image, options.read_only)?;
@@ -196,6 +196,9 @@ impl Qcow2 {
     fn from_files(found: Found, options: &OpenOptions, files: Files) -> Result<Self> {
         let Found { image, mut header } = found;
         let Files { data, backing } = files;
+        if !matches!(options.backing, Backing::File { .. }) {
+            stamp::check(&image.path, &header, backing.as_ref())?;
+        }
         let read_only = options.read_only;
         if let Some(name) = &options.snapshot {
             snapshot::show(&image, &mut header, name, read_only)?;
@@ -224,7 +227,7 @@ impl Qcow2 {
         let bitmaps = if read_only {
             None
         } else {
-            Bitmaps::open(&image, &header)?
+            Some(Bitmaps::open(&image, &header)?)
         };
         let data_end = match &placement {
             Placement::Packed(packed) => packed.file.size()?,
@@ -272,7 +275,7 @@ impl Qcow2 {
 /// The other files of an image.
 struct Files {
     data: Option<ImageFile>,
-    backing: Option<Box<dyn Disk>>,
+    backing: Option<Arc<dyn Disk>>,
 }
 
 /// The refcounts of an image to be written, after all of its metadata has been seen to lie apart.

@@ -124,6 +124,7 @@ impl Header {
             cluster_size: header.cluster_size(),
             luks: header.crypt_method == 2,
             bitmaps_valid: header.autoclear_features & autoclear::BITMAPS != 0,
+            base_stamp_valid: header.autoclear_features & autoclear::BASE_STAMP != 0,
         };
         let extensions = Extensions::parse(extension_bytes, &context)?;
         if header.crypt_method == 2 && extensions.crypto.is_none() {

@@ -16,7 +16,7 @@ use super::placement::Placement;
 use super::zeroes::Zeroed;
 use crate::file::{FileOptions, ImageFile};
 use crate::lock::Access;
-use crate::{Disk, Error, ExtentKind, Result, extent_in_chain};
+use crate::{Disk, Error, ExtentKind, Result, Stamp, extent_in_chain};
 
 /// Most bytes of a backing file's name that other programs read.
 const MAX_NAME: usize = 1023;
@@ -45,7 +45,7 @@ pub enum NewBacking<'a> {
 }
 
 /// Makes the image at `path` name another backing file, or none, whatever its disk shows then; no
-/// other file is looked for.
+/// other file is looked for, and a [stamp](super::stamp_base) of the old one ends.
 ///
 /// # Errors
 /// As [`Qcow2::check_backing_name`]; as [`Qcow2::open`] for an image that cannot be written.
@@ -70,6 +70,7 @@ fn set(header: &mut Header, name: Option<&BackingName>) -> Result<()> {
     }
     header.backing_file = name.map(|name| name.file.clone());
     header.extensions.backing_format = name.map(|name| name.format.clone());
+    header.set_base_stamp(None);
     header.forget_unknown_autoclear();
     Ok(())
 }
@@ -119,20 +120,36 @@ impl Qcow2 {
             compress,
         };
         taking.run(progress)?;
-        self.set_backing_name(name)
+        self.name_backing(name, below)?;
+        self.close()
     }
 
     /// Makes the image name another backing file, or none, whatever its disk shows then, and closes it.
+    /// A stamp of the old one ends.
     ///
     /// # Errors
     /// Those of [`check_backing_name`](Self::check_backing_name); [`Error::ReadOnly`].
     pub fn set_backing_name(self, name: Option<&BackingName>) -> Result<()> {
         self.check_writable()?;
+        self.name_backing(name, None)?;
+        self.close()
+    }
+
+    /// As [`set_backing_name`](Self::set_backing_name), and goes on, on what it has been on. An image that
+    /// kept the stamp of that keeps the one of `new`, if it is given.
+    pub(crate) fn name_backing(
+        &self,
+        name: Option<&BackingName>,
+        new: Option<&dyn Disk>,
+    ) -> Result<()> {
         self.flush()?;
         let mut header = Header::read(&*self.image.storage, &self.image.path)?;
+        let new = new.filter(|_| header.extensions.base_stamp.is_some());
         set(&mut header, name)?;
-        header.write(&self.image)?;
-        self.close()
+        if let Some(new) = new {
+            header.set_base_stamp(Stamp::of(new)?);
+        }
+        header.write(&self.image)
     }
 
     fn below(&self, depth: usize) -> Option<&dyn Disk> {
@@ -145,12 +162,12 @@ impl Qcow2 {
 }
 
 /// Takes up what the old backing file shows and the new one does not.
-struct Taking<'a> {
-    disk: &'a Qcow2,
-    new: Option<&'a dyn Disk>,
+pub(crate) struct Taking<'a> {
+    pub disk: &'a Qcow2,
+    pub new: Option<&'a dyn Disk>,
     /// How many images of the old chain are above the new backing file, if that is one of it.
-    shared: Option<usize>,
-    compress: bool,
+    pub shared: Option<usize>,
+    pub compress: bool,
 }
 
 impl Taking<'_> {
@@ -184,7 +201,7 @@ impl Taking<'_> {
 
     /// How many of the `len` bytes at `at`, whole units or all, both backing files are known to show
     /// the same of, without reading them.
-    fn known_same(&self, at: u64, len: u64) -> Result<u64> {
+    pub(super) fn known_same(&self, at: u64, len: u64) -> Result<u64> {
         let same = match self.shared {
             Some(depth) => self.comes_from(depth, at, len)?,
             None => 0,
@@ -245,7 +262,7 @@ impl Taking<'_> {
     }
 
     /// Bytes from `at` to the end of what is taken up as a whole.
-    fn unit(&self, at: u64) -> usize {
+    pub(super) fn unit(&self, at: u64) -> usize {
         let g = self.disk.geometry;
         let unit = if self.compress {
             g.cluster_size() - g.in_cluster(at)
@@ -298,7 +315,7 @@ fn zeros(disk: Option<&dyn Disk>, at: u64, len: u64) -> Result<u64> {
 }
 
 /// Reads what `disk` has at `at`, and zeros behind its end.
-fn read(disk: Option<&dyn Disk>, at: u64, buf: &mut [u8]) -> Result<()> {
+pub(super) fn read(disk: Option<&dyn Disk>, at: u64, buf: &mut [u8]) -> Result<()> {
     let size = disk.map_or(0, Disk::size);
     let (stored, rest) = buf.split_at_mut(size.saturating_sub(at).min(buf.len() as u64) as usize);
     rest.fill(0);

@@ -100,9 +100,9 @@ impl Qcow2 {
                     external.file.set_len(end)?;
                     let filled = external.file.fill(len, end - len, preallocation);
                     filled.inspect_err(|_| drop(external.file.set_len(len)))?;
-                    external.file.sync()?;
                 }
                 self.map_raw(gained)?;
+                // Its length is on disk before the mapping.
                 self.write_back()?;
             }
             _ if preallocation == Preallocation::Off => {}

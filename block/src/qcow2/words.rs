@@ -32,13 +32,12 @@ impl Words {
         &self.chunks[index / CHUNK].get_or_init(new)[index % CHUNK]
     }
 
-    /// Indices of words that may be other than zero.
-    pub fn indices(&self) -> impl Iterator<Item = usize> + '_ {
-        self.chunks
-            .iter()
-            .enumerate()
+    /// Indices from `first` on of words that may be other than zero.
+    pub fn indices(&self, first: usize) -> impl Iterator<Item = usize> + '_ {
+        let chunks = self.chunks.iter().enumerate().skip(first / CHUNK);
+        chunks
             .filter(|(_, chunk)| chunk.get().is_some())
-            .flat_map(|(index, _)| index * CHUNK..(index + 1) * CHUNK)
+            .flat_map(move |(index, _)| first.max(index * CHUNK)..(index + 1) * CHUNK)
     }
 }
 
@@ -56,9 +55,11 @@ mod tests {
         assert_eq!(words.get(CHUNK).unwrap().load(Ordering::Relaxed), 0);
         assert_eq!(words.get(CHUNK + 1).unwrap().load(Ordering::Relaxed), 7);
         assert_eq!(
-            words.indices().collect::<Vec<_>>(),
+            words.indices(0).collect::<Vec<_>>(),
             Vec::from_iter(CHUNK..2 * CHUNK)
         );
+        assert_eq!(words.indices(2 * CHUNK - 1).count(), 1);
+        assert_eq!(words.indices(2 * CHUNK).count(), 0);
         assert!(words.get(3 * CHUNK).is_none());
     }
 }

@@ -110,10 +110,12 @@ impl<'a> Plan<'a> {
             let reason = format!("Could not open backing file: {reason}");
             opened(&reason)
         })?;
-        let mut new = create::begin(self.format, self.path, &self.options, &mut |text| {
+        let mut warn = |text| {
             output::complain_line(&args.name.text(&format!("warning: {text}")));
-        })
-        .map_err(|reason| self.failed(args, &reason))?;
+        };
+        let (options, on) = (&self.options, backing.as_deref());
+        let mut new = create::begin(self.format, self.path, options, on, &mut warn)
+            .map_err(|reason| self.failed(args, &reason))?;
         let backing_size = backing.as_ref().map(|backing| backing.size());
         let disk = match self.format {
             Format::Raw => new.open_raw(cache).map(Opened::Raw),
@@ -125,7 +127,7 @@ impl<'a> Plan<'a> {
                     },
                     ..OpenOptions::default()
                 };
-                let disk = new.open_qcow2(&options, backing);
+                let disk = new.open_qcow2(&options, backing.map(Into::into));
                 disk.map(|disk| Opened::Qcow2(Box::new(disk)))
             }
         };

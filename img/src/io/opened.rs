@@ -405,7 +405,7 @@ fn overlay(base: opened::Opened, request: &Request) -> Result<(Qcow2, Info), Str
         &path,
         Box::new(storage),
         None,
-        Some(base.into_disk()),
+        Some(base.into_disk().into()),
         &options,
     );
     Ok((opened.map_err(|e| e.reason())?, read_info(&path)?))

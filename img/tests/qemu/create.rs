@@ -327,13 +327,15 @@ fn describes_options() {
         let expected = Place::qemu().run(&words(line));
         let mut found = Place::tandem().run(&words(line));
         let is_own = |text: &&str| {
-            text.starts_with("  data_file_layout=") || text.starts_with("  data_file_reuse=")
+            let own = ["base_stamp", "data_file_layout", "data_file_reuse"];
+            own.iter()
+                .any(|name| text.starts_with(&format!("  {name}=")))
         };
         let own = found.stdout.lines().filter(is_own).count();
         assert_eq!(
             own,
             if line.contains("qcow2") && !line.contains("foo") {
-                2
+                3
             } else {
                 0
             },

@@ -10,6 +10,8 @@
 
 mod amend;
 mod backing;
+mod backup;
+mod backup_of_running;
 mod bench;
 mod bitmap;
 mod chain;
@@ -24,6 +26,7 @@ mod create;
 mod damage;
 mod data_file_reuse;
 mod dd;
+mod forks;
 mod image_opts;
 mod info;
 mod io;

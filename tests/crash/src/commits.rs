@@ -48,7 +48,7 @@ fn open_base(storage: Memory, is_image: bool, read_only: bool) -> Box<dyn Disk> 
 fn open_top(image: Memory, base: Box<dyn Disk>) -> Qcow2 {
     let options = OpenOptions::default();
     let (name, image) = (Path::new("image"), Box::new(image));
-    Qcow2::with_backing(name, image, None, Some(base), &options).unwrap()
+    Qcow2::with_backing(name, image, None, Some(base.into()), &options).unwrap()
 }
 
 /// The disk on top reads the same at any time.
@@ -120,7 +120,7 @@ pub fn emptying_a_data_file(run: &mut Run) {
         let open = |image: Memory, data: Memory, base: Box<dyn Disk>| {
             let options = OpenOptions::default();
             let (name, image, data) = (Path::new("image"), Box::new(image), Box::new(data));
-            Qcow2::with_backing(name, image, Some(data), Some(base), &options).unwrap()
+            Qcow2::with_backing(name, image, Some(data), Some(base.into()), &options).unwrap()
         };
         let shown = |files: &Files, base| {
             let data = memory(Which::Data, &files.data);

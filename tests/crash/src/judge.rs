@@ -12,7 +12,7 @@ use crate::bitmap;
 use crate::model::{Model, note};
 use crate::power::Files;
 use crate::random::Random;
-use crate::setup::{Kind, Setup};
+use crate::setup::{BITMAP, Kind, Setup};
 use crate::storage::{Memory, SECTOR, Which, stamp_of};
 use crate::workload::{Maker, request, snapshot_name};
 
@@ -127,8 +127,7 @@ impl Judge<'_> {
         check_with(&state.image(), with_data.then(|| state.data()).as_ref())
     }
 
-    /// A bitmap that is not marked as in use has a bit for everything that is not as it was at first,
-    /// and none for what nobody has touched. Returns whether one is marked.
+    /// A bitmap that is not marked as in use tells what has changed. Returns whether one is marked.
     fn check_bitmaps(
         &self,
         state: &State,
@@ -138,26 +137,15 @@ impl Judge<'_> {
         if !self.setup.bitmap {
             return Ok(false);
         }
-        let stored = bitmap::stored(&state.image.lock().unwrap());
-        let [stored] = &stored[..] else {
-            return Err(format!("there are {} bitmaps", stored.len()));
+        let all = bitmap::stored(&state.image.lock().unwrap());
+        let Some(stored) = all.iter().find(|stored| stored.name == BITMAP) else {
+            return Err(format!("there are bitmaps {all:?}"));
         };
-        let initial = self.setup.initial();
-        for (sector, stamp) in shown.iter().enumerate() {
-            let Some(has) = stored.has((sector * SECTOR) as u64) else {
-                return Ok(true);
-            };
-            let is_changed = *stamp != initial.get(sector).copied().unwrap_or(0);
-            if is_changed && !has {
-                return Err(format!("the bitmap has no bit for sector {sector}"));
-            }
-            if has && !model.touched[sector] {
-                return Err(format!(
-                    "the bitmap has a bit for sector {sector}, which nobody wrote"
-                ));
-            }
+        if all.iter().any(|stored| stored.bits.is_none()) {
+            return Ok(true);
         }
-        Ok(false)
+        let has = |sector: usize| stored.has((sector * SECTOR) as u64) == Some(true);
+        model.check_bitmap(shown, has).map(|()| false)
     }
 
     /// The snapshots that should be there are, and hold what they should. Returns their numbers.

@@ -44,8 +44,17 @@ pub struct Model<'a> {
     uncertain: Option<u64>,
     /// What the disk may hold as a whole instead: that of a snapshot that is being applied.
     other: Option<Vec<u64>>,
-    /// What a bitmap may have bits for.
-    pub touched: Vec<bool>,
+    /// What the bitmap may tell: since when it follows changes.
+    bitmaps: Vec<Followed>,
+}
+
+/// A bitmap that follows changes.
+#[derive(Clone, Debug)]
+struct Followed {
+    /// What the disk held when it began.
+    base: Vec<u64>,
+    /// Sectors that may have changed since.
+    touched: Vec<bool>,
 }
 
 impl<'a> Model<'a> {
@@ -63,15 +72,28 @@ impl<'a> Model<'a> {
             snapshots: BTreeMap::new(),
             uncertain: None,
             other: None,
-            touched: vec![false; all],
+            bitmaps: Vec::new(),
             content: Vec::new(),
         };
+        model.follow(content.clone(), all);
         if setup.kind == Kind::Snapshot {
             model.snapshots.insert(0, content.clone());
         }
         model.sectors.resize(all, Vec::new());
         model.hold(content);
         model
+    }
+
+    /// A bitmap may follow changes of a disk that holds `base`.
+    fn follow(&mut self, base: Vec<u64>, sectors: usize) {
+        let touched = vec![false; sectors];
+        self.bitmaps.push(Followed { base, touched });
+    }
+
+    fn touch(&mut self, sectors: std::ops::Range<usize>) {
+        for followed in &mut self.bitmaps {
+            followed.touched[sectors.clone()].fill(true);
+        }
     }
 
     /// The disk holds `content`, for good.
@@ -96,8 +118,8 @@ impl<'a> Model<'a> {
         match &self.ops[op] {
             Op::Resize { sectors } => {
                 let len = self.content.len();
-                let (first, _) = (len.min(*sectors as usize), self.sizes.insert(*sectors));
-                self.touched[first..].fill(true);
+                self.sizes.insert(*sectors);
+                self.touch(len.min(*sectors as usize)..self.sectors.len());
             }
             Op::Take { snapshot } => {
                 self.snapshots.insert(*snapshot, self.content.clone());
@@ -105,11 +127,12 @@ impl<'a> Model<'a> {
             }
             Op::Delete { snapshot } => self.uncertain = Some(*snapshot),
             Op::Apply { snapshot } => self.other = self.snapshots.get(snapshot).cloned(),
+            Op::ClearBitmap => self.follow(self.content.clone(), self.sectors.len()),
             other => {
                 let Some((sectors, stamp)) = other.written() else {
                     return;
                 };
-                self.touched[sectors.clone()].fill(true);
+                self.touch(sectors.clone());
                 let (begun, done) = (self.now, None);
                 for sector in &mut self.sectors[sectors] {
                     sector.push(Candidate {
@@ -158,10 +181,10 @@ impl<'a> Model<'a> {
             }
             Op::Apply { .. } => {
                 if let Some(content) = self.other.take() {
-                    self.touched.fill(true);
                     self.hold(content);
                 }
             }
+            Op::ClearBitmap => drop(self.bitmaps.drain(..self.bitmaps.len() - 1)),
             _ => {}
         }
         if request.is_durable() {
@@ -193,6 +216,24 @@ impl<'a> Model<'a> {
                 let allowed: BTreeSet<u64> = sector.iter().map(|one| one.stamp).collect();
                 return Err(format!("sector {i} is {stamp:#x}, not one of {allowed:x?}"));
             }
+        }
+        Ok(())
+    }
+
+    /// Checks a bitmap of a disk that shows `stamps`: it `has` a bit for all that has changed since it was
+    /// cleared, and none for what nobody has written.
+    pub fn check_bitmap(&self, stamps: &[u64], has: impl Fn(usize) -> bool) -> Result<(), String> {
+        let wrong = |followed: &Followed| {
+            let is_wrong = |sector: &usize| {
+                let base = followed.base.get(*sector).copied().unwrap_or(0);
+                let is_changed = stamps[*sector] != base;
+                is_changed && !has(*sector) || has(*sector) && !followed.touched[*sector]
+            };
+            (0..stamps.len()).find(is_wrong)
+        };
+        let wrong: Vec<usize> = self.bitmaps.iter().map_while(wrong).collect();
+        if wrong.len() == self.bitmaps.len() {
+            return Err(format!("the bitmap is wrong at sectors {wrong:?}"));
         }
         Ok(())
     }

@@ -27,6 +27,34 @@ const ENOUGH: usize = 30_000;
 /// Those by which it is told which mistakes can be made in a kind of workload.
 const FIRST: u64 = 3;
 
+/// What is none of the barriers that a power failure finds the lack of: in which file, how many, and why.
+const OTHERS: [(&str, usize, &str); 8] = [
+    (
+        "amend/mod.rs",
+        2,
+        "gives back space, and looks at counts, that closing writes",
+    ),
+    ("bitmaps/live.rs", 4, "gives back space, at worst later"),
+    ("bitmaps/change.rs", 2, "gives back space, at worst later"),
+    ("bitmaps/tracked.rs", 1, "gives back space, at worst later"),
+    (
+        "check/refcounts.rs",
+        2,
+        "a repair that was broken off is repeated",
+    ),
+    ("io.rs", 1, "bounds memory"),
+    (
+        "resize.rs",
+        3,
+        "bounds memory; gives back the space of what a shrink has cut off",
+    ),
+    (
+        "preallocate.rs",
+        1,
+        "at worst the last cluster of the old disk has no space",
+    ),
+];
+
 /// What is explored: numbers of scenarios, and behind them those of setups, and of faults.
 const SUBJECTS: usize = SCENARIOS.len() + SETUPS.len();
 const FAULTS: usize = SUBJECTS;
@@ -91,14 +119,22 @@ fn hunt(mutation: Mutation, subjects: &[usize], tally: &mut Tally) -> Option<Str
     None
 }
 
+/// In which file of the engine the mistake is, or which it is.
+fn file_of(mutation: Mutation) -> String {
+    let file = match mutation {
+        Mutation::Without(place) => place.file(),
+        Mutation::Mistake(mistake) => mistake,
+    };
+    file.rsplit_once("src/")
+        .map_or(file, |(_, file)| file)
+        .to_owned()
+}
+
 fn describe(mutation: Mutation) -> String {
+    let file = file_of(mutation);
     match mutation {
-        Mutation::Without(place) => {
-            let file = place.file();
-            let file = file.rsplit_once("src/").map_or(file, |(_, file)| file);
-            format!("without {file}:{}:{}", place.line(), place.column())
-        }
-        Mutation::Mistake(mistake) => mistake.to_owned(),
+        Mutation::Without(place) => format!("without {file}:{}:{}", place.line(), place.column()),
+        Mutation::Mistake(_) => file,
     }
 }
 
@@ -112,7 +148,8 @@ pub fn explore(threads: usize) -> ExitCode {
         }
     }));
     let all: Vec<_> = opportunities().into_iter().collect();
-    let (next, missed) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    let next = AtomicUsize::new(0);
+    let missed: Mutex<BTreeMap<String, usize>> = Mutex::default();
     let output = Mutex::new(());
     thread::scope(|scope| {
         for _ in 0..threads {
@@ -130,7 +167,11 @@ pub fn explore(threads: usize) -> ExitCode {
                             println!("{name}: found after {states} states: {found}");
                         }
                         None => {
-                            missed.fetch_add(1, Ordering::Relaxed);
+                            *missed
+                                .lock()
+                                .unwrap()
+                                .entry(file_of(*mutation))
+                                .or_default() += 1;
                             println!("{name}: NOT FOUND in {states} states");
                         }
                     }
@@ -138,8 +179,15 @@ pub fn explore(threads: usize) -> ExitCode {
             });
         }
     });
-    let missed = missed.into_inner();
-    println!("{} mistakes, {missed} not found", all.len());
+    let mut missed = missed.into_inner().unwrap();
+    for (file, count, why) in OTHERS {
+        if let Some(left) = missed.get_mut(&format!("qcow2/{file}")) {
+            println!("{file}: {left} not found, {count} are no such barriers: {why}");
+            *left = left.saturating_sub(count);
+        }
+    }
+    let missed: usize = missed.values().sum();
+    println!("{} mistakes, {missed} more not found", all.len());
     match missed {
         0 => ExitCode::SUCCESS,
         _ => ExitCode::FAILURE,

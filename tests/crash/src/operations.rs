@@ -280,7 +280,8 @@ fn raw(byte: u8) -> Box<dyn Disk> {
 
 fn open_on(image: Memory, backing: Option<Box<dyn Disk>>) -> Qcow2 {
     let options = OpenOptions::default();
-    Qcow2::with_backing(Path::new("image"), Box::new(image), None, backing, &options).unwrap()
+    let (name, backing) = (Path::new("image"), backing.map(Into::into));
+    Qcow2::with_backing(name, Box::new(image), None, backing, &options).unwrap()
 }
 
 /// The disk reads the same on whatever the header names, at any time.

@@ -83,8 +83,8 @@ fn open(image: Memory, data: Memory) -> Qcow2 {
     tandem_block::Storage::read_bytes_at(&image, &mut cluster, 0).unwrap();
     let said = said(&cluster);
     let backing = said.backing_file.map(|name| match name.ends_with(b"base") {
-        true => raw(7),
-        false => raw(5),
+        true => raw(7).into(),
+        false => raw(5).into(),
     });
     let has_data_file = said.features[0] & 4 != 0;
     let data = has_data_file.then(|| Box::new(data) as _);
@@ -234,7 +234,7 @@ fn filled(setup: &Setup) -> Files {
         Memory::plain(Which::Image, &image),
         Memory::plain(Which::Data, &data),
     );
-    fill(&disk, 3000, 20_000, 9);
+    fill(&disk, 3000, 24_000, 9);
     drop(disk);
     let [image, data] = [image, data].map(|bytes| bytes.lock().unwrap().clone());
     Files { image, data }
@@ -495,4 +495,43 @@ pub fn growing_with_space(run: &mut Run) {
             rewriting(run, &what, seed, &start, change);
         }
     }
+}
+
+/// A shrink that power has interrupted leaves what was behind the end; a disk that grows afterwards does
+/// not show it.
+pub fn growing_after_an_interrupted_shrink(run: &mut Run) {
+    const LESS: u64 = (20 << 10) + 512;
+    let kinds = [Kind::Internal, Kind::External, Kind::Packed];
+    let all = [512, 4096, 8192].into_iter();
+    for (seed, (kind, cluster_size)) in
+        run.rounds(all.flat_map(|size| kinds.map(|kind| (kind, size))))
+    {
+        let mut start = filled(&Setup::new(kind, 3, cluster_size));
+        if kind == Kind::Internal && cluster_size == 4096 {
+            compress_at(&mut start, LESS / cluster_size * cluster_size);
+        }
+        let size = start.image[24..32].to_vec();
+        start.image[24..32].copy_from_slice(&LESS.to_be_bytes());
+        let change = |disk: Qcow2| {
+            disk.resize(u64::from_be_bytes(size[..].try_into().unwrap()))?;
+            disk.close()
+        };
+        let what = format!("after a shrink, {kind:?} {cluster_size}");
+        rewriting(run, &what, seed, &start, change);
+    }
+}
+
+/// The cluster at `offset` is compressed.
+fn compress_at(files: &mut Files, offset: u64) {
+    let [image, data] = files.shared();
+    let disk = open(
+        Memory::plain(Which::Image, &image),
+        Memory::plain(Which::Data, &data),
+    );
+    let cluster = disk
+        .compress(vec![9; disk.cluster_size() as usize])
+        .unwrap();
+    disk.write_compressed(cluster, offset).unwrap();
+    drop(disk);
+    *files = Files::of(&image, &data);
 }

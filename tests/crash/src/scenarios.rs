@@ -8,7 +8,7 @@ use crate::{commits, operations, rewrites};
 /// Explores an operation; a violation panics.
 pub type Scenario = fn(&mut Run);
 
-pub const SCENARIOS: [(&str, Scenario); 15] = [
+pub const SCENARIOS: [(&str, Scenario); 16] = [
     ("taking-a-snapshot", operations::taking_a_snapshot),
     ("applying-a-snapshot", operations::applying_a_snapshot),
     ("deleting-a-snapshot", operations::deleting_a_snapshot),
@@ -30,6 +30,10 @@ pub const SCENARIOS: [(&str, Scenario); 15] = [
     ("committing", commits::committing),
     ("emptying-a-data-file", commits::emptying_a_data_file),
     ("growing-with-space", rewrites::growing_with_space),
+    (
+        "growing-after-an-interrupted-shrink",
+        rewrites::growing_after_an_interrupted_shrink,
+    ),
 ];
 
 /// Explores `scenario`; what it panics with is an error.

@@ -32,7 +32,7 @@ pub enum Kind {
 /// Name of the snapshot that there is at first.
 pub const SNAPSHOT: &[u8] = b"before";
 /// Name of the bitmap.
-const BITMAP: &[u8] = b"changes";
+pub const BITMAP: &[u8] = b"changes";
 
 /// An image to explore.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -230,7 +230,7 @@ impl Setup {
             let base = Arc::new(Mutex::new(self.initial_bytes()));
             let base = Memory::plain(Which::Data, &base);
             let base = Raw::with_storage(Path::new(Self::BASE), Box::new(base), true)?;
-            Some(Box::new(base) as _)
+            Some(Arc::new(base) as _)
         } else {
             None
         };

@@ -2,13 +2,16 @@
 
 use std::ops::Range;
 
-use tandem_block::qcow2::{AmendOptions, OpenOptions, Qcow2};
+use tandem_block::qcow2::{AmendOptions, BitmapAction, OpenOptions, Qcow2};
 use tandem_block::{Disk, LiveDisk, Result};
 use vm_memory::VolatileSlice;
 
 use crate::random::Random;
-use crate::setup::{Kind, Operations, SNAPSHOT, Setup};
+use crate::setup::{BITMAP, Kind, Operations, SNAPSHOT, Setup};
 use crate::storage::{Memory, SECTOR, sector_bytes};
+
+/// Name of a bitmap that comes and goes.
+const OTHER_BITMAP: &[u8] = b"other";
 
 /// A request of the guest, or an operation. Sectors are counted in units of 512 bytes.
 #[derive(Clone, Debug)]
@@ -52,6 +55,11 @@ pub enum Op {
         snapshot: u64,
     },
     Amend(Amendment),
+    /// The bitmap that follows changes forgets what it has seen.
+    ClearBitmap,
+    /// Another bitmap is added or removed.
+    AddBitmap,
+    RemoveBitmap,
 }
 
 /// What of the header is amended.
@@ -138,6 +146,8 @@ pub struct Maker<'a> {
     /// Numbers of the snapshots, and sectors of the disk when they were taken.
     snapshots: Vec<(u64, u64)>,
     version: u32,
+    /// There is another bitmap.
+    has_other: bool,
     /// The stamp of the next write.
     pub stamp: u64,
     /// Whether the disk changes its size.
@@ -156,6 +166,7 @@ impl<'a> Maker<'a> {
             sectors,
             snapshots: has_snapshot.then_some((0, sectors)).into_iter().collect(),
             version: setup.version,
+            has_other: false,
             stamp: 1,
             resizes: true,
             operates: true,
@@ -202,6 +213,9 @@ impl<'a> Maker<'a> {
             (Operations::Amendments, 3) if self.setup.version == 3 => {
                 Op::Amend(Amendment::RefcountBits(1 << (3 + random.below(4))))
             }
+            (_, 1) if self.setup.bitmap => Op::ClearBitmap,
+            (_, 2) if self.setup.bitmap && !self.has_other => Op::AddBitmap,
+            (_, 2) if self.setup.bitmap => Op::RemoveBitmap,
             _ => Op::Reopen,
         }
     }
@@ -274,6 +288,8 @@ impl<'a> Maker<'a> {
             }
             Op::Delete { snapshot } => self.snapshots.retain(|(number, _)| number != snapshot),
             Op::Amend(Amendment::Version(version)) => self.version = *version,
+            Op::AddBitmap => self.has_other = true,
+            Op::RemoveBitmap => self.has_other = false,
             _ => {}
         }
     }
@@ -289,6 +305,8 @@ impl<'a> Maker<'a> {
             let known = match op {
                 Op::Apply { snapshot } | Op::Delete { snapshot } => has(snapshot),
                 Op::Amend(Amendment::LazyRefcounts(_)) => maker.version == 3,
+                Op::AddBitmap => !maker.has_other,
+                Op::RemoveBitmap => maker.has_other,
                 Op::Compress { sector, count, .. } => {
                     *count * SECTOR as u64 == setup.cluster_size || sector + count == maker.sectors
                 }
@@ -387,6 +405,17 @@ pub fn request(disk: &LiveDisk, op: &Op) -> Result<()> {
         } => disk.write_zeroes(sector * LEN, count * LEN, unmap),
         Op::Discard { sector, count } => disk.discard(sector * LEN, count * LEN),
         Op::Resize { sectors } => disk.resize(sectors * LEN),
+        Op::ClearBitmap => disk.change_bitmaps(&[BitmapAction::Clear {
+            name: BITMAP.to_vec(),
+        }]),
+        Op::AddBitmap => disk.change_bitmaps(&[BitmapAction::Add {
+            name: OTHER_BITMAP.to_vec(),
+            granularity: None,
+            enabled: true,
+        }]),
+        Op::RemoveBitmap => disk.change_bitmaps(&[BitmapAction::Remove {
+            name: OTHER_BITMAP.to_vec(),
+        }]),
         _ => disk.flush(),
     }
 }

@@ -4,6 +4,7 @@ mod abrupt;
 mod disks;
 mod features;
 mod fio;
+mod forks;
 mod machine;
 mod operate;
 mod roundtrip;
@@ -20,6 +21,7 @@ pub fn all() -> Vec<Case> {
         roundtrip::cases(),
         served::cases(),
         disks::cases(),
+        forks::cases(),
         abrupt::cases(),
         machine::cases(),
     ]

@@ -3,17 +3,18 @@
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::{fs, io};
+use std::time::Duration;
+use std::{fs, io, thread};
 
 use proptest::prelude::*;
 use tandem_block::qcow2::{Info, OpenOptions, Qcow2};
 use tandem_block::{Disk, Error, FileStorage, Storage};
 use vm_memory::VolatileSlice;
 
-use crate::qemu::{Image, Kind, command, write};
+use crate::qemu::{Image, Kind, at_once, command, write};
 
-const KINDS: [Kind; 3] = [Kind::Internal, Kind::External, Kind::Raw];
-const SIZE: u64 = (8 << 20) + 1536;
+pub const KINDS: [Kind; 3] = [Kind::Internal, Kind::External, Kind::Raw];
+pub const SIZE: u64 = (8 << 20) + 1536;
 
 /// An image with bitmaps of two granularities that follow changes, and one that does not.
 fn image(kind: Kind) -> Image {
@@ -40,7 +41,7 @@ fn image_of(kind: Kind, size: u64) -> Image {
 }
 
 /// The dirty parts of a bitmap as QEMU reads it: start and end in bytes.
-fn dirty(image: &Image, name: &str) -> Vec<(u64, u64)> {
+pub fn dirty(image: &Image, name: &str) -> Vec<(u64, u64)> {
     let socket = image.path().with_file_name("nbd.sock");
     let path = image.path();
     let mut server = Server::start(&[
@@ -57,6 +58,11 @@ fn dirty(image: &Image, name: &str) -> Vec<(u64, u64)> {
         "driver=nbd,server.type=unix,server.path={},x-dirty-bitmap=qemu:dirty-bitmap:{name}",
         socket.display()
     );
+    // What asks too early has to be started again.
+    while !socket.exists() {
+        assert!(server.0.try_wait().unwrap().is_none());
+        thread::sleep(Duration::from_millis(1));
+    }
     let map = loop {
         let map = command(
             "qemu-img",
@@ -68,6 +74,8 @@ fn dirty(image: &Image, name: &str) -> Vec<(u64, u64)> {
         assert!(server.0.try_wait().unwrap().is_none(), "{map:?}");
     };
     drop(server);
+    // It is left if the server was stopped before it had ended by itself.
+    drop(fs::remove_file(&socket));
     let map: Vec<serde_json::Value> = serde_json::from_slice(&map.stdout).unwrap();
     let mut ranges: Vec<(u64, u64)> = Vec::new();
     // What is dirty is shown as a hole.
@@ -103,7 +111,7 @@ impl Drop for Server {
 }
 
 /// The dirty parts of a disk of `size` bytes after `changes`, at a granularity.
-fn expected(size: u64, changes: &[(u64, u64)], granularity: u64) -> Vec<(u64, u64)> {
+pub fn expected(size: u64, changes: &[(u64, u64)], granularity: u64) -> Vec<(u64, u64)> {
     let mut ranges: Vec<(u64, u64)> = Vec::new();
     for bit in 0..size.div_ceil(granularity) {
         let (start, end) = (bit * granularity, size.min((bit + 1) * granularity));
@@ -194,9 +202,7 @@ proptest! {
 
     #[test]
     fn changes_are_followed(ops in ops()) {
-        for kind in KINDS {
-            run(kind, &ops);
-        }
+        at_once(KINDS, |kind| run(kind, &ops));
     }
 }
 
@@ -384,9 +390,9 @@ fn tables_of_bitmaps_that_overlap_are_refused() {
 
 /// The file whose header cannot be written from some time on.
 #[derive(Debug)]
-struct NoHeader {
-    file: FileStorage,
-    fails: Arc<AtomicBool>,
+pub struct NoHeader {
+    pub file: FileStorage,
+    pub fails: Arc<AtomicBool>,
 }
 
 impl Storage for NoHeader {
@@ -400,7 +406,7 @@ impl Storage for NoHeader {
         self.file.read_bytes_at(buf, offset)
     }
     fn write_bytes_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
-        if offset < 104 && self.fails.load(Ordering::Relaxed) {
+        if offset < 65536 && self.fails.load(Ordering::Relaxed) {
             return Err(io::Error::from_raw_os_error(libc::EIO));
         }
         self.file.write_bytes_at(buf, offset)

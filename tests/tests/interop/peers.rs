@@ -314,7 +314,7 @@ fn data_of_its_own_needs_no_backing_file() {
         &name,
         Box::new(storage),
         None,
-        Some(Box::new(backing)),
+        Some(Arc::new(backing)),
         &options,
     );
     let disk = disk.unwrap();

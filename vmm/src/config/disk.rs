@@ -6,10 +6,11 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
-use tandem_block::qcow2::{BackingFormat, Follow};
+use tandem_block::qcow2::{BackingFormat, Follow, OverlayPlace};
 use tandem_block::{CacheMode, FileOptions, Locking};
 use tandem_devices::virtio::block::{Rate, RateLimits, Serial};
 
+use super::overlay::OverlayKeys;
 use super::{Config, Error, lossy, os_path, parse_memory};
 
 /// Most memory for the L2 tables of a disk: it would hold those of 256 TiB in clusters of 64 KiB.
@@ -32,6 +33,8 @@ pub struct DiskConfig {
     pub format: DiskFormat,
     /// Whether the guest is kept from writing.
     pub read_only: bool,
+    /// What takes the guest's writes in place of the image, which is only read then, and can be shared.
+    pub overlay: Option<OverlayPlace>,
     /// External data file to use instead of the one that a qcow2 header names.
     pub data_file: Option<PathBuf>,
     /// Where the names of files in a qcow2 image may lead; `None` is the engine's default.
@@ -96,6 +99,7 @@ impl DiskConfig {
             path: path.into(),
             format: DiskFormat::default(),
             read_only: false,
+            overlay: None,
             data_file: None,
             follow: None,
             backing_format: None,
@@ -115,6 +119,7 @@ impl DiskConfig {
         let path = parts.next().filter(|path| !path.is_empty());
         let mut disk = Self::new(os_path(path.ok_or(Error::DiskPath)?));
         let mut rates = RateKeys::default();
+        let mut overlay = OverlayKeys::default();
         let mut seen: Vec<Vec<u8>> = Vec::new();
         for part in parts {
             let at = part
@@ -122,7 +127,10 @@ impl DiskConfig {
                 .position(|b| *b == b'=')
                 .ok_or_else(|| Error::DiskOption(lossy(&part)))?;
             let (key, value) = (&part[..at], &part[at + 1..]);
-            if !(disk.set_file(key, value)? || disk.set_device(key, value, &mut rates)?) {
+            let is_known = disk.set_file(key, value)?
+                || disk.set_device(key, value, &mut rates)?
+                || overlay.set(key, value)?;
+            if !is_known {
                 return Err(Error::DiskKey(lossy(key)));
             }
             if seen.iter().any(|k| k == key) {
@@ -131,11 +139,18 @@ impl DiskConfig {
             seen.push(key.to_owned());
         }
         disk.rate = rates.limits()?;
+        disk.overlay = overlay.place()?;
+        disk.check_overlay()?;
+        let has_overlay = disk.overlay.is_some();
         let qcow2_only = [
             (disk.data_file.is_some(), "data-file"),
-            (disk.follow.is_some(), "follow"),
             (disk.backing_format.is_some(), "backing-format"),
-            (disk.l2_cache_size.is_some(), "l2-cache-size"),
+            // An overlay is qcow2 whatever it lies on.
+            (disk.follow.is_some() && !has_overlay, "follow"),
+            (
+                disk.l2_cache_size.is_some() && !has_overlay,
+                "l2-cache-size",
+            ),
         ];
         match qcow2_only.into_iter().find(|(is_given, _)| *is_given) {
             Some((_, key)) if disk.format == DiskFormat::Raw => Err(Error::RawDisk(key)),
@@ -222,6 +237,14 @@ impl DiskConfig {
         Ok(true)
     }
 
+    /// Refuses a disk that cannot be written with an overlay that takes the writes.
+    pub(crate) fn check_overlay(&self) -> Result<(), Error> {
+        if self.overlay.is_some() && self.read_only {
+            return Err(Error::DiskKeysExclude("readonly=on", "overlay"));
+        }
+        Ok(())
+    }
+
     /// The number of queues, in a machine with `cpus` CPUs.
     pub fn queue_count(&self, cpus: u8) -> u16 {
         let default = u16::from(cpus).min(Self::DEFAULT_QUEUES);
@@ -250,7 +273,7 @@ fn rate(
     let Some(per_second) = per_second else {
         return match burst {
             None => Ok(None),
-            Some(_) => Err(Error::DiskBurst(burst_key, key)),
+            Some(_) => Err(Error::DiskKeyAlone(burst_key, key)),
         };
     };
     let burst = burst.unwrap_or((per_second / BURST_PARTS).max(1));
@@ -296,7 +319,7 @@ fn bytes(key: &'static str, value: &[u8]) -> Result<u64, Error> {
     size.ok_or_else(|| wrong(key, value, expected))
 }
 
-fn wrong(key: &'static str, value: &[u8], expected: impl Into<String>) -> Error {
+pub(super) fn wrong(key: &'static str, value: &[u8], expected: impl Into<String>) -> Error {
     Error::DiskValue {
         key,
         value: lossy(value),
@@ -389,6 +412,9 @@ mod tests {
             "a,readonly=yes",
             "a,format=vmdk",
             "a,data-file=",
+            "a,overlay=",
+            "a,overlay=temp,overlay-data-file=",
+            "a,overlay=temp,overlay-dir=",
             "a,follow=me",
             "a,cache=",
             "a,locking=auto",
@@ -415,7 +441,10 @@ mod tests {
             let text = format!("a,serial={serial}");
             assert!(matches!(error(&text), Error::DiskSerial(_)), "{text}");
         }
-        assert_eq!(error("a,bw-burst=1M"), Error::DiskBurst("bw-burst", "bw"));
+        assert_eq!(
+            error("a,bw-burst=1M"),
+            Error::DiskKeyAlone("bw-burst", "bw")
+        );
         let message = error("a,queues=99999999999999999999").to_string();
         assert_eq!(
             message,

@@ -7,11 +7,14 @@ use std::time::{Duration, Instant};
 use rustix::net::{SendFlags, send, sockopt};
 use rustix::process::geteuid;
 
-use super::Control;
 use super::protocol::{self, MAX_LINE, RequestError};
+use super::{Control, VmState};
 
 /// How long a client may take to make room for an answer, before it is given up.
 const PATIENCE: Duration = Duration::from_secs(1);
+
+/// How long a client may take no byte of what follows an answer.
+const PAYLOAD_PATIENCE: Duration = Duration::from_secs(30);
 
 /// Serves a client until it has gone, cannot be understood any more, or takes no answers.
 pub(super) fn serve(control: &Control, stream: &UnixStream) -> io::Result<()> {
@@ -20,6 +23,7 @@ pub(super) fn serve(control: &Control, stream: &UnixStream) -> io::Result<()> {
     }
     let mut reader = BufReader::new(stream);
     let mut line = Vec::new();
+    let mut payload = Vec::new();
     loop {
         line.clear();
         // One byte more than there may be, and the end of the line.
@@ -34,7 +38,8 @@ pub(super) fn serve(control: &Control, stream: &UnixStream) -> io::Result<()> {
             return write(stream, &RequestError::TooLong.answer(None));
         }
         if !text.is_empty() {
-            write(stream, &protocol::answer(control, text))?;
+            write(stream, &protocol::answer(control, text, &mut payload))?;
+            write_payload(control, stream, &payload)?;
         }
     }
 }
@@ -56,6 +61,26 @@ pub(super) fn write(stream: &UnixStream, line: &str) -> io::Result<()> {
         match send(stream, rest, SendFlags::NOSIGNAL) {
             Ok(count) => rest = &rest[count..],
             Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
+}
+
+/// Sends what follows an answer. A client may take its time for it, unless the VM ends.
+fn write_payload(control: &Control, stream: &UnixStream, bytes: &[u8]) -> io::Result<()> {
+    let mut rest = bytes;
+    let mut end = Instant::now() + PAYLOAD_PATIENCE;
+    stream.set_write_timeout(Some(PATIENCE))?;
+    while !rest.is_empty() {
+        match send(stream, rest, SendFlags::NOSIGNAL) {
+            Ok(count) => {
+                rest = &rest[count..];
+                end = Instant::now() + PAYLOAD_PATIENCE;
+            }
+            Err(rustix::io::Errno::INTR) => {}
+            Err(rustix::io::Errno::AGAIN)
+                if Instant::now() < end && control.state() != VmState::Ended => {}
             Err(error) => return Err(error.into()),
         }
     }

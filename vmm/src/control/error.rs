@@ -11,6 +11,10 @@ pub enum ControlError {
     #[error("there is no disk {0}")]
     NoSuchDisk(String),
 
+    /// There is no such backup, or it has ended.
+    #[error("there is no backup {0}")]
+    NoSuchBackup(tandem_block::BackupId),
+
     /// The VM has ended, or is about to.
     #[error("the VM has ended")]
     Ended,
@@ -41,6 +45,10 @@ pub enum ControlError {
         /// Why.
         source: tandem_block::Error,
     },
+
+    /// There is no such job.
+    #[error("there is no job {0}")]
+    NoSuchJob(u64),
 
     /// The host could not do it.
     #[error("could not {action}: {source}")]

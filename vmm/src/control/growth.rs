@@ -1,11 +1,12 @@
 //! Disks on block devices that grow while the VM runs.
 
 use std::sync::mpsc::{self, RecvTimeoutError};
-use std::thread::{Builder, JoinHandle};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use super::Control;
-use crate::error::{HostContext, Result};
+use crate::error::Result;
+use crate::sandbox::{self, Role};
 
 /// How often a device is asked for its size: the system tells nobody of a change.
 const INTERVAL: Duration = Duration::from_secs(2);
@@ -38,10 +39,9 @@ impl GrowthWatch {
         }
         let (end, ended) = mpsc::channel();
         let control = control.clone();
-        let thread = Builder::new()
-            .name("device-growth".to_owned())
-            .spawn(move || watch(&control, disks, &ended))
-            .host("start the thread that watches block devices")?;
+        let role = control.confined(Role::Watch);
+        let body = move || watch(&control, disks, &ended);
+        let thread = sandbox::spawn("device-growth".to_owned(), role, body)?;
         Ok(Some(Self {
             end: Some(end),
             thread: Some(thread),

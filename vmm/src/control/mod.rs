@@ -1,9 +1,13 @@
 //! Operating a VM while it runs: what its owner can ask for, by [`Control`] or over a
 //! [socket](ControlSocket).
 
+mod backup;
+mod bitmaps;
 mod client;
 mod error;
 mod growth;
+mod images;
+mod jobs;
 mod protocol;
 mod socket;
 
@@ -17,12 +21,16 @@ use rustix::io::Errno;
 use serde::{Serialize, Serializer};
 use tandem_devices::virtio::block::{Handle, Stats};
 
-use crate::disk::Image;
+use crate::disk::{self, Image};
 use crate::exit::{Exit, ExitReason};
 use crate::gate::Gate;
+use crate::sandbox::Role;
 
+pub use backup::BackupInfo;
 pub use error::ControlError;
 pub(crate) use growth::GrowthWatch;
+pub use images::CommitBase;
+pub use jobs::JobInfo;
 pub use socket::ControlSocket;
 
 /// The means to operate a VM, from any thread, before it runs, while it runs and when it has ended.
@@ -53,6 +61,8 @@ struct Shared {
     /// Held by whoever pauses or resumes.
     pausing: Mutex<()>,
     is_paused: AtomicBool,
+    jobs: jobs::Jobs,
+    backups: Mutex<Vec<backup::Running>>,
 }
 
 /// A disk to operate.
@@ -69,6 +79,8 @@ pub(crate) struct MachineInfo {
     pub cpus: u8,
     pub memory: u64,
     pub started: Instant,
+    /// Whether its threads are confined.
+    pub seccomp: bool,
 }
 
 /// What a VM is doing.
@@ -144,6 +156,8 @@ impl Control {
             under_way: RwLock::default(),
             pausing: Mutex::default(),
             is_paused: AtomicBool::new(false),
+            jobs: jobs::Jobs::default(),
+            backups: Mutex::default(),
         }))
     }
 
@@ -293,14 +307,21 @@ impl Control {
         self.0.exit.end(Ok(ExitReason::Stopped));
     }
 
-    /// Waits for the operations that are under way. The VM has ended, so no others begin.
+    /// Waits for the operations that are under way, and ends those that take time. The VM has ended, so
+    /// no others begin.
     pub(crate) fn finish(&self) {
+        self.0.jobs.cancel_all();
         drop(
             self.0
                 .under_way
                 .write()
                 .unwrap_or_else(PoisonError::into_inner),
         );
+    }
+
+    /// `role`, if the threads of the VM are to be confined.
+    pub(crate) fn confined(&self, role: Role) -> Option<Role> {
+        self.0.machine.seccomp.then_some(role)
     }
 
     pub(crate) fn operated(&self) -> &[Operated] {
@@ -341,11 +362,13 @@ impl Operated {
     /// The size of the file or device that the disk has its own from.
     fn size_below(&self) -> Result<u64, ControlError> {
         match self.host_size()? {
-            Some((size, kind)) if kind == FileType::BlockDevice || self.image.kind == "raw" => {
-                Ok(size)
-            }
+            Some((size, kind)) if kind == FileType::BlockDevice || self.is_raw() => Ok(size),
             _ => Err(ControlError::NeedsSize),
         }
+    }
+
+    fn is_raw(&self) -> bool {
+        self.image.disk.with_image(|image| image.qcow2().is_none())
     }
 
     /// The size of the block device that the disk has its own from.
@@ -362,7 +385,7 @@ impl Operated {
             source: source.into(),
         };
         self.image.disk.with_image(|image| {
-            let file = match self.image.kind {
+            let file = match disk::describe(image).kind {
                 "raw" | "external" | "external-raw" => image.disk().host_file(),
                 _ => None,
             };
@@ -377,13 +400,14 @@ impl Operated {
     fn info(&self, index: usize) -> DiskInfo {
         let disk = self.handle.disk();
         let limits = disk.limits();
+        let image = self.image.describe();
         DiskInfo {
             index,
             name: device_name(index),
-            path: self.image.path.clone(),
-            format: self.image.format.name(),
-            kind: self.image.kind,
-            data_file: self.image.data_file.clone(),
+            path: image.path,
+            format: image.format.name(),
+            kind: image.kind,
+            data_file: image.data_file,
             size: disk.size(),
             read_only: limits.read_only,
             write_cache: limits.write_cache,
@@ -393,7 +417,7 @@ impl Operated {
 
     fn error(&self, source: tandem_block::Error) -> ControlError {
         ControlError::Disk {
-            path: self.image.path.clone(),
+            path: self.image.path(),
             source,
         }
     }

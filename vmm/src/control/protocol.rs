@@ -1,4 +1,9 @@
-//! The language of the control socket: a request on a line, and its answer on a line.
+//! The language of the control socket: a request on a line, and its answer on a line, which may be
+//! followed by bytes.
+
+mod backup;
+mod bitmaps;
+mod images;
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -20,8 +25,10 @@ pub(super) enum RequestError {
     #[error("the request has no \"command\" that is a string")]
     NoCommand,
     #[error(
-        "unknown command '{0}'; known are status, disks, metrics, flush, pause, resume, resize and \
-         shutdown"
+        "unknown command '{0}'; known are status, disks, metrics, flush, pause, resume, resize, \
+         shutdown, commit, rebase, fork, jobs, job-cancel, bitmaps, bitmap-add, bitmap-remove, \
+         bitmap-enable, bitmap-disable, bitmap-clear, bitmap-merge, bitmap-transaction, backups, \
+         backup-begin, backup-read and backup-end"
     )]
     UnknownCommand(String),
     #[error("{0}")]
@@ -45,9 +52,15 @@ impl RequestError {
             Self::NotPermitted => "not-permitted",
             Self::Control(error) => match error {
                 ControlError::NoSuchDisk(_) => "no-such-disk",
+                ControlError::NoSuchJob(_) => "no-such-job",
+                ControlError::NoSuchBackup(_) => "no-such-backup",
                 ControlError::Ended => "ended",
                 ControlError::WouldShrink { .. } => "would-shrink",
                 ControlError::NeedsSize => "needs-size",
+                ControlError::Disk {
+                    source: tandem_block::Error::Backup(_),
+                    ..
+                } => "backup",
                 ControlError::Disk { .. } => "disk",
                 ControlError::Host { .. } => "host",
             },
@@ -80,14 +93,16 @@ struct ResizeArguments {
     shrink: bool,
 }
 
-/// Carries out the request in `text`, and returns the line that answers it.
-pub(super) fn answer(control: &Control, text: &[u8]) -> String {
+/// Carries out the request in `text`, and returns the line that answers it. The bytes that follow the
+/// line are put into `payload`.
+pub(super) fn answer(control: &Control, text: &[u8], payload: &mut Vec<u8>) -> String {
+    payload.clear();
     let mut request = match serde_json::from_slice::<Map<String, Value>>(text) {
         Ok(request) => request,
         Err(error) => return RequestError::Syntax(error.to_string()).answer(None),
     };
     let id = request.shift_remove("id");
-    match carry_out(control, request) {
+    match carry_out(control, request, payload) {
         Ok(result) => line(id, "ok", result),
         Err(error) => error.answer(id),
     }
@@ -102,17 +117,28 @@ fn line(id: Option<Value>, key: &str, value: Value) -> String {
     format!("{}\n", Value::Object(answer))
 }
 
-fn carry_out(control: &Control, mut request: Map<String, Value>) -> Result<Value, RequestError> {
+fn carry_out(
+    control: &Control,
+    mut request: Map<String, Value>,
+    payload: &mut Vec<u8>,
+) -> Result<Value, RequestError> {
     let Some(Value::String(command)) = request.shift_remove("command") else {
         return Err(RequestError::NoCommand);
     };
     match command.as_str() {
         "flush" => flush(control, arguments(&command, request)?),
         "resize" => resize(control, arguments(&command, request)?),
-        "status" | "disks" | "metrics" | "pause" | "resume" | "shutdown" => {
+        "commit" | "rebase" | "fork" | "job-cancel" => {
+            images::carry_out(control, &command, request)
+        }
+        "backup-begin" => backup::begin(control, arguments(&command, request)?),
+        "backup-read" => backup::read(control, &arguments(&command, request)?, payload),
+        "backup-end" => backup::end(control, &arguments(&command, request)?),
+        "status" | "disks" | "metrics" | "jobs" | "pause" | "resume" | "backups" | "shutdown" => {
             let NoArguments {} = arguments(&command, request)?;
             simple(control, &command)
         }
+        _ if command.starts_with("bitmap") => bitmaps::carry_out(control, command, request),
         _ => Err(RequestError::UnknownCommand(command)),
     }
 }
@@ -121,7 +147,9 @@ fn carry_out(control: &Control, mut request: Map<String, Value>) -> Result<Value
 fn simple(control: &Control, command: &str) -> Result<Value, RequestError> {
     match command {
         "disks" => Ok(json!({"disks": value(&control.disks())})),
+        "backups" => Ok(json!({"backups": value(&control.backups())})),
         "metrics" => Ok(value(&control.metrics())),
+        "jobs" => Ok(json!({"jobs": value(&control.jobs())})),
         "pause" => control.pause().map(|()| state(control)),
         "resume" => control.resume().map(|()| state(control)),
         "shutdown" => {
@@ -143,7 +171,8 @@ fn flush(control: &Control, arguments: FlushArguments) -> Result<Value, RequestE
 
 fn resize(control: &Control, arguments: ResizeArguments) -> Result<Value, RequestError> {
     let index = find(control, &arguments.disk)?;
-    let size = arguments.size.as_ref().map(bytes).transpose()?;
+    let size = arguments.size.as_ref();
+    let size = size.map(|size| bytes("size", size)).transpose()?;
     let size = control.resize(index, size, arguments.shrink)?;
     Ok(json!({"size": size}))
 }
@@ -184,15 +213,15 @@ fn find(control: &Control, disk: &Value) -> Result<usize, RequestError> {
     .ok_or_else(none)
 }
 
-/// A size in bytes, or text with a unit.
-fn bytes(size: &Value) -> Result<u64, RequestError> {
-    let bytes = match size {
+/// The value of the argument `name`: a number of bytes, or text with a unit.
+fn bytes(name: &str, value: &Value) -> Result<u64, RequestError> {
+    let bytes = match value {
         Value::String(text) => parse_memory(text).ok(),
-        _ => size.as_u64(),
+        _ => value.as_u64(),
     };
     bytes.ok_or_else(|| {
         let what = "is neither a number of bytes nor text with a unit, as in \"20G\"";
-        RequestError::Argument(format!("size: {size} {what}"))
+        RequestError::Argument(format!("{name}: {value} {what}"))
     })
 }
 

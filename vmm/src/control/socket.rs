@@ -10,8 +10,9 @@ use std::time::Duration;
 
 use super::protocol::RequestError;
 use super::{Control, client};
-use crate::error::{HostContext, Result};
+use crate::error::Result;
 use crate::private_socket::PrivateSocket;
+use crate::sandbox::{self, Role};
 
 /// Most clients at a time. Each one has a thread.
 const MAX_CLIENTS: usize = 16;
@@ -19,7 +20,8 @@ const MAX_CLIENTS: usize = 16;
 const RETRY_INTERVAL: Duration = Duration::from_millis(100);
 
 /// A Unix socket over which programs of the same user operate a VM. The README describes the
-/// language. Dropping it disconnects all clients, and removes the socket's file.
+/// language. Clients wait until it is [served](Self::serve). Dropping it disconnects them all, and
+/// removes the socket's file.
 pub struct ControlSocket {
     socket: PrivateSocket,
     is_over: Arc<AtomicBool>,
@@ -27,25 +29,29 @@ pub struct ControlSocket {
 }
 
 impl ControlSocket {
-    /// Makes a socket at `path` that operates a VM through `control`. Its file is the user's alone. A
-    /// socket that a process has left there is replaced; anything else stays, and is an error.
+    /// Makes a socket at `path`. Its file is the user's alone. A socket that a process has left there is
+    /// replaced; anything else stays, and is an error.
     ///
     /// # Errors
-    /// Those of a socket that cannot be made; [`Error::Host`].
-    pub fn bind(path: &Path, control: Control) -> Result<Self> {
-        let socket = PrivateSocket::bind(path)?;
-        let listener = socket.listener();
-        let is_over = Arc::new(AtomicBool::new(false));
-        let mut socket = Self {
-            socket,
-            is_over: is_over.clone(),
+    /// Those of a socket that cannot be made.
+    pub fn bind(path: &Path) -> Result<Self> {
+        Ok(Self {
+            socket: PrivateSocket::bind(path)?,
+            is_over: Arc::default(),
             thread: None,
-        };
-        let thread = Builder::new()
-            .name("control".to_owned())
-            .spawn(move || accept(&listener, &control, &is_over));
-        socket.thread = Some(thread.host("start the thread of the control socket")?);
-        Ok(socket)
+        })
+    }
+
+    /// Lets clients operate a VM through `control`.
+    ///
+    /// # Errors
+    /// [`Error::Host`](crate::Error::Host).
+    pub fn serve(mut self, control: Control) -> Result<Self> {
+        let (listener, is_over) = (self.socket.listener(), self.is_over.clone());
+        let role = control.confined(Role::Control);
+        let body = move || accept(&listener, &control, &is_over);
+        self.thread = Some(sandbox::spawn("control".to_owned(), role, body)?);
+        Ok(self)
     }
 }
 

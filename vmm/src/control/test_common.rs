@@ -35,6 +35,7 @@ pub fn control() -> (Control, TempDir) {
         cpus: 2,
         memory: 8 << 20,
         started: Instant::now(),
+        seccomp: false,
     };
     let exit = Arc::new(Exit::new().unwrap());
     let gate = Arc::new(Gate::new(exit.clone()));

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
-use std::thread::{self, Builder};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, poll};
@@ -19,6 +19,7 @@ use super::Metrics;
 use crate::config::MetricsTarget;
 use crate::control::Control;
 use crate::error::{Error, HostContext, Result};
+use crate::sandbox::{self, Role};
 
 /// Lines that may be asked for while an earlier one waits for its reader.
 const MAX_WAITING: usize = 16;
@@ -149,6 +150,7 @@ impl MetricsLog {
         let (orders, receiver) = sync_channel(MAX_WAITING);
         let (ends, ended) = sync_channel::<()>(0);
         let dropped = Arc::new(AtomicU64::new(0));
+        let role = control.confined(Role::Watch);
         let writer = Writer {
             output: output.0,
             is_in_line: false,
@@ -160,8 +162,7 @@ impl MetricsLog {
             writer.run(&receiver, interval);
             drop(ends);
         };
-        let thread = Builder::new().name("metrics".to_owned()).spawn(body);
-        thread.host("start the thread of the metrics")?;
+        sandbox::spawn("metrics".to_owned(), role, body)?;
         Ok(Self {
             reporter: Reporter { orders, dropped },
             ended,

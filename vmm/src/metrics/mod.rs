@@ -95,7 +95,7 @@ impl Operated {
         DiskMetrics {
             index,
             name: device_name(index),
-            path: self.image.path.clone(),
+            path: self.image.path(),
             total: sum(&queues),
             queues,
             broken_rings: stats.broken_rings(),

@@ -18,15 +18,17 @@ use crate::{Disk, Result};
 impl Header {
     /// This one in version 2, without what there is no field for.
     pub(super) fn lowered(&self) -> Self {
-        Self {
+        let mut lowered = Self {
             version: 2,
             incompatible_features: 0,
             compatible_features: 0,
-            autoclear_features: 0,
             compression_type: 0,
             unknown_fields: Vec::new(),
             ..self.clone()
-        }
+        };
+        lowered.set_base_stamp(None);
+        lowered.autoclear_features = 0;
+        lowered
     }
 }
 
@@ -76,7 +78,6 @@ impl Qcow2 {
             None => None,
         };
         let header = header.lowered();
-        self.image.sync()?;
         self.switch_header(&header, new_counts)?;
         self.close()
     }

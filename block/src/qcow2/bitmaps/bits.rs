@@ -49,31 +49,72 @@ impl Bits {
         }
     }
 
+    /// Sets the bits, each for a power of two of bytes of a disk of `size` bytes, of all bytes that have
+    /// a bit in `source`, where each is for another power of two.
+    pub fn merge(&self, granularity_bits: u8, source: &Self, source_bits: u8, size: u64) {
+        for run in source.runs(0) {
+            let (start, end) = (run.start << source_bits, run.end << source_bits);
+            if start < size {
+                let last = end.min(size) - 1;
+                self.set_range(start >> granularity_bits, last >> granularity_bits);
+            }
+        }
+    }
+
     /// Clears the bits behind the first `count`.
     pub fn truncate(&self, count: u64) {
         let (first, rest) = ((count / WORD_BITS) as usize, count % WORD_BITS);
-        for (index, word) in self.words().filter(|(index, _)| *index >= first) {
+        for (index, word) in self.words(first) {
             let kept = if index == first { (1 << rest) - 1 } else { 0 };
             word.fetch_and(kept, Ordering::Relaxed);
         }
     }
 
-    /// The words that may be other than zero, with their indices.
-    fn words(&self) -> impl Iterator<Item = (usize, &AtomicU64)> {
-        self.0.iter().enumerate().flat_map(|(part, words)| {
+    /// The words from index `first` on that may be other than zero, with their indices.
+    fn words(&self, first: usize) -> impl Iterator<Item = (usize, &AtomicU64)> {
+        let parts = self.0.iter().enumerate().skip(first / PART);
+        parts.flat_map(move |(part, words)| {
+            let from = first.saturating_sub(part * PART);
             let words = words.get().into_iter();
-            let pairs = words.flat_map(|words| words.indices().map(move |i| (i, words.get(i))));
+            let pairs = words.flat_map(move |words| {
+                let indices = words.indices(from);
+                indices.map(move |index| (index, words.get(index)))
+            });
             pairs.filter_map(move |(index, word)| Some((part * PART + index, word?)))
         })
     }
 
-    /// The runs of bits that are set, in order; those of a word end with it.
-    pub fn runs(&self) -> impl Iterator<Item = Range<u64>> {
-        self.words().flat_map(|(index, word)| {
+    /// The runs of bits that are set, from bit `first` on, in order; those of a word end with it.
+    pub fn runs(&self, first: u64) -> impl Iterator<Item = Range<u64>> {
+        let (first, skipped) = ((first / WORD_BITS) as usize, first % WORD_BITS);
+        self.words(first).flat_map(move |(index, word)| {
             let start = index as u64 * WORD_BITS;
-            let runs = runs(word.load(Ordering::Relaxed));
-            runs.map(move |run| start + u64::from(run.start)..start + u64::from(run.end))
+            let mut value = word.load(Ordering::Relaxed);
+            if index == first {
+                value &= u64::MAX << skipped;
+            }
+            runs(value).map(move |run| start + u64::from(run.start)..start + u64::from(run.end))
         })
+    }
+}
+
+impl Default for Bits {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// A copy of what is set, as far as it is set when its word is looked at.
+impl Clone for Bits {
+    fn clone(&self) -> Self {
+        let copy = Self::new();
+        for (index, word) in self.words(0) {
+            match word.load(Ordering::Relaxed) {
+                0 => {}
+                value => copy.set(index, value),
+            }
+        }
+        copy
     }
 }
 
@@ -121,6 +162,20 @@ mod tests {
         let word = bits.get((last / WORD_BITS) as usize).unwrap();
         assert_eq!(word.load(Ordering::Relaxed), 0);
     }
+
+    #[test]
+    fn merging() {
+        let (coarse, fine) = (Bits::new(), Bits::new());
+        coarse.set_range(0, 0);
+        coarse.set_range(2, 3);
+        fine.merge(12, &coarse, 13, (5 << 12) + 1);
+        assert_eq!(set(&fine, 1), [0, 1, 4, 5]);
+        let back = Bits::new();
+        back.set_range(1, 1);
+        back.merge(13, &fine, 12, 1 << 20);
+        assert_eq!(set(&back, 1), [0, 1, 2]);
+    }
+
     #[test]
     fn runs_of_ones() {
         let all = |value| Vec::from_iter(runs(value).map(|run| (run.start, run.end)));
@@ -132,7 +187,12 @@ mod tests {
         let far = PART as u64 * WORD_BITS;
         bits.set_range(60, 70);
         bits.set_range(far, far);
-        let runs = Vec::from_iter(bits.runs().map(|run| (run.start, run.end)));
+        let runs = Vec::from_iter(bits.runs(0).map(|run| (run.start, run.end)));
         assert_eq!(runs, [(60, 64), (64, 71), (far, far + 1)]);
+        let from = |first| bits.clone().runs(first).map(|run| run.start).next();
+        assert_eq!(from(62), Some(62));
+        assert_eq!(from(64), Some(64));
+        assert_eq!(from(71), Some(far));
+        assert_eq!(from(far + 1), None);
     }
 }

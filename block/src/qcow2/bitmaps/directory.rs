@@ -150,7 +150,7 @@ pub(super) fn entry_len(variable: usize) -> usize {
 }
 
 /// The directory of `bitmaps`.
-pub(super) fn encode<'a>(bitmaps: impl Iterator<Item = &'a Bitmap>) -> Vec<u8> {
+pub(super) fn encode(bitmaps: impl Iterator<Item = Bitmap>) -> Vec<u8> {
     let mut bytes = Vec::new();
     for bitmap in bitmaps {
         let fixed = Fixed {
@@ -205,7 +205,7 @@ impl Bitmap {
     }
 
     /// Bytes of the entry.
-    fn entry_len(&self) -> usize {
+    pub fn entry_len(&self) -> usize {
         entry_len(self.extra.len() + self.name.len())
     }
 
@@ -217,6 +217,25 @@ impl Bitmap {
     /// Whether it follows changes of the disk.
     pub fn is_auto(&self) -> bool {
         self.flags & flags::AUTO != 0
+    }
+
+    /// Whether it should follow changes of the disk, and does not say yet that it has missed some.
+    pub fn must_be_marked(&self) -> bool {
+        self.is_auto() && !self.is_in_use()
+    }
+
+    /// The entry with `mark` in its flags, if it tells what has changed or should.
+    pub fn marked(&self, mark: u32) -> Self {
+        let mut marked = self.clone();
+        if self.is_stored() || self.must_be_marked() {
+            marked.flags |= mark;
+        }
+        marked
+    }
+
+    /// Whether its bits can be kept up to date, and stored again.
+    pub fn is_stored(&self) -> bool {
+        self.is_known() && !self.is_in_use()
     }
 
     /// Bits that it needs for a disk of `size` bytes.

@@ -22,7 +22,7 @@ use crate::{Error, Result};
 
 /// Where everything in a new image is. Offsets and lengths are in bytes unless they say otherwise.
 #[derive(Debug)]
-pub(super) struct Layout {
+pub(in crate::qcow2) struct Layout {
     geometry: Geometry,
     width: RefcountWidth,
     /// Of the disk.
@@ -110,7 +110,7 @@ impl Layout {
         let flag = |set, bit| if set { bit } else { 0 };
         let bytes = |name: &PathBuf| name.as_os_str().as_bytes().to_vec();
         let backing_format = options.backing_format.map(|f| f.name().into());
-        Header {
+        let mut header = Header {
             version: options.version,
             backing_file: options.backing_file.as_ref().map(bytes),
             cluster_bits: self.geometry.cluster_bits,
@@ -140,7 +140,9 @@ impl Layout {
                 backing_format,
                 ..Extensions::default()
             },
-        }
+        };
+        header.set_base_stamp(options.base_stamp.clone());
+        header
     }
 
     /// Length of the data file: the last cluster is complete where it is mapped, and a packed one has

@@ -14,7 +14,7 @@ mod options;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use layout::Layout;
+pub(super) use layout::Layout;
 pub(super) use layout::refcount_clusters;
 pub use options::{CreateOptions, DataFileReuse};
 

@@ -9,7 +9,8 @@ use crate::qcow2::backing::BackingFormat;
 use crate::qcow2::compressed::CompressionType;
 use crate::qcow2::header::CLUSTER_BITS;
 use crate::qcow2::parse::MAX_BACKING_FILE;
-use crate::{Error, Result};
+use crate::qcow2::stamp::ONLY_V3;
+use crate::{Error, Result, Stamp};
 
 /// The smallest cluster whose subclusters are sectors.
 const MIN_EXTENDED_CLUSTER: u64 = 16 << 10;
@@ -53,6 +54,8 @@ pub struct CreateOptions {
     pub backing_file: Option<PathBuf>,
     /// Format of the backing file.
     pub backing_format: Option<BackingFormat>,
+    /// The [stamp](Stamp::of) of the backing file, if the image is to be opened only on what that is now.
+    pub base_stamp: Option<Stamp>,
     /// File for the guest's data, made anew, and named in the image as it is here. Without it the
     /// data goes into the image.
     pub data_file: Option<PathBuf>,
@@ -86,6 +89,7 @@ impl Default for CreateOptions {
             cluster_size: 64 << 10,
             backing_file: None,
             backing_format: None,
+            base_stamp: None,
             data_file: None,
             data_file_raw: false,
             data_file_layout: DataFileLayout::Standard,
@@ -134,6 +138,12 @@ impl CreateOptions {
         }
         if self.backing_file.is_none() && self.backing_format.is_some() {
             return wrong("Backing format cannot be used without backing file");
+        }
+        if self.backing_file.is_none() && self.base_stamp.is_some() {
+            return wrong("A stamp of the backing file cannot be kept without one");
+        }
+        if self.base_stamp.is_some() && is_v2 {
+            return wrong(ONLY_V3);
         }
         if self.lazy_refcounts && is_v2 {
             return wrong(

@@ -87,6 +87,8 @@
 mod config;
 mod engine;
 mod features;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod handle;
 mod poll;
 mod pool;

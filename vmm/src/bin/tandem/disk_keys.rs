@@ -27,6 +27,12 @@ Disk keys:
                      image-directory (default), and what is below it; anywhere; or nothing
   backing-format=raw|qcow2
                      Format of the backing file, where the image does not tell it
+  overlay=PATH|temp  The image is only read, and shared with others who read it; what the guest writes
+                     goes to an overlay: temp is gone at the end, PATH is made on the image, or is an
+                     overlay of it already
+  overlay-data-file=PATH|temp
+                     External data file of the overlay (default: its data is in the overlay)
+  overlay-dir=DIR    Directory whose file system holds overlay=temp (default TMPDIR, or else /var/tmp)
   l2-cache-size=SIZE Memory for L2 tables of a qcow2 image, as in 16M (default 4M, which maps 32 GiB
                      in clusters of 64 KiB); taken as it is needed
   serial=ID          Serial number that the guest sees: 1 to 20 printable ASCII characters

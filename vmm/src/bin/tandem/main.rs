@@ -2,6 +2,7 @@
 
 mod disk_keys;
 mod run;
+mod sandbox;
 mod serve;
 
 use std::io::{self, Write};

@@ -16,6 +16,7 @@ use tandem_vmm::{
 };
 
 use crate::disk_keys::{DISK_KEYS, disk_parser};
+use crate::sandbox::SandboxArgs;
 
 /// What to run.
 #[derive(Args)]
@@ -73,6 +74,13 @@ pub struct Run {
     /// Unix socket to operate the VM with while it runs
     #[arg(long, value_name = "PATH")]
     control: Option<PathBuf>,
+
+    /// Directory below which requests to the control socket may name files; may be repeated
+    #[arg(long = "allow-dir", value_name = "DIR", requires = "control")]
+    allowed: Vec<PathBuf>,
+
+    #[command(flatten)]
+    sandbox: SandboxArgs,
 }
 
 /// A day.
@@ -111,12 +119,17 @@ Metrics and control:
   line: {{\"command\":\"pause\"}}. The commands are status, disks, metrics, flush, pause, resume, resize and
   shutdown. README.md describes both.
 
+Sandbox:
+  Once its files are open, and before the guest runs, tandem keeps itself to the system calls that each
+  thread needs (seccomp), and from all other files (Landlock). Requests to the socket of --control may name
+  files below the directories of --allow-dir. A forbidden system call ends it, and one line says which it was.
+
 Exit status:
   0      The guest powered off or restarted (also after a panic), or Ctrl-A X was typed
   1      The VM could not be built, broke (triple fault, KVM failure), or a disk could not be flushed
   2      The command line is wrong
   Killed by SIGTERM, SIGINT, SIGHUP or SIGQUIT (a shell shows 128 + number): the same, after the disks
-  have been flushed and closed
+  have been flushed and closed; by SIGSYS: the sandbox has forbidden something
   Errors of a disk are for the guest to handle and leave the exit status alone; the last one of each
   disk is printed when the VM ends.
 
@@ -160,10 +173,15 @@ impl Run {
         config.cpus = self.cpus;
         config.disks = self.disks;
         config.serial = self.serial;
+        config.seccomp = self.sandbox.is_on();
         let mut vmm = Vmm::build(&config)?;
         let control = vmm.control();
-        let bind = |path| ControlSocket::bind(path, control.clone());
-        let socket = self.control.as_deref().map(bind).transpose()?;
+        let socket = self.control.as_deref().map(ControlSocket::bind);
+        let socket = socket.transpose()?;
+        // All files are open, and there is no second thread yet.
+        self.sandbox.confine_files(self.allowed, self.control)?;
+        let serve = |socket: ControlSocket| socket.serve(control.clone());
+        let socket = socket.map(serve).transpose()?;
         let interval = Duration::from_secs(self.metrics_interval);
         let interval = Some(interval).filter(|i| self.metrics.is_some() && !i.is_zero());
         let log = MetricsLog::start(output, interval, control.clone())?;

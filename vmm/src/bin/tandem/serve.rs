@@ -8,6 +8,7 @@ use tandem_vmm::signals::Signals;
 use tandem_vmm::{DiskConfig, ExitReason, Result, Server};
 
 use crate::disk_keys::{DISK_KEYS, disk_parser};
+use crate::sandbox::SandboxArgs;
 
 /// What to serve.
 #[derive(Args)]
@@ -20,6 +21,9 @@ pub struct Serve {
     /// Disk image
     #[arg(long, value_name = "PATH[,KEY=VALUE...]", value_parser = disk_parser())]
     disk: DiskConfig,
+
+    #[command(flatten)]
+    sandbox: SandboxArgs,
 }
 
 const EXAMPLES: &str = "\
@@ -76,6 +80,9 @@ impl Serve {
         // Before there is a second thread.
         let signals = Signals::block()?;
         let server = Server::open(&self.socket, &self.disk)?;
+        // All files are open, and there is no second thread yet.
+        self.sandbox.confine_files(vec![], Some(self.socket))?;
+        self.sandbox.confine_server()?;
         let stats = server.stats();
         let say = |text: &dyn std::fmt::Display| {
             let _ = writeln!(io::stderr(), "tandem: {text}");

@@ -1,8 +1,8 @@
 use super::*;
 use crate::control::test_common::{SIZE, control};
 
-fn ask(control: &Control, request: &str) -> Value {
-    let line = answer(control, request.as_bytes());
+pub fn ask(control: &Control, request: &str) -> Value {
+    let line = answer(control, request.as_bytes(), &mut Vec::new());
     let (last, text) = line.as_bytes().split_last().unwrap();
     assert_eq!(*last, b'\n');
     assert!(!text.contains(&b'\n'), "{line}");
@@ -10,7 +10,7 @@ fn ask(control: &Control, request: &str) -> Value {
 }
 
 /// The kind and the message of the error that answers `request`.
-fn error(control: &Control, request: &str) -> (String, String) {
+pub fn error(control: &Control, request: &str) -> (String, String) {
     let answer = ask(control, request);
     assert_eq!(answer.get("ok"), None, "{answer}");
     let text = |key: &str| answer["error"][key].as_str().unwrap().to_owned();
@@ -33,6 +33,7 @@ fn the_id_comes_back_as_it_is() {
     let line = answer(
         &control,
         format!("{number}\"command\":\"resume\"}}").as_bytes(),
+        &mut Vec::new(),
     );
     assert!(line.starts_with(number), "{line}");
     let answer = ask(&control, r#"{"command":"resume"}"#);
@@ -169,7 +170,7 @@ fn what_is_no_request_gets_an_error() {
     ] {
         assert_eq!(error(&control, request).0, kind, "{request}");
     }
-    let not_text = answer(&control, b"{\"command\":\"\xff\"}");
+    let not_text = answer(&control, b"{\"command\":\"\xff\"}", &mut Vec::new());
     assert!(not_text.contains("bad-request"), "{not_text}");
     assert_eq!(control.state(), crate::control::VmState::Running);
 }

@@ -20,7 +20,10 @@ fn fixture() -> Fixture {
     let (control, dir) = control();
     let path = dir.path().join("socket");
     Fixture {
-        socket: ControlSocket::bind(&path, control.clone()).unwrap(),
+        socket: ControlSocket::bind(&path)
+            .unwrap()
+            .serve(control.clone())
+            .unwrap(),
         path,
         control,
         _dir: dir,
@@ -106,7 +109,7 @@ fn another_user_is_sent_away() {
 fn a_dead_socket_is_replaced_and_nothing_else() {
     let f = fixture();
     let error = |path: &Path| {
-        let result = ControlSocket::bind(path, f.control.clone());
+        let result = ControlSocket::bind(path);
         result.map(drop).unwrap_err().to_string()
     };
     let message = error(&f.path);
@@ -116,7 +119,8 @@ fn a_dead_socket_is_replaced_and_nothing_else() {
 
     let dead = f.path.with_file_name("dead");
     drop(UnixListener::bind(&dead).unwrap());
-    let socket = ControlSocket::bind(&dead, f.control.clone()).unwrap();
+    let socket = ControlSocket::bind(&dead).unwrap();
+    let socket = socket.serve(f.control.clone()).unwrap();
     ask(&UnixStream::connect(&dead).unwrap(), STATUS);
     drop(socket);
     assert!(!dead.exists());

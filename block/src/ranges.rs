@@ -1,14 +1,15 @@
-//! Exclusive access to ranges of guest clusters.
+//! Exclusive access to ranges of a disk's clusters.
 
 use std::ops::Range;
 use std::sync::PoisonError;
 
 use crate::sync::{Condvar, Mutex, lock};
 
-/// Ranges of guest clusters whose mapping is being changed.
+/// Ranges of clusters that somebody has to himself.
 ///
-/// Whoever changes the mapping of a cluster holds its range from before looking at the mapping
-/// until after the change, data I/O included. Requests to other clusters do not wait.
+/// Whoever changes the mapping of a cluster of a qcow2 image holds its range from before looking at
+/// the mapping until after the change, data I/O included; and so does who keeps the content of a
+/// granule for a backup. Requests to other clusters do not wait.
 #[derive(Default)]
 pub(crate) struct RangeLocks {
     state: Mutex<State>,

@@ -1,0 +1,243 @@
+//! The images that a disk in use consists of.
+
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use vm_memory::VolatileSlice;
+
+use super::LiveImage;
+use crate::file::ImageFile;
+use crate::lock::Access;
+use crate::qcow2::Qcow2;
+use crate::{Disk, Error, Limits, Raw, Result};
+
+/// An image that is open.
+#[derive(Clone, Copy)]
+pub enum ImageRef<'a> {
+    /// The file is the disk.
+    Raw(&'a Raw),
+    /// qcow2.
+    Qcow2(&'a Qcow2),
+}
+
+impl<'a> ImageRef<'a> {
+    /// The image file, and the data file if there is one.
+    fn files(self) -> (&'a ImageFile, Option<&'a ImageFile>) {
+        match self {
+            Self::Raw(raw) => (raw.file(), None),
+            Self::Qcow2(image) => image.files(),
+        }
+    }
+
+    /// Where it is.
+    pub(super) fn path(self) -> &'a Path {
+        &self.files().0.path
+    }
+
+    /// Whether both are the same file.
+    pub(super) fn is_same(self, other: ImageRef<'_>) -> bool {
+        let id = self.files().0.id();
+        id.is_some() && id == other.files().0.id()
+    }
+
+    /// Refuses an image that others could not find by its name.
+    pub(super) fn check_named(self) -> Result<()> {
+        let (image, path) = (self.files().0, self.path());
+        let found = path.metadata().map(|file| (file.dev(), file.ino()));
+        if found.is_err() || found.ok() != image.id() {
+            let path = path.display();
+            return Err(Error::Option(format!(
+                "the image of the disk is not at '{path}': it is a temporary overlay, or has been moved or \
+                 replaced"
+            )));
+        }
+        Ok(())
+    }
+
+    /// Gives up the locks of an image that is read, for it will be opened for writing.
+    pub(super) fn unlock(self) {
+        let (image, data) = self.files();
+        [Some(image), data]
+            .into_iter()
+            .flatten()
+            .for_each(ImageFile::unlock);
+    }
+
+    /// Takes the locks again that [`unlock`](Self::unlock) has given up.
+    pub(super) fn lock_again(self) -> Result<()> {
+        let (image, data) = self.files();
+        let mut files = [Some(image), data].into_iter().flatten();
+        files.try_for_each(|file| file.lock_again(Access::Read))
+    }
+
+    /// Makes everything durable, for the last time: the image is only read from now on, by others too.
+    /// Returns what could not be stored, and is not needed for the disk.
+    ///
+    /// # Errors
+    /// It can be written as before.
+    pub(super) fn freeze(self) -> Result<Option<Error>> {
+        let warning = match self {
+            Self::Raw(raw) => raw.flush().map(|()| None)?,
+            Self::Qcow2(image) => image.freeze()?,
+        };
+        let (image, data) = self.files();
+        let mut files = [Some(image), data].into_iter().flatten();
+        let unlocked = files.try_for_each(ImageFile::end_writing);
+        Ok(warning.or(unlocked.err()))
+    }
+}
+
+impl LiveImage {
+    /// The image, unless it is gone.
+    pub(super) fn as_ref(&self) -> Result<ImageRef<'_>> {
+        match self {
+            Self::Raw(raw) => Ok(ImageRef::Raw(raw)),
+            Self::Qcow2(image) => Ok(ImageRef::Qcow2(image)),
+            Self::Gone(gone) => Err(gone.error()),
+        }
+    }
+}
+
+/// The image below `top` that has `depth` others above it besides `top`, if nobody else in this
+/// process stands on it or on one of those.
+///
+/// # Errors
+/// [`Error::Option`] if there is none, or somebody does.
+pub(super) fn sole_below(top: &Qcow2, depth: usize) -> Result<ImageRef<'_>> {
+    let mut image = top;
+    for left in (0..=depth).rev() {
+        let Some(below) = image.lower() else { break };
+        let Some(found) = below.as_image() else { break };
+        if Arc::strong_count(below) > 1 {
+            let path = found.path().display();
+            return Err(Error::Option(format!(
+                "'{path}' is below another disk, too"
+            )));
+        }
+        match found {
+            found if left == 0 => return Ok(found),
+            ImageRef::Raw(_) => break,
+            ImageRef::Qcow2(next) => image = next,
+        }
+    }
+    let path = image.path().display();
+    Err(Error::Option(format!("there is no image below '{path}'")))
+}
+
+impl LiveImage {
+    /// How many images are between this one and the one below it that is the file at `path`.
+    ///
+    /// # Errors
+    /// [`Error::Option`] if it is none of those; [`Error::Io`].
+    pub fn find_below(&self, path: &Path) -> Result<usize> {
+        let file = path.metadata().map_err(|e| Error::io(path, "find", e))?;
+        let id = (file.dev(), file.ino());
+        let mut below = self.disk().backing();
+        let mut between = 0;
+        while let Some(disk) = below {
+            if disk.as_image().and_then(|image| image.files().0.id()) == Some(id) {
+                return Ok(between);
+            }
+            below = disk.backing();
+            between += 1;
+        }
+        let (path, top) = (path.display(), self.path().display());
+        Err(Error::Option(format!("'{path}' is not below '{top}'")))
+    }
+}
+
+/// Refuses images between `top` and the one that has `depth` others above it besides `top`, that keep a
+/// stamp of what is below them: they are open, and could not be given another one.
+pub(super) fn check_stamps_above(top: &Qcow2, depth: usize) -> Result<()> {
+    let mut below = top.backing();
+    for _ in 0..depth {
+        let Some(disk) = below else { break };
+        if let Some(ImageRef::Qcow2(image)) = disk.as_image()
+            && image.keeps_stamp()?
+        {
+            let path = image.path().display();
+            return Err(Error::Option(format!(
+                "'{path}' keeps a stamp of what is below it, which would change; commit while the disk is \
+                 not in use"
+            )));
+        }
+        below = disk.backing();
+    }
+    Ok(())
+}
+
+/// How many images are between `top` and the one below it that `other` is, too.
+pub(super) fn depth_of(top: &Qcow2, other: ImageRef<'_>) -> Option<usize> {
+    let mut below = top.backing();
+    let mut depth = 0;
+    while let Some(disk) = below {
+        if disk.as_image().is_some_and(|image| image.is_same(other)) {
+            return Some(depth);
+        }
+        below = disk.backing();
+        depth += 1;
+    }
+    None
+}
+
+/// What is left of a disk whose image could not be kept.
+pub struct Gone {
+    file: PathBuf,
+    size: u64,
+    limits: Limits,
+    reason: String,
+}
+
+impl Gone {
+    /// Nothing of `image` can be used any more.
+    pub(super) fn new(image: &LiveImage, reason: String) -> Self {
+        Self {
+            file: image.path().to_owned(),
+            size: image.disk().size(),
+            limits: image.disk().limits(),
+            reason,
+        }
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.file
+    }
+
+    pub(super) fn error(&self) -> Error {
+        Error::Gone {
+            file: self.file.clone(),
+            reason: self.reason.clone(),
+        }
+    }
+}
+
+impl Disk for Gone {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn limits(&self) -> Limits {
+        self.limits
+    }
+
+    fn read_at(&self, _: &[VolatileSlice<'_>], _: u64) -> Result<()> {
+        Err(self.error())
+    }
+
+    fn write_at(&self, _: &[VolatileSlice<'_>], _: u64) -> Result<()> {
+        Err(self.error())
+    }
+
+    fn write_zeroes(&self, _: u64, _: u64, _: bool) -> Result<()> {
+        Err(self.error())
+    }
+
+    fn discard(&self, _: u64, _: u64) -> Result<()> {
+        Err(self.error())
+    }
+
+    fn flush(&self) -> Result<()> {
+        Err(self.error())
+    }
+}

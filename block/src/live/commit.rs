@@ -1,0 +1,349 @@
+//! Committing while the disk is in use: what the images above the base have goes down to it.
+//!
+//! The base is opened for writing in the place where it has been read, below the images above it. What
+//! those have hides what is copied: so the disk reads the same at any time, and after a crash, however
+//! much has been copied, and however old the copy is by then. Only once the base is durable with all of
+//! it does the disk become the base, or do the images on top lose theirs.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Instant;
+
+use vm_memory::VolatileSlice;
+
+use super::chain::{self, ImageRef};
+use super::changes::Changes;
+use super::passes::{Passes, Progress, last_pass};
+use super::{LiveDisk, LiveImage, LiveReport, State};
+use crate::qcow2::{OpenOptions, Part, Qcow2, open_with_base};
+use crate::{Disk, Error, Result};
+
+/// Bytes that are zeroed at once.
+const ZEROS: u64 = 1 << 30;
+/// Bytes of the disk whose mapping is removed at once.
+const EMPTIED: u64 = 32 << 20;
+
+/// How to commit a disk in use.
+#[derive(Clone, Debug)]
+pub struct CommitOptions {
+    /// How the disk has been opened.
+    pub open: OpenOptions,
+    /// How many images are between the one on top and the base.
+    pub between: usize,
+    /// Whether the disk is the base from then on. If not, the image on top stays, and loses what the
+    /// base has if there is none between them.
+    pub pivot: bool,
+    /// Most bytes that may be left to be copied while requests wait, if that is limited.
+    pub max_last: Option<u64>,
+}
+
+impl LiveDisk {
+    /// Makes the base read as the disk does, and as large if that is larger, while requests go on. With
+    /// [`pivot`](CommitOptions::pivot), the image that was on top is emptied, so that it shows what the
+    /// base has; unless there are images between them: it is of no use any more then.
+    ///
+    /// # Errors
+    /// What keeps an image from being read, or the base from being written, because others use it for
+    /// instance; [`Error::Cancelled`]; [`Error::Option`] for a disk without such a base, for one that is
+    /// in another operation, for bitmaps on an image that would go, and if the guest writes too fast for
+    /// [`max_last`](CommitOptions::max_last). The disk reads as before, and goes on as it was.
+    pub fn commit(&self, options: &CommitOptions, progress: Progress<'_>) -> Result<LiveReport> {
+        let changes = self.begin_watched("commit")?;
+        let done = self.end_stamp().and_then(|stamped| {
+            let base = self.open_base(options).inspect_err(|_| {
+                if stamped {
+                    // Without one it is as good.
+                    drop(self.stamp_below());
+                }
+            })?;
+            let mut commit = Commit {
+                disk: self,
+                options,
+                changes: &changes,
+                base,
+                stamped,
+                report: LiveReport {
+                    stopped: Default::default(),
+                    warning: None,
+                },
+            };
+            let done = commit.run(progress);
+            commit.end(done)
+        });
+        self.end_watched(&changes);
+        done
+    }
+
+    /// Has the image on top keep no stamp of what is below it, for that changes: a crash leaves an image
+    /// without one. Returns whether it has kept one.
+    fn end_stamp(&self) -> Result<bool> {
+        self.exclusive(|state| {
+            let top = state.writable_qcow2()?;
+            let stamped = top.keeps_stamp()?;
+            if stamped {
+                top.keep_stamp(None)?;
+            }
+            Ok(stamped)
+        })
+    }
+
+    /// Puts the images above the base on one that is open for writing.
+    fn open_base(&self, options: &CommitOptions) -> Result<LiveImage> {
+        let opened = {
+            let state = self.shared();
+            let top = state.writable_qcow2()?;
+            chain::check_stamps_above(top, options.between)?;
+            let old = chain::sole_below(top, options.between)?;
+            old.unlock();
+            reopen(top, old, options)
+        };
+        let placed = opened.and_then(|(below, base)| {
+            self.exclusive(|state| {
+                let top = state.image.qcow2_mut().ok_or_else(super::in_use)?;
+                let (size, base_size) = (top.size(), base.disk().size());
+                if options.pivot && base_size > size {
+                    return Err(Error::Option(format!(
+                        "'{}' has {base_size} bytes, and the disk, which has {size}, would become \
+                         larger",
+                        base.path().display()
+                    )));
+                }
+                if options.pivot {
+                    check_bitmaps(top, &base, options.between)?;
+                }
+                if size > base_size {
+                    if let LiveImage::Qcow2(base) = &base {
+                        base.clear_behind_end()?;
+                    }
+                    base.disk().resize(size)?;
+                }
+                top.put_on(Some(below));
+                Ok(base)
+            })
+        });
+        placed.inspect_err(|_| self.lock_base(options.between))
+    }
+
+    /// Takes the locks again of an image that could not be opened for writing. Should somebody else have
+    /// begun to write it, nobody knows what the disk reads.
+    fn lock_base(&self, between: usize) {
+        let locked = {
+            let state = self.shared();
+            let top = state.writable_qcow2();
+            top.and_then(|top| chain::sole_below(top, between)?.lock_again())
+        };
+        if let Err(lost) = locked {
+            let reason = format!("what is below it is in use: {lost}");
+            self.exclusive(|state| state.give_up(reason));
+        }
+    }
+}
+
+/// Opens `old`, whose locks have been given up, for writing, and the images between it and `top` on it.
+fn reopen(
+    top: &Qcow2,
+    old: ImageRef<'_>,
+    options: &CommitOptions,
+) -> Result<(Arc<dyn Disk>, LiveImage)> {
+    let (below, base) = open_with_base(top.path(), &options.open, options.between)?;
+    if !base.as_ref()?.is_same(old) {
+        let path = old.path().display();
+        let reason = format!("'{path}' has been replaced by another file since it was opened");
+        return Err(Error::Option(reason));
+    }
+    Ok((below, base))
+}
+
+/// Copies the first part of `range` of the disk `top` to `base`, if one of the images above that, which
+/// has `between` others above it, has it. Returns how long it is.
+fn copy(top: &dyn Disk, base: &dyn Disk, between: usize, range: Range<u64>) -> Result<u64> {
+    let part = Part::find(top, range)?;
+    if part.depth > between {
+        return Ok(part.len);
+    }
+    if part.is_zero {
+        let len = part.len.min(ZEROS);
+        base.write_zeroes(part.offset, len, true)?;
+        return Ok(len);
+    }
+    let mut data = vec![0; part.len as usize];
+    let data = [VolatileSlice::from(&mut data[..])];
+    top.read_at(&data, part.offset)?;
+    base.write_at(&data, part.offset)?;
+    Ok(part.len)
+}
+
+/// Refuses to leave an image whose bitmaps follow the disk if they cannot go with it.
+fn check_bitmaps(top: &Qcow2, base: &LiveImage, between: usize) -> Result<()> {
+    let following = top.following_bitmaps()?;
+    let refused = |why: String| {
+        let (top, base) = (top.path().display(), base.path().display());
+        let reason = format!("the bitmaps of '{top}' cannot follow the disk to '{base}': {why}");
+        Err(Error::Option(reason))
+    };
+    let Some(base) = base.qcow2() else {
+        return match following.is_empty() {
+            true => Ok(()),
+            false => refused("it is raw".to_owned()),
+        };
+    };
+    if between > 0 && !following.is_empty() {
+        return refused("there are images between".to_owned());
+    }
+    let known = base.bitmaps()?;
+    let known = known.filter(|_| !following.is_empty());
+    let is_known = |name: &[u8]| known.iter().flatten().any(|other| other.name == name);
+    match following
+        .into_iter()
+        .find(|bitmap| is_known(&bitmap.name[..]))
+    {
+        Some(bitmap) => refused(format!("it has a bitmap '{}'", bitmap.name.escape_ascii())),
+        None => Ok(()),
+    }
+}
+
+/// Has the disk become `base`, and returns what it was.
+fn pivot(state: &mut State, base: &mut LiveImage) -> Result<LiveImage> {
+    let top = state.image.qcow2_mut().ok_or_else(super::in_use)?;
+    if !top.following_bitmaps()?.is_empty() {
+        // Nobody else has the base then.
+        top.put_on(None);
+        let base_image = base.qcow2_mut().ok_or_else(super::in_use);
+        let moved = base_image.and_then(|base| top.hand_over_bitmaps(base));
+        top.put_on(Some(base.shared()));
+        moved?;
+    }
+    Ok(std::mem::replace(&mut state.image, base.clone()))
+}
+
+/// A commit whose base is open for writing.
+struct Commit<'a> {
+    disk: &'a LiveDisk,
+    options: &'a CommitOptions,
+    changes: &'a Arc<Changes>,
+    base: LiveImage,
+    /// Whether the image on top has kept the stamp of what is below it.
+    stamped: bool,
+    report: LiveReport,
+}
+
+impl Commit<'_> {
+    fn run(&mut self, progress: Progress<'_>) -> Result<()> {
+        let CommitOptions {
+            between,
+            pivot: pivots,
+            max_last,
+            ..
+        } = *self.options;
+        let shared = self.base.shared();
+        let step = move |state: &State, range| copy(state.image.disk(), &*shared, between, range);
+        Passes::new(self.disk, self.changes, &mut *progress).run(max_last, &step)?;
+        // Less is left for the moment when requests wait.
+        self.base.disk().flush()?;
+        let (changes, base) = (self.changes, &mut self.base);
+        let (replaced, stopped) = self.disk.exclusive(|state| {
+            let begun = Instant::now();
+            if pivots {
+                let top = state.writable_qcow2()?;
+                check_bitmaps(top, base, between)?;
+            }
+            last_pass(state, changes, &step)?;
+            drop(step);
+            base.disk().flush()?;
+            let replaced = match pivots {
+                true => Some(pivot(state, base)?),
+                false => None,
+            };
+            if pivots {
+                state.unwatch(changes);
+            }
+            Ok::<_, Error>((replaced, begun.elapsed()))
+        })?;
+        self.report.stopped = stopped;
+        match replaced {
+            Some(LiveImage::Qcow2(top)) => {
+                // Nobody else has it; and it shows the wrong things only if images are between.
+                let top = Arc::into_inner(top).filter(|_| self.options.between == 0);
+                self.report.warning = top.and_then(|top| top.empty().err());
+                Ok(())
+            }
+            None if self.options.between == 0 => self.empty(progress),
+            _ => Ok(()),
+        }
+    }
+
+    /// Removes from the image on top what has not changed since the base has it, which is durable.
+    fn empty(&mut self, progress: Progress<'_>) -> Result<()> {
+        let size = self.disk.size();
+        let mut at = 0;
+        while at < size {
+            if progress(at, size).is_break() {
+                // What is left hides the same in the base.
+                return Ok(());
+            }
+            let unmapped = {
+                let state = self.disk.shared();
+                let top = state.writable_qcow2()?;
+                top.make_room()?;
+                top.unmapped(at..size)?
+            };
+            at += unmapped;
+            if unmapped == 0 {
+                let end = size.min(at.saturating_add(EMPTIED));
+                self.exclusive(|top, changes| {
+                    let mut from = at;
+                    while let Some(same) = changes.next(from..end, false) {
+                        from = same.end;
+                        top.empty_range(same)?;
+                    }
+                    Ok(())
+                })?;
+                at = end;
+            }
+        }
+        self.disk.flush()?;
+        self.release_space(size)
+    }
+
+    /// Releases the space in an external data file of what is not mapped any more.
+    fn release_space(&mut self, size: u64) -> Result<()> {
+        let mut at = 0;
+        while at < size && self.disk.shared().writable_qcow2()?.keeps_space() {
+            let end = size.min(at.saturating_add(EMPTIED));
+            self.exclusive(|top, _| top.release_unmapped(at..end))?;
+            at = end;
+        }
+        Ok(())
+    }
+
+    /// Does something to the image on top while requests wait, and takes the time.
+    fn exclusive(&mut self, operation: impl FnOnce(&Qcow2, &Changes) -> Result<()>) -> Result<()> {
+        let (done, stopped) = self.disk.exclusive(|state| {
+            let begun = Instant::now();
+            let top = state.writable_qcow2();
+            (
+                top.and_then(|top| operation(top, self.changes)),
+                begun.elapsed(),
+            )
+        });
+        self.report.stopped = self.report.stopped.max(stopped);
+        done
+    }
+
+    /// Has the base only read from now on, unless it is the disk.
+    fn end(mut self, done: Result<()>) -> Result<LiveReport> {
+        if done.is_ok() && self.options.pivot {
+            return Ok(self.report);
+        }
+        let frozen = self.base.as_ref().and_then(ImageRef::freeze);
+        let stamped = match self.stamped {
+            true => self.disk.stamp_below(),
+            false => Ok(()),
+        };
+        done?;
+        // The disk needs what the base has.
+        let warning = frozen?;
+        self.report.warning = self.report.warning.or(warning).or(stamped.err());
+        Ok(self.report)
+    }
+}

@@ -1,0 +1,453 @@
+//! Operations on the images of a disk, while threads use it.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test fails by panicking, in its helpers as well"
+)]
+
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+
+use tandem_block::qcow2::{
+    BackingFormat, BackingName, CheckOptions, CreateOptions, OpenOptions, Qcow2, check, create,
+};
+use tandem_block::{
+    CommitOptions, Disk, Error, ForkOptions, LiveDisk, LiveReport, Raw, RebaseOptions, Result,
+    VolatileSlice,
+};
+use tempfile::TempDir;
+
+const SIZE: u64 = 4 << 20;
+const WORKERS: u64 = 3;
+
+/// Numbers that look random, from a seed.
+struct Numbers(u64);
+
+impl Numbers {
+    fn below(&mut self, end: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % end
+    }
+}
+
+fn read(disk: &dyn Disk, offset: u64, len: u64) -> Vec<u8> {
+    let mut data = vec![0xee; len as usize];
+    disk.read_at(&[VolatileSlice::from(&mut data[..])], offset)
+        .unwrap();
+    data
+}
+
+fn write(disk: &dyn Disk, offset: u64, data: &[u8]) {
+    let mut data = data.to_vec();
+    disk.write_at(&[VolatileSlice::from(&mut data[..])], offset)
+        .unwrap();
+}
+
+/// Does one thing at random to the part `start..start + model.len()` of a disk, which `model` is.
+fn change(disk: &dyn Disk, start: u64, model: &mut [u8], numbers: &mut Numbers) {
+    let sectors = model.len() as u64 / 512;
+    let at = numbers.below(sectors);
+    let max = if numbers.below(4) == 0 { 400 } else { 16 };
+    let len = (1 + numbers.below(max)).min(sectors - at) * 512;
+    let (offset, at) = (start + at * 512, at as usize * 512);
+    let part = &mut model[at..at + len as usize];
+    match numbers.below(8) {
+        0 => {
+            disk.write_zeroes(offset, len, numbers.below(2) == 0)
+                .unwrap();
+            part.fill(0);
+        }
+        1 => {
+            disk.discard(offset, len).unwrap();
+            let now = read(disk, offset, len);
+            let is_fine = |(now, old): (&u8, &u8)| now == old || *now == 0;
+            assert!(now.iter().zip(&*part).all(is_fine));
+            part.copy_from_slice(&now);
+        }
+        2 => assert!(read(disk, offset, len) == part),
+        _ => {
+            part.fill(numbers.below(256) as u8);
+            write(disk, offset, part);
+        }
+    }
+}
+
+fn fill(disk: &dyn Disk, model: &mut [u8], seed: u64) {
+    let mut numbers = Numbers(seed);
+    for _ in 0..20 {
+        change(disk, 0, model, &mut numbers);
+    }
+}
+
+/// Images below one another, closed, and what the one on top reads.
+struct Chain {
+    dir: TempDir,
+    names: Vec<&'static str>,
+    model: Vec<u8>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Raw,
+    Internal,
+    Subclusters,
+    Version2,
+    External,
+    RawData,
+    Packed,
+}
+
+impl Chain {
+    /// From the lowest up, each of the kind and the size that is told.
+    fn new(images: &[(Kind, u64)], seed: u64) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let mut chain = Self {
+            dir,
+            names: Vec::new(),
+            model: Vec::new(),
+        };
+        let mut format = None;
+        for (i, (kind, size)) in images.iter().enumerate() {
+            let name = match i {
+                0 => "base",
+                _ if i + 1 == images.len() => "top",
+                _ => "middle",
+            };
+            let path = chain.path(name);
+            if *kind == Kind::Raw {
+                std::fs::File::create(&path)
+                    .unwrap()
+                    .set_len(*size)
+                    .unwrap();
+            } else {
+                let options = CreateOptions {
+                    size: *size,
+                    cluster_size: if *kind == Kind::Subclusters {
+                        16384
+                    } else {
+                        4096
+                    },
+                    extended_l2: *kind == Kind::Subclusters,
+                    version: if *kind == Kind::Version2 { 2 } else { 3 },
+                    backing_file: chain.names.last().map(PathBuf::from),
+                    backing_format: format,
+                    data_file: matches!(kind, Kind::External | Kind::RawData | Kind::Packed)
+                        .then(|| chain.path(&format!("{name}.data"))),
+                    data_file_raw: *kind == Kind::RawData,
+                    data_file_layout: match kind {
+                        Kind::Packed => tandem_block::qcow2::DataFileLayout::Packed,
+                        _ => tandem_block::qcow2::DataFileLayout::Standard,
+                    },
+                    ..CreateOptions::default()
+                };
+                create(&path, &options).unwrap();
+            }
+            format = Some(match kind {
+                Kind::Raw => BackingFormat::Raw,
+                _ => BackingFormat::Qcow2,
+            });
+            chain.names.push(name);
+            chain.model.resize(*size as usize, 0);
+            let disk = chain.open();
+            fill(&*disk, &mut chain.model, seed + i as u64 * 77 + 1);
+            disk.close().unwrap();
+        }
+        chain
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn open(&self) -> Box<dyn Disk> {
+        open(&self.path(self.names.last().unwrap()))
+    }
+
+    fn live(&self) -> LiveDisk {
+        let top = self.path(self.names.last().unwrap());
+        match is_qcow2(&top) {
+            true => LiveDisk::new(Qcow2::open(&top, &OpenOptions::default()).unwrap()),
+            false => LiveDisk::new(Raw::open(&top, false).unwrap()),
+        }
+    }
+
+    /// Runs `operation` while threads use `disk`, which ends up as the model says.
+    fn during<T>(&mut self, disk: &LiveDisk, seed: u64, operation: impl FnOnce() -> T) -> T {
+        let stop = AtomicBool::new(false);
+        let begun = AtomicU64::new(0);
+        let len = (self.model.len() / WORKERS as usize).next_multiple_of(512);
+        let result = thread::scope(|scope| {
+            for (i, part) in (0..).zip(self.model.chunks_mut(len)) {
+                let (stop, begun) = (&stop, &begun);
+                scope.spawn(move || {
+                    let mut numbers = Numbers(seed * 31 + i + 1);
+                    while !stop.load(Ordering::Relaxed) {
+                        change(disk, i * len as u64, part, &mut numbers);
+                        if numbers.below(20) == 0 {
+                            disk.flush().unwrap();
+                        }
+                        begun.fetch_add(1, Ordering::Relaxed);
+                    }
+                });
+            }
+            while begun.load(Ordering::Relaxed) < 2 * WORKERS {
+                thread::yield_now();
+            }
+            let result = operation();
+            let now = begun.load(Ordering::Relaxed);
+            while begun.load(Ordering::Relaxed) < now + 50 {
+                thread::yield_now();
+            }
+            stop.store(true, Ordering::Relaxed);
+            result
+        });
+        assert!(read(disk, 0, disk.size()) == self.model);
+        result
+    }
+
+    /// No image is damaged or has leaks, and `name` reads as the model says.
+    fn verify(&self, name: &str) {
+        for image in std::fs::read_dir(self.dir.path()).unwrap() {
+            let path = image.unwrap().path();
+            if is_qcow2(&path) {
+                verify(&path);
+            }
+        }
+        let disk = open(&self.path(name));
+        assert!(read(&*disk, 0, disk.size()) == self.model, "{name}");
+    }
+}
+
+fn is_qcow2(path: &Path) -> bool {
+    std::fs::read(path).unwrap().starts_with(b"QFI\xfb")
+}
+
+fn open(path: &Path) -> Box<dyn Disk> {
+    match is_qcow2(path) {
+        true => Box::new(Qcow2::open(path, &OpenOptions::default()).unwrap()),
+        false => Box::new(Raw::open(path, false).unwrap()),
+    }
+}
+
+fn verify(path: &Path) {
+    check(path, &CheckOptions::default(), &mut |finding| {
+        panic!("{}: {}", path.display(), finding.text)
+    })
+    .unwrap();
+}
+
+fn commit(disk: &LiveDisk, between: usize, pivot: bool) -> Result<LiveReport> {
+    let options = CommitOptions {
+        open: OpenOptions::default(),
+        between,
+        pivot,
+        max_last: None,
+    };
+    disk.commit(&options, &mut |done, total| {
+        assert!(done <= total);
+        ControlFlow::Continue(())
+    })
+}
+
+fn commit_chains() -> Vec<Vec<(Kind, u64)>> {
+    use Kind::*;
+    let pair = |base, top| vec![(base, SIZE), (top, SIZE)];
+    vec![
+        pair(Raw, Internal),
+        pair(Internal, Subclusters),
+        pair(Packed, External),
+        pair(RawData, Packed),
+        pair(Version2, Version2),
+        vec![(External, SIZE), (Internal, SIZE), (Internal, SIZE)],
+        // Smaller and larger ones below.
+        vec![(RawData, SIZE / 2 + 512), (Internal, SIZE)],
+        vec![(Internal, SIZE), (Internal, SIZE / 2), (External, SIZE)],
+        vec![(Internal, 2 * SIZE), (Internal, SIZE / 2), (Internal, SIZE)],
+        vec![(Raw, 2 * SIZE), (Version2, SIZE)],
+    ]
+}
+
+#[test]
+fn a_commit_takes_the_disk_to_its_base() {
+    for (seed, images) in (1..).zip(commit_chains()) {
+        let mut chain = Chain::new(&images, seed);
+        let disk = chain.live();
+        let depth = images.len() - 2;
+        if images[0].1 > SIZE {
+            let larger = commit(&disk, depth, true).unwrap_err().to_string();
+            assert!(larger.contains("would become larger"), "{larger}");
+            disk.close().unwrap();
+            drop(disk);
+            chain.verify("top");
+            continue;
+        }
+        chain.during(&disk, seed, || commit(&disk, depth, true).unwrap());
+        let base = chain.path("base");
+        disk.with_image(|image| assert_eq!(image.path(), base));
+        disk.close().unwrap();
+        drop(disk);
+        chain.verify("base");
+        if depth == 0 {
+            // The overlay has nothing of its own any more.
+            chain.verify("top");
+        }
+    }
+}
+
+#[test]
+fn a_commit_empties_the_disk_on_top() {
+    for (seed, images) in (1..).zip(commit_chains()) {
+        let mut chain = Chain::new(&images, seed);
+        let disk = chain.live();
+        let depth = images.len() - 2;
+        // Twice: the base is opened for writing again.
+        for round in 0..2 {
+            chain.during(&disk, seed + round, || commit(&disk, depth, false).unwrap());
+        }
+        commit(&disk, depth, false).unwrap();
+        if depth == 0 {
+            let extent = disk.extent(0, disk.size()).unwrap();
+            assert_eq!(
+                extent.kind,
+                tandem_block::ExtentKind::Unallocated,
+                "{images:?}"
+            );
+            assert_eq!(extent.len, disk.size());
+        }
+        let base = open_read_only(&chain.path("base")).size();
+        assert_eq!(base, images[0].1.max(SIZE), "others can read the base");
+        disk.close().unwrap();
+        drop(disk);
+        chain.verify("top");
+    }
+}
+
+fn open_read_only(path: &Path) -> Box<dyn Disk> {
+    let options = OpenOptions {
+        read_only: true,
+        ..OpenOptions::default()
+    };
+    match is_qcow2(path) {
+        true => Box::new(Qcow2::open(path, &options).unwrap()),
+        false => Box::new(Raw::open(path, true).unwrap()),
+    }
+}
+
+#[test]
+fn a_rebase_changes_nothing_that_is_read() {
+    use Kind::*;
+    let chains = [
+        vec![(Raw, SIZE), (Internal, SIZE)],
+        vec![(Internal, SIZE), (Subclusters, SIZE)],
+        vec![(Packed, SIZE / 2), (External, SIZE)],
+        vec![(Internal, SIZE), (Packed, SIZE / 2), (Version2, SIZE)],
+        vec![(Internal, 2 * SIZE), (Internal, SIZE / 2), (Internal, SIZE)],
+    ];
+    for (seed, images) in (1..).zip(chains) {
+        for to in [if seed % 2 == 0 { "" } else { "other" }, "base"] {
+            let mut chain = Chain::new(&images, seed);
+            let other = CreateOptions {
+                size: SIZE + 4096,
+                ..CreateOptions::default()
+            };
+            create(&chain.path("other"), &other).unwrap();
+            let mut content = vec![0; SIZE as usize];
+            let disk = open(&chain.path("other"));
+            fill(&*disk, &mut content, 99);
+            disk.close().unwrap();
+            drop(disk);
+            let disk = chain.live();
+            let options = RebaseOptions {
+                open: OpenOptions::default(),
+                backing: (!to.is_empty()).then(|| BackingName {
+                    file: to.into(),
+                    format: match is_qcow2(&chain.path(to)) {
+                        true => b"qcow2".to_vec(),
+                        false => b"raw".to_vec(),
+                    },
+                }),
+                max_last: None,
+            };
+            chain.during(&disk, seed, || {
+                disk.rebase(&options, &mut |_, _| ControlFlow::Continue(()))
+                    .unwrap()
+            });
+            disk.close().unwrap();
+            drop(disk);
+            let info = tandem_block::qcow2::Info::read(&chain.path("top")).unwrap();
+            let backing = options.backing.map(|name| name.file);
+            assert_eq!(info.backing_file, backing, "{images:?}");
+            if to != "base" {
+                // Nothing of them is needed any more.
+                std::fs::remove_file(chain.path("base")).unwrap();
+                if images.len() == 3 {
+                    std::fs::remove_file(chain.path("middle")).unwrap();
+                }
+            }
+            chain.verify("top");
+        }
+    }
+}
+
+#[test]
+fn both_sides_of_a_fork_have_what_the_disk_had() {
+    use Kind::*;
+    for (seed, kind) in (1..).zip([
+        Raw,
+        Internal,
+        Subclusters,
+        Version2,
+        External,
+        RawData,
+        Packed,
+    ]) {
+        let mut chain = Chain::new(&[(kind, SIZE)], seed);
+        let disk = chain.live();
+        chain.during(&disk, seed, || {
+            for i in 0..3 {
+                let options = ForkOptions {
+                    open: OpenOptions::default(),
+                    overlay: chain_path(&disk, &format!("overlay{i}")),
+                    fork: chain_path(&disk, &format!("fork{i}")),
+                };
+                disk.fork(&options).unwrap();
+                // The other side is used at once, and each has its own.
+                let fork = open(&options.fork);
+                write(&*fork, 0, &[i; 4096]);
+                fork.close().unwrap();
+                disk.with_image(|image| assert_eq!(image.path(), options.overlay));
+            }
+        });
+        // A side that nothing has happened to, and so the disk at that instant.
+        let options = ForkOptions {
+            open: OpenOptions::default(),
+            overlay: chain.path("overlay3"),
+            fork: chain.path("fork3"),
+        };
+        disk.fork(&options).unwrap();
+        let at_the_fork = chain.model.clone();
+        chain.during(&disk, seed, || ());
+        for i in 0..3 {
+            let fork = open(&chain.path(&format!("fork{i}")));
+            assert!(read(&*fork, 0, 4096) == [i; 4096]);
+        }
+        let fork = open(&options.fork);
+        assert!(read(&*fork, 0, SIZE) == at_the_fork);
+        let refused = Qcow2::open(&chain.path("overlay2"), &OpenOptions::default());
+        assert!(matches!(refused, Err(Error::Locked { .. })));
+        disk.flush().unwrap();
+        disk.close().unwrap();
+        drop((disk, fork));
+        chain.verify("overlay3");
+        chain.model = at_the_fork;
+        chain.verify("fork3");
+    }
+}
+
+fn chain_path(disk: &LiveDisk, name: &str) -> PathBuf {
+    disk.with_image(|image| image.path().with_file_name(name))
+}

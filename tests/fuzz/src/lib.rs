@@ -1,0 +1,21 @@
+//! What the fuzzers have in common.
+//!
+//! | module | what it knows |
+//! | --- | --- |
+//! | `input` | the fuzzer's bytes as numbers and choices |
+//! | `limit` | how much memory an input may make the code take |
+//! | `memory` | files in memory |
+//! | `kinds` | valid images of all kinds |
+//! | `places` | where the structures of an image are, and changing them |
+//! | `exercise` | all that can be done with an image, and what must hold |
+//! | `files` | a directory of images, and what they must not lead to |
+//! | `driver` | what a guest can do with a block device |
+
+pub mod driver;
+pub mod exercise;
+pub mod files;
+pub mod input;
+pub mod kinds;
+pub mod limit;
+pub mod memory;
+pub mod places;

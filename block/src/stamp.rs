@@ -130,6 +130,7 @@ mod tests {
         for len in [1024, 1024, 2048] {
             // Right after the write before.
             let stamp = Stamp::of(&disk).unwrap().unwrap();
+            assert!(!stamp.files[0].is_of_now());
             assert_eq!(stamp.difference(&disk.stamp().unwrap().unwrap()), None);
             fs::write(&path, vec![0; len]).unwrap();
             let now = Raw::open(&path, true).unwrap().stamp().unwrap().unwrap();

@@ -11,11 +11,12 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 
 use tandem_block::qcow2::{
-    BackingFormat, BackingName, CheckOptions, CreateOptions, OpenOptions, Qcow2, check, create,
+    BackingFormat, BackingName, BitmapAction, CheckOptions, CreateOptions, OpenOptions, Qcow2,
+    check, create,
 };
 use tandem_block::{
-    CommitOptions, Disk, Error, ForkOptions, LiveDisk, LiveReport, Raw, RebaseOptions, Result,
-    VolatileSlice,
+    CacheMode, CommitOptions, Disk, Error, ExtentKind, FileOptions, ForkOptions, LiveDisk,
+    LiveReport, Raw, RebaseOptions, Result, VolatileSlice,
 };
 use tempfile::TempDir;
 
@@ -31,6 +32,17 @@ impl Numbers {
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;
         self.0 % end
+    }
+}
+
+/// Nothing here is about what survives a failure of power, and syncs take time.
+fn unsynced() -> OpenOptions {
+    OpenOptions {
+        files: FileOptions {
+            cache: CacheMode::Unsafe,
+            ..FileOptions::default()
+        },
+        ..OpenOptions::default()
     }
 }
 
@@ -170,8 +182,8 @@ impl Chain {
     fn live(&self) -> LiveDisk {
         let top = self.path(self.names.last().unwrap());
         match is_qcow2(&top) {
-            true => LiveDisk::new(Qcow2::open(&top, &OpenOptions::default()).unwrap()),
-            false => LiveDisk::new(Raw::open(&top, false).unwrap()),
+            true => LiveDisk::new(Qcow2::open(&top, &unsynced()).unwrap()),
+            false => LiveDisk::new(Raw::open_with(&top, false, unsynced().files).unwrap()),
         }
     }
 
@@ -228,8 +240,8 @@ fn is_qcow2(path: &Path) -> bool {
 
 fn open(path: &Path) -> Box<dyn Disk> {
     match is_qcow2(path) {
-        true => Box::new(Qcow2::open(path, &OpenOptions::default()).unwrap()),
-        false => Box::new(Raw::open(path, false).unwrap()),
+        true => Box::new(Qcow2::open(path, &unsynced()).unwrap()),
+        false => Box::new(Raw::open_with(path, false, unsynced().files).unwrap()),
     }
 }
 
@@ -242,7 +254,7 @@ fn verify(path: &Path) {
 
 fn commit(disk: &LiveDisk, between: usize, pivot: bool) -> Result<LiveReport> {
     let options = CommitOptions {
-        open: OpenOptions::default(),
+        open: unsynced(),
         between,
         pivot,
         max_last: None,
@@ -291,10 +303,11 @@ fn a_commit_takes_the_disk_to_its_base() {
         disk.close().unwrap();
         drop(disk);
         chain.verify("base");
-        if depth == 0 {
-            // The overlay has nothing of its own any more.
-            chain.verify("top");
-        }
+        // The overlay has nothing of its own any more.
+        chain.verify("top");
+        let top = Qcow2::open(&chain.path("top"), &unsynced()).unwrap();
+        let extent = top.extent(0, SIZE).unwrap();
+        assert_eq!((extent.kind, extent.len), (ExtentKind::Unallocated, SIZE));
     }
 }
 
@@ -311,11 +324,7 @@ fn a_commit_empties_the_disk_on_top() {
         commit(&disk, depth, false).unwrap();
         if depth == 0 {
             let extent = disk.extent(0, disk.size()).unwrap();
-            assert_eq!(
-                extent.kind,
-                tandem_block::ExtentKind::Unallocated,
-                "{images:?}"
-            );
+            assert_eq!(extent.kind, ExtentKind::Unallocated, "{images:?}");
             assert_eq!(extent.len, disk.size());
         }
         let base = open_read_only(&chain.path("base")).size();
@@ -329,7 +338,7 @@ fn a_commit_empties_the_disk_on_top() {
 fn open_read_only(path: &Path) -> Box<dyn Disk> {
     let options = OpenOptions {
         read_only: true,
-        ..OpenOptions::default()
+        ..unsynced()
     };
     match is_qcow2(path) {
         true => Box::new(Qcow2::open(path, &options).unwrap()),
@@ -362,7 +371,7 @@ fn a_rebase_changes_nothing_that_is_read() {
             drop(disk);
             let disk = chain.live();
             let options = RebaseOptions {
-                open: OpenOptions::default(),
+                open: unsynced(),
                 backing: (!to.is_empty()).then(|| BackingName {
                     file: to.into(),
                     format: match is_qcow2(&chain.path(to)) {
@@ -410,7 +419,7 @@ fn both_sides_of_a_fork_have_what_the_disk_had() {
         chain.during(&disk, seed, || {
             for i in 0..3 {
                 let options = ForkOptions {
-                    open: OpenOptions::default(),
+                    open: unsynced(),
                     overlay: chain_path(&disk, &format!("overlay{i}")),
                     fork: chain_path(&disk, &format!("fork{i}")),
                 };
@@ -424,7 +433,7 @@ fn both_sides_of_a_fork_have_what_the_disk_had() {
         });
         // A side that nothing has happened to, and so the disk at that instant.
         let options = ForkOptions {
-            open: OpenOptions::default(),
+            open: unsynced(),
             overlay: chain.path("overlay3"),
             fork: chain.path("fork3"),
         };
@@ -437,7 +446,7 @@ fn both_sides_of_a_fork_have_what_the_disk_had() {
         }
         let fork = open(&options.fork);
         assert!(read(&*fork, 0, SIZE) == at_the_fork);
-        let refused = Qcow2::open(&chain.path("overlay2"), &OpenOptions::default());
+        let refused = Qcow2::open(&chain.path("overlay2"), &unsynced());
         assert!(matches!(refused, Err(Error::Locked { .. })));
         disk.flush().unwrap();
         disk.close().unwrap();
@@ -450,4 +459,78 @@ fn both_sides_of_a_fork_have_what_the_disk_had() {
 
 fn chain_path(disk: &LiveDisk, name: &str) -> PathBuf {
     disk.with_image(|image| image.path().with_file_name(name))
+}
+
+fn bitmap(name: &str) -> BitmapAction {
+    BitmapAction::Add {
+        name: name.into(),
+        granularity: Some(4096),
+        enabled: true,
+    }
+}
+
+/// Bitmaps that follow a disk go on with it when it is forked, and when it becomes its base.
+#[test]
+fn bitmaps_follow_the_disk() {
+    for kind in [Kind::Internal, Kind::RawData] {
+        let mut chain = Chain::new(&[(kind, SIZE)], 3);
+        let disk = chain.live();
+        disk.change_bitmaps(&[bitmap("a"), bitmap("b")]).unwrap();
+        let names = |disk: &LiveDisk| {
+            let bitmaps = disk.bitmaps().unwrap().into_iter();
+            Vec::from_iter(bitmaps.map(|bitmap| String::from_utf8(bitmap.info.name).unwrap()))
+        };
+        let before = chain.model.clone();
+        chain.during(&disk, 1, || {
+            for i in 0..3 {
+                let fork = ForkOptions {
+                    open: unsynced(),
+                    overlay: chain_path(&disk, &format!("overlay{i}")),
+                    fork: chain_path(&disk, &format!("fork{i}")),
+                };
+                disk.fork(&fork).unwrap();
+                assert_eq!(names(&disk), ["a", "b"]);
+                if i == 0 {
+                    let busy = commit(&disk, 1, true).unwrap_err().to_string();
+                    assert!(busy.contains("no image below"), "{busy}");
+                    commit(&disk, 0, true).unwrap();
+                    assert_eq!(names(&disk), ["a", "b"]);
+                }
+            }
+        });
+        // No change was missed on the way.
+        let dirty = disk.read_bitmap(b"b").unwrap();
+        for at in (0..SIZE).step_by(4096) {
+            let range = at as usize..at as usize + 4096;
+            if before[range.clone()] != chain.model[range] {
+                assert!(dirty.is_dirty(at, 4096), "{at}");
+            }
+        }
+        let refused = commit(&disk, 1, true).unwrap_err().to_string();
+        assert!(refused.contains("keeps a stamp"), "{refused}");
+        disk.close().unwrap();
+        drop(disk);
+        chain.verify("overlay2");
+        let below = tandem_block::qcow2::Info::read(&chain.path("base")).unwrap();
+        assert_eq!(below.bitmaps.len(), 0);
+    }
+}
+
+#[test]
+fn stamps_stay_right() {
+    let mut chain = Chain::new(&[(Kind::Internal, SIZE)], 5);
+    let disk = chain.live();
+    let fork = ForkOptions {
+        open: unsynced(),
+        overlay: chain.path("overlay"),
+        fork: chain.path("fork"),
+    };
+    disk.fork(&fork).unwrap();
+    chain.during(&disk, 2, || commit(&disk, 0, false).unwrap());
+    disk.close().unwrap();
+    drop(disk);
+    chain.verify("overlay");
+    // The other side stands on what has changed, and says so.
+    let changed = Qcow2::open(&fork.fork, &unsynced()).map(drop).unwrap_err();
+    assert!(matches!(changed, Error::BaseChanged { .. }), "{changed}");
 }

@@ -379,3 +379,67 @@ fn a_socket_in_use_is_refused() {
     run(command).assert_quiet(0);
     assert!(!socket.exists());
 }
+
+/// Waits for the job that `request` begins.
+fn carry_out_job(machine: &Machine, request: &Value) {
+    let job = machine.ask(request)["ok"]["job"].clone();
+    loop {
+        let jobs = machine.ask(&json!({"command": "jobs"}))["ok"]["jobs"].clone();
+        let jobs = jobs.as_array().unwrap().iter();
+        let found = jobs.clone().find(|found| found["job"] == job).unwrap();
+        match found["state"].as_str() {
+            Some("running") => thread::sleep(Duration::from_millis(1)),
+            state => {
+                assert_eq!(state, Some("done"), "{found}");
+                return;
+            }
+        }
+    }
+}
+
+/// The images of a disk change while the machine is confined to its files.
+#[test]
+fn images_change_under_a_guest() {
+    if !have_kvm() {
+        return;
+    }
+    let guest = Guest::new(&print_for_ever());
+    let path = |name: &str| guest.path(name);
+    fs::write(path("disk"), vec![7; 65536]).unwrap();
+    let mut command = guest.command();
+    command.arg("--control").arg(path("socket"));
+    command
+        .arg("--allow-dir")
+        .arg(path("disk").parent().unwrap());
+    let disk = format!("{},format=raw,cache=none", path("disk").display());
+    command.arg("--disk").arg(disk);
+    let mut machine = Machine::spawn(guest, command);
+    machine.await_text("x");
+    let path = |name: &str| machine.guest.path(name);
+    for (overlay, other) in [("a", "b"), ("c", "d")] {
+        let (overlay, other) = (path(overlay), path(other));
+        let fork = json!({"command": "fork", "disk": "vda", "overlay": overlay, "fork": other});
+        let forked = machine.ask(&fork);
+        assert!(forked["ok"]["stopped_us"].is_u64(), "{forked}");
+        let disks = machine.ask(&json!({"command": "disks"}));
+        assert_eq!(disks["ok"]["disks"][0]["path"], json!(overlay));
+    }
+    for more in [
+        json!({"command": "commit", "pivot": false}),
+        json!({"command": "commit", "pivot": true}),
+    ] {
+        let mut request = more;
+        request["disk"] = json!("vda");
+        carry_out_job(&machine, &request);
+    }
+    carry_out_job(
+        &machine,
+        &json!({"command": "rebase", "disk": "vda", "backing": ""}),
+    );
+    let outside = std::env::temp_dir().join("tandem-test-of-an-image-that-is-not-allowed");
+    let fork = json!({"command": "fork", "disk": "vda", "overlay": outside, "fork": path("e")});
+    let refused = machine.ask(&fork)["error"]["message"].to_string();
+    assert!(refused.contains("Permission denied"), "{refused}");
+    machine.change("shutdown", "ended");
+    machine.wait().assert_quiet(0);
+}

@@ -6,8 +6,9 @@
 //! it does the disk become the base, or do the images on top lose theirs.
 
 use std::ops::Range;
+use std::os::unix::ffi::OsStringExt;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use vm_memory::VolatileSlice;
 
@@ -15,7 +16,7 @@ use super::chain::{self, ImageRef};
 use super::changes::Changes;
 use super::passes::{Passes, Progress, last_pass};
 use super::{LiveDisk, LiveImage, LiveReport, State};
-use crate::qcow2::{OpenOptions, Part, Qcow2, open_with_base};
+use crate::qcow2::{BackingFormat, BackingName, OpenOptions, Part, Qcow2, open_with_base};
 use crate::{Disk, Error, Result};
 
 /// Bytes that are zeroed at once.
@@ -30,8 +31,8 @@ pub struct CommitOptions {
     pub open: OpenOptions,
     /// How many images are between the one on top and the base.
     pub between: usize,
-    /// Whether the disk is the base from then on. If not, the image on top stays, and loses what the
-    /// base has if there is none between them.
+    /// Whether the disk is the base from then on. If not, the image on top stays, and is emptied if there
+    /// is none between them.
     pub pivot: bool,
     /// Most bytes that may be left to be copied while requests wait, if that is limited.
     pub max_last: Option<u64>,
@@ -39,13 +40,13 @@ pub struct CommitOptions {
 
 impl LiveDisk {
     /// Makes the base read as the disk does, and as large if that is larger, while requests go on. With
-    /// [`pivot`](CommitOptions::pivot), the image that was on top is emptied, so that it shows what the
-    /// base has; unless there are images between them: it is of no use any more then.
+    /// [`pivot`](CommitOptions::pivot), the image that was on top comes to stand on the base itself, and is
+    /// emptied before, so that it shows what the base has.
     ///
     /// # Errors
     /// What keeps an image from being read, or the base from being written, because others use it for
     /// instance; [`Error::Cancelled`]; [`Error::Option`] for a disk without such a base, for one that is
-    /// in another operation, for bitmaps on an image that would go, and if the guest writes too fast for
+    /// in another operation, for bitmaps that cannot go with the disk, and if the guest writes too fast for
     /// [`max_last`](CommitOptions::max_last). The disk reads as before, and goes on as it was.
     pub fn commit(&self, options: &CommitOptions, progress: Progress<'_>) -> Result<LiveReport> {
         let changes = self.begin_watched("commit")?;
@@ -56,17 +57,8 @@ impl LiveDisk {
                     drop(self.stamp_below());
                 }
             })?;
-            let mut commit = Commit {
-                disk: self,
-                options,
-                changes: &changes,
-                base,
-                stamped,
-                report: LiveReport {
-                    stopped: Default::default(),
-                    warning: None,
-                },
-            };
+            let mut commit = Commit::new(self, options, &changes, base);
+            commit.stamped = stamped;
             let done = commit.run(progress);
             commit.end(done)
         });
@@ -109,7 +101,7 @@ impl LiveDisk {
                     )));
                 }
                 if options.pivot {
-                    check_bitmaps(top, &base, options.between)?;
+                    check_bitmaps(top, &base)?;
                 }
                 if size > base_size {
                     if let LiveImage::Qcow2(base) = &base {
@@ -174,7 +166,7 @@ fn copy(top: &dyn Disk, base: &dyn Disk, between: usize, range: Range<u64>) -> R
 }
 
 /// Refuses to leave an image whose bitmaps follow the disk if they cannot go with it.
-fn check_bitmaps(top: &Qcow2, base: &LiveImage, between: usize) -> Result<()> {
+fn check_bitmaps(top: &Qcow2, base: &LiveImage) -> Result<()> {
     let following = top.following_bitmaps()?;
     let refused = |why: String| {
         let (top, base) = (top.path().display(), base.path().display());
@@ -187,9 +179,6 @@ fn check_bitmaps(top: &Qcow2, base: &LiveImage, between: usize) -> Result<()> {
             false => refused("it is raw".to_owned()),
         };
     };
-    if between > 0 && !following.is_empty() {
-        return refused("there are images between".to_owned());
-    }
     let known = base.bitmaps()?;
     let known = known.filter(|_| !following.is_empty());
     let is_known = |name: &[u8]| known.iter().flatten().any(|other| other.name == name);
@@ -200,6 +189,24 @@ fn check_bitmaps(top: &Qcow2, base: &LiveImage, between: usize) -> Result<()> {
         Some(bitmap) => refused(format!("it has a bitmap '{}'", bitmap.name.escape_ascii())),
         None => Ok(()),
     }
+}
+
+/// Puts the image on top on `base` itself, which reads as the images between them do.
+fn put_on_base(state: &mut State, base: &Arc<dyn Disk>) -> Result<()> {
+    let top = state.image.qcow2_mut().ok_or_else(super::in_use)?;
+    let image = base.as_image().ok_or_else(super::in_use)?;
+    let format = match image {
+        ImageRef::Raw(_) => BackingFormat::Raw,
+        ImageRef::Qcow2(_) => BackingFormat::Qcow2,
+    };
+    let file = chain::name_from(top.path(), image.path())?;
+    let name = BackingName {
+        file: file.into_os_string().into_vec(),
+        format: format.name().into(),
+    };
+    top.name_backing(Some(&name), None)?;
+    top.put_on(Some(base.clone()));
+    Ok(())
 }
 
 /// Has the disk become `base`, and returns what it was.
@@ -217,7 +224,7 @@ fn pivot(state: &mut State, base: &mut LiveImage) -> Result<LiveImage> {
 }
 
 /// A commit whose base is open for writing.
-struct Commit<'a> {
+pub(super) struct Commit<'a> {
     disk: &'a LiveDisk,
     options: &'a CommitOptions,
     changes: &'a Arc<Changes>,
@@ -227,49 +234,80 @@ struct Commit<'a> {
     report: LiveReport,
 }
 
-impl Commit<'_> {
-    fn run(&mut self, progress: Progress<'_>) -> Result<()> {
+impl<'a> Commit<'a> {
+    pub fn new(
+        disk: &'a LiveDisk,
+        options: &'a CommitOptions,
+        changes: &'a Arc<Changes>,
+        base: LiveImage,
+    ) -> Self {
+        Self {
+            disk,
+            options,
+            changes,
+            base,
+            stamped: false,
+            report: LiveReport {
+                stopped: Duration::ZERO,
+                warning: None,
+            },
+        }
+    }
+
+    pub fn run(&mut self, progress: Progress<'_>) -> Result<()> {
         let CommitOptions {
             between,
-            pivot: pivots,
+            pivot,
             max_last,
             ..
         } = *self.options;
-        let shared = self.base.shared();
-        let step = move |state: &State, range| copy(state.image.disk(), &*shared, between, range);
+        let base = self.base.shared();
+        let step = |state: &State, range| copy(state.image.disk(), &*base, between, range);
         Passes::new(self.disk, self.changes, &mut *progress).run(max_last, &step)?;
         // Less is left for the moment when requests wait.
-        self.base.disk().flush()?;
-        let (changes, base) = (self.changes, &mut self.base);
-        let (replaced, stopped) = self.disk.exclusive(|state| {
-            let begun = Instant::now();
-            if pivots {
-                let top = state.writable_qcow2()?;
-                check_bitmaps(top, base, between)?;
-            }
+        base.flush()?;
+        self.exclusive(|state, changes| {
             last_pass(state, changes, &step)?;
-            drop(step);
-            base.disk().flush()?;
-            let replaced = match pivots {
-                true => Some(pivot(state, base)?),
-                false => None,
-            };
-            if pivots {
-                state.unwatch(changes);
+            base.flush()?;
+            match pivot && between > 0 {
+                true => put_on_base(state, &base),
+                false => Ok(()),
             }
-            Ok::<_, Error>((replaced, begun.elapsed()))
         })?;
-        self.report.stopped = stopped;
-        match replaced {
-            Some(LiveImage::Qcow2(top)) => {
-                // Nobody else has it; and it shows the wrong things only if images are between.
-                let top = Arc::into_inner(top).filter(|_| self.options.between == 0);
-                self.report.warning = top.and_then(|top| top.empty().err());
-                Ok(())
+        match pivot {
+            true => {
+                self.empty(&mut *progress)?;
+                self.pivot(base, progress)
             }
-            None if self.options.between == 0 => self.empty(progress),
-            _ => Ok(()),
+            false if between == 0 => self.empty(progress),
+            false => Ok(()),
         }
+    }
+
+    /// Has the disk become the base. The image on top has nothing of its own then, on disk, so that it
+    /// reads the same: whoever opens one or the other after a crash finds what the guest has flushed.
+    fn pivot(&mut self, base: Arc<dyn Disk>, progress: Progress<'_>) -> Result<()> {
+        let step = move |state: &State, range| copy(state.image.disk(), &*base, 0, range);
+        Passes::new(self.disk, self.changes, progress).catch_up(self.options.max_last, &step)?;
+        self.base.disk().flush()?;
+        let (disk, changes) = (self.disk, self.changes);
+        let (top, stopped) = disk.exclusive(|state| {
+            let begun = Instant::now();
+            last_pass(state, changes, &step)?;
+            // It has the base.
+            drop(step);
+            self.base.disk().flush()?;
+            let top = state.writable_qcow2()?;
+            check_bitmaps(top, &self.base)?;
+            top.empty_range(0..top.size())?;
+            top.flush()?;
+            let top = pivot(state, &mut self.base)?;
+            state.unwatch(changes);
+            Ok::<_, Error>((top, begun.elapsed()))
+        })?;
+        self.report.stopped = self.report.stopped.max(stopped);
+        self.report.warning = top.disk().close().err();
+        Ok(())
     }
 
     /// Removes from the image on top what has not changed since the base has it, which is durable.
@@ -279,7 +317,10 @@ impl Commit<'_> {
         while at < size {
             if progress(at, size).is_break() {
                 // What is left hides the same in the base.
-                return Ok(());
+                return match self.options.pivot {
+                    true => Err(Error::Cancelled),
+                    false => Ok(()),
+                };
             }
             let unmapped = {
                 let state = self.disk.shared();
@@ -290,7 +331,8 @@ impl Commit<'_> {
             at += unmapped;
             if unmapped == 0 {
                 let end = size.min(at.saturating_add(EMPTIED));
-                self.exclusive(|top, changes| {
+                self.exclusive(|state, changes| {
+                    let top = state.writable_qcow2()?;
                     let mut from = at;
                     while let Some(same) = changes.next(from..end, false) {
                         from = same.end;
@@ -310,28 +352,27 @@ impl Commit<'_> {
         let mut at = 0;
         while at < size && self.disk.shared().writable_qcow2()?.keeps_space() {
             let end = size.min(at.saturating_add(EMPTIED));
-            self.exclusive(|top, _| top.release_unmapped(at..end))?;
+            self.exclusive(|state, _| state.writable_qcow2()?.release_unmapped(at..end))?;
             at = end;
         }
         Ok(())
     }
 
-    /// Does something to the image on top while requests wait, and takes the time.
-    fn exclusive(&mut self, operation: impl FnOnce(&Qcow2, &Changes) -> Result<()>) -> Result<()> {
+    /// Does something while requests wait, and takes the time.
+    fn exclusive(
+        &mut self,
+        operation: impl FnOnce(&mut State, &Changes) -> Result<()>,
+    ) -> Result<()> {
         let (done, stopped) = self.disk.exclusive(|state| {
             let begun = Instant::now();
-            let top = state.writable_qcow2();
-            (
-                top.and_then(|top| operation(top, self.changes)),
-                begun.elapsed(),
-            )
+            (operation(state, self.changes), begun.elapsed())
         });
         self.report.stopped = self.report.stopped.max(stopped);
         done
     }
 
     /// Has the base only read from now on, unless it is the disk.
-    fn end(mut self, done: Result<()>) -> Result<LiveReport> {
+    pub fn end(mut self, done: Result<()>) -> Result<LiveReport> {
         if done.is_ok() && self.options.pivot {
             return Ok(self.report);
         }

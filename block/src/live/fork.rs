@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::chain::Gone;
+use super::chain::{self, Gone};
 use super::{LiveDisk, LiveImage, LiveReport, State};
 use crate::file::{ImageFile, is_at};
 use crate::lock::{Access, Locking};
@@ -140,7 +140,7 @@ impl<'a> New<'a> {
         let create = CreateOptions {
             size: base.disk().size(),
             cluster_size: base.qcow2().map_or(64 << 10, Qcow2::cluster_size),
-            backing_file: Some(name_from(path, base.path())?),
+            backing_file: Some(chain::name_from(path, base.path())?),
             backing_format: Some(match base {
                 LiveImage::Qcow2(_) => BackingFormat::Qcow2,
                 _ => BackingFormat::Raw,
@@ -195,17 +195,4 @@ impl Drop for New<'_> {
             let _ = fs::remove_file(self.path);
         }
     }
-}
-
-/// The name of the file `base` in an image that will be at `path`: a relative one if it lies in its
-/// directory or below.
-fn name_from(path: &Path, base: &Path) -> Result<PathBuf> {
-    let absolute = |path: &Path| path.canonicalize().map_err(|e| Error::io(path, "find", e));
-    let directory = match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
-    let base = absolute(base)?;
-    let name = base.strip_prefix(absolute(directory)?).unwrap_or(&base);
-    Ok(name.to_owned())
 }

@@ -417,4 +417,6 @@ impl Disk for LiveDisk {
 }
 
 #[cfg(test)]
+mod faults;
+#[cfg(test)]
 mod tests;

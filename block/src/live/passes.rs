@@ -49,6 +49,15 @@ impl<'a> Passes<'a> {
     pub fn run(&mut self, max_last: Option<u64>, step: &Step<'_>) -> Result<()> {
         let size = self.disk.size();
         self.go_through(0..size, size, step)?;
+        self.catch_up(max_last, step)
+    }
+
+    /// As [`run`](Self::run), of what has changed only.
+    ///
+    /// # Errors
+    /// Those of [`run`](Self::run).
+    pub fn catch_up(&mut self, max_last: Option<u64>, step: &Step<'_>) -> Result<()> {
+        let size = self.disk.size();
         for _ in 0..MAX_PASSES {
             if self.changes.bytes() <= LITTLE {
                 break;

@@ -174,7 +174,7 @@ impl Part {
 
 impl Qcow2 {
     /// Removes all mappings, so that the backing file shows everywhere, and closes the image.
-    pub(crate) fn empty(self) -> Result<()> {
+    fn empty(self) -> Result<()> {
         self.check_writable()?;
         let clusters = self.geometry.clusters(self.size());
         self.unmap_clusters(0..clusters, Zeroed::Emptied)?;

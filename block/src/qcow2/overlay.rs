@@ -361,6 +361,27 @@ fn literal(name: &Path) -> PathBuf {
 mod tests {
     use super::*;
 
+    /// Whatever the first flush has to write besides.
+    #[test]
+    fn names_are_durable_from_the_first_flush_on() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("base");
+        Raw::create(&path, 1 << 20, crate::Preallocation::Off).unwrap();
+        let base = Base::open(&path, BackingFormat::Raw, &OpenOptions::default()).unwrap();
+        for data_file in [None, Some(dir.path().join("data"))] {
+            let path = dir.path().join(format!("over{}", data_file.is_some()));
+            let options = OverlayOptions {
+                place: OverlayPlace::Kept { path, data_file },
+                ..OverlayOptions::default()
+            };
+            let disk = base.overlay(&options).unwrap();
+            let is_new = || (disk.image.has_new_name(), disk.data().has_new_name());
+            assert_eq!(is_new(), (true, true));
+            disk.flush().unwrap();
+            assert_eq!(is_new(), (false, false));
+        }
+    }
+
     #[test]
     fn how_an_image_names_files() {
         let name = |path: &str| relative_to(Path::new("/vm/one"), path.into());

@@ -9,6 +9,9 @@ mod machine;
 mod operate;
 mod roundtrip;
 mod served;
+mod soak;
+
+pub use soak::case as soak;
 
 use crate::suite::Case;
 

@@ -7,6 +7,7 @@ mod devices;
 mod discards;
 mod extents;
 mod faults;
+mod live;
 mod live_bitmaps;
 mod locks;
 mod packed;

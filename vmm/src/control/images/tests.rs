@@ -190,7 +190,7 @@ fn what_cannot_be_is_refused() {
         ),
         (
             json!({"command": "fork", "disk": 0, "overlay": path("o"), "fork": path("n/o")}),
-            "n/o",
+            "/n'",
         ),
         (
             json!({"command": "job-cancel", "job": 77}),

@@ -90,7 +90,7 @@ impl Judge<'_> {
         // bitmap that is lost cannot follow.
         maker.resizes = !matches!(self.setup.kind, Kind::Raw | Kind::RawIncomplete)
             && !is_marked
-            && !(self.is_old(&state) && !known.is_empty());
+            && (known.is_empty() || !self.is_old(&state));
         for op in maker.make(random, MORE) {
             request(&disk, &op).map_err(|e| format!("{op:?} afterwards: {e}"))?;
             note(&mut stamps, &op);

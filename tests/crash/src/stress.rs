@@ -91,7 +91,7 @@ pub fn run(setup: &Setup, seed: u64, rounds: u64) -> Result<usize, String> {
 
 /// What is done to the image after a round.
 fn operations(setup: &Setup, round: u64, snapshots: &mut Vec<u64>) -> Vec<Op> {
-    if setup.operations == Operations::Snapshots && round % 2 == 0 {
+    if setup.operations == Operations::Snapshots && round.is_multiple_of(2) {
         let snapshot = round + 1;
         snapshots.push(snapshot);
         let mut ops = vec![Op::Take { snapshot }];

@@ -244,7 +244,9 @@ fn a_disk_has_one_job_at_a_time() {
     let [started, go_on] = [started, go_on].map(Arc::new);
     let waits = [started.clone(), go_on.clone()];
     let operation = move |_: tandem_block::Progress<'_>| {
-        waits.iter().for_each(|barrier| drop(barrier.wait()));
+        for barrier in &waits {
+            barrier.wait();
+        }
         Err(tandem_block::Error::Cancelled)
     };
     control

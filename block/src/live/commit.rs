@@ -68,7 +68,7 @@ impl LiveDisk {
 
     /// Has the image on top keep no stamp of what is below it, for that changes: a crash leaves an image
     /// without one. Returns whether it has kept one.
-    fn end_stamp(&self) -> Result<bool> {
+    pub(super) fn end_stamp(&self) -> Result<bool> {
         self.exclusive(|state| {
             let top = state.writable_qcow2()?;
             let stamped = top.keeps_stamp()?;
@@ -86,6 +86,9 @@ impl LiveDisk {
             let top = state.writable_qcow2()?;
             chain::check_stamps_above(top, options.between)?;
             let old = chain::sole_below(top, options.between)?;
+            // After a commit that failed, what it has still to write must not come behind what is
+            // written from here on.
+            old.freeze()?;
             old.unlock();
             reopen(top, old, options)
         };
@@ -230,7 +233,7 @@ pub(super) struct Commit<'a> {
     changes: &'a Arc<Changes>,
     base: LiveImage,
     /// Whether the image on top has kept the stamp of what is below it.
-    stamped: bool,
+    pub stamped: bool,
     report: LiveReport,
 }
 
@@ -377,7 +380,8 @@ impl<'a> Commit<'a> {
             return Ok(self.report);
         }
         let frozen = self.base.as_ref().and_then(ImageRef::freeze);
-        let stamped = match self.stamped {
+        // What could not be written is written later, and changes the stamp.
+        let stamped = match self.stamped && frozen.is_ok() {
             true => self.disk.stamp_below(),
             false => Ok(()),
         };

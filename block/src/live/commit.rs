@@ -212,18 +212,24 @@ fn put_on_base(state: &mut State, base: &Arc<dyn Disk>) -> Result<()> {
     Ok(())
 }
 
-/// Has the disk become `base`, and returns what it was.
-fn pivot(state: &mut State, base: &mut LiveImage) -> Result<LiveImage> {
+/// Has the disk become `base`, and `base` what the disk was, on nothing. The disk is then in use by nobody
+/// else, as any operation on it wants.
+pub(super) fn pivot(state: &mut State, base: &mut LiveImage) -> Result<()> {
     let top = state.image.qcow2_mut().ok_or_else(super::in_use)?;
-    if !top.following_bitmaps()?.is_empty() {
-        // Nobody else has the base then.
-        top.put_on(None);
-        let base_image = base.qcow2_mut().ok_or_else(super::in_use);
-        let moved = base_image.and_then(|base| top.hand_over_bitmaps(base));
+    top.put_on(None);
+    if let Err(error) = hand_bitmaps_over(top, base) {
         top.put_on(Some(base.shared()));
-        moved?;
+        return Err(error);
     }
-    Ok(std::mem::replace(&mut state.image, base.clone()))
+    std::mem::swap(&mut state.image, base);
+    Ok(())
+}
+
+fn hand_bitmaps_over(top: &mut Qcow2, base: &mut LiveImage) -> Result<()> {
+    if top.following_bitmaps()?.is_empty() {
+        return Ok(());
+    }
+    top.hand_over_bitmaps(base.with_bitmaps_mut()?)
 }
 
 /// A commit whose base is open for writing.
@@ -231,6 +237,7 @@ pub(super) struct Commit<'a> {
     disk: &'a LiveDisk,
     options: &'a CommitOptions,
     changes: &'a Arc<Changes>,
+    /// What the disk was, once it is the base.
     base: LiveImage,
     /// Whether the image on top has kept the stamp of what is below it.
     pub stamped: bool,
@@ -294,7 +301,7 @@ impl<'a> Commit<'a> {
         Passes::new(self.disk, self.changes, progress).catch_up(self.options.max_last, &step)?;
         self.base.disk().flush()?;
         let (disk, changes) = (self.disk, self.changes);
-        let (top, stopped) = disk.exclusive(|state| {
+        let stopped = disk.exclusive(|state| {
             let begun = Instant::now();
             last_pass(state, changes, &step)?;
             // It has the base.
@@ -304,12 +311,12 @@ impl<'a> Commit<'a> {
             check_bitmaps(top, &self.base)?;
             top.empty_range(0..top.size())?;
             top.flush()?;
-            let top = pivot(state, &mut self.base)?;
+            pivot(state, &mut self.base)?;
             state.unwatch(changes);
-            Ok::<_, Error>((top, begun.elapsed()))
+            Ok::<_, Error>(begun.elapsed())
         })?;
         self.report.stopped = self.report.stopped.max(stopped);
-        self.report.warning = top.disk().close().err();
+        self.report.warning = self.base.disk().close().err();
         Ok(())
     }
 

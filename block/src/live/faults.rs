@@ -6,10 +6,11 @@ use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use super::commit::Commit;
+use super::commit::{Commit, pivot};
 use super::*;
 use crate::qcow2::{
-    BackingFormat, BackingName, CheckOptions, CreateOptions, OpenOptions, check, create, stamp_base,
+    BackingFormat, BackingName, BitmapAction, CheckOptions, CreateOptions, OpenOptions, check,
+    create, stamp_base,
 };
 use crate::{CacheMode, FileOptions, FileStamp, FileStorage, Storage};
 
@@ -302,6 +303,29 @@ fn commit_to_base_failing(n: u64, lasts: bool, again: bool) -> bool {
     let disk = Qcow2::open(&pair.path("top"), &open_options()).unwrap();
     shows(&disk, &pair.model, &format!("at last, after call {n}"));
     left > 0 && done.is_ok()
+}
+
+/// While the image that was on top is being closed, others change the bitmaps of the disk, say.
+#[test]
+fn nobody_keeps_a_base_that_has_become_the_disk() {
+    let mut pair = Pair::new();
+    let (disk, mut base) = pair.on_faulty_base(&Arc::default());
+    put(&disk, &mut pair.model, 33, 77);
+    let name = b"bitmap".to_vec();
+    let add = BitmapAction::Add {
+        name: name.clone(),
+        granularity: None,
+        enabled: true,
+    };
+    disk.change_bitmaps(&[add]).unwrap();
+    disk.exclusive(|state| pivot(state, &mut base)).unwrap();
+    assert_eq!(
+        disk.with_image(|image| image.path().to_owned()),
+        pair.path("base")
+    );
+    disk.change_bitmaps(&[BitmapAction::Remove { name }])
+        .unwrap();
+    base.disk().close().unwrap();
 }
 
 #[test]

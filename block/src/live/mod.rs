@@ -59,8 +59,7 @@ pub(crate) struct State {
     pub history: History,
 }
 
-/// What a [`LiveDisk`] consists of.
-#[derive(Clone)]
+/// What a [`LiveDisk`] consists of. Operations on the disk fail while anybody else keeps it.
 pub enum LiveImage {
     /// The file is the disk.
     Raw(Arc<Raw>),

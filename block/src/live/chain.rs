@@ -36,10 +36,39 @@ impl<'a> ImageRef<'a> {
         &self.files().0.path
     }
 
-    /// Whether both are the same file.
-    pub(super) fn is_same(self, other: ImageRef<'_>) -> bool {
-        let id = self.files().0.id();
-        id.is_some() && id == other.files().0.id()
+    /// Whether both are the same files.
+    fn is_same(self, other: ImageRef<'_>) -> bool {
+        let ids = |image: ImageRef<'_>| {
+            let (image, data) = image.files();
+            Some((image.id()?, data.map(ImageFile::id)))
+        };
+        ids(self).is_some_and(|own| ids(other) == Some(own))
+    }
+
+    /// The first image, from this one down, that `other` does not have in this place: it has another one
+    /// there, with another data file, or on nothing.
+    pub(super) fn find_other(self, other: ImageRef<'_>) -> Option<&'a Path> {
+        let (mut image, mut other) = (self, other);
+        loop {
+            if !image.is_same(other) {
+                return Some(image.path());
+            }
+            (image, other) = match (image.lower(), other.lower()) {
+                (None, None) => return None,
+                (Some(below), Some(other)) => match below.as_image().zip(other.as_image()) {
+                    Some(images) => images,
+                    None => return Some(image.path()),
+                },
+                _ => return Some(image.path()),
+            };
+        }
+    }
+
+    fn lower(self) -> Option<&'a dyn Disk> {
+        match self {
+            Self::Raw(_) => None,
+            Self::Qcow2(image) => image.backing(),
+        }
     }
 
     /// Refuses an image that others could not find by its name.

@@ -90,7 +90,7 @@ impl LiveDisk {
             // written from here on.
             old.freeze()?;
             old.unlock();
-            reopen(top, old, options)
+            reopen(top, options)
         };
         let placed = opened.and_then(|(below, base)| {
             self.exclusive(|state| {
@@ -134,17 +134,18 @@ impl LiveDisk {
     }
 }
 
-/// Opens `old`, whose locks have been given up, for writing, and the images between it and `top` on it.
-fn reopen(
-    top: &Qcow2,
-    old: ImageRef<'_>,
-    options: &CommitOptions,
-) -> Result<(Arc<dyn Disk>, LiveImage)> {
+/// Opens the base, whose locks have been given up, for writing, and the images between it and `top` on it.
+fn reopen(top: &Qcow2, options: &CommitOptions) -> Result<(Arc<dyn Disk>, LiveImage)> {
     let (below, base) = open_with_base(top.path(), &options.open, options.between)?;
-    if !base.as_ref()?.is_same(old) {
-        let path = old.path().display();
-        let reason = format!("'{path}' has been replaced by another file since it was opened");
-        return Err(Error::Option(reason));
+    let old = top.backing().and_then(Disk::as_image);
+    let other = old
+        .zip(below.as_image())
+        .and_then(|(old, now)| old.find_other(now));
+    if let Some(path) = other {
+        let path = path.display();
+        return Err(Error::Option(format!(
+            "'{path}', or what is below it, has been replaced by another file since it was opened"
+        )));
     }
     Ok((below, base))
 }

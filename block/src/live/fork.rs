@@ -157,7 +157,7 @@ impl<'a> New<'a> {
             path,
             file: Some(file),
         };
-        // The base can be found from there, and is this one.
+        // The base can be found from there, and is this one, on what it is on now.
         let unlocked = OpenOptions {
             read_only: true,
             data_file: None,
@@ -169,11 +169,16 @@ impl<'a> New<'a> {
             ..open.clone()
         };
         let found = Qcow2::open(path, &unlocked)?;
-        let below = found.backing().and_then(Disk::as_image);
-        if !below.is_some_and(|below| base.as_ref().is_ok_and(|base| base.is_same(below))) {
-            let (path, base) = (path.display(), base.path().display());
+        let disk = base.as_ref()?;
+        let other = match found.backing().and_then(Disk::as_image) {
+            Some(below) => disk.find_other(below),
+            None => Some(disk.path()),
+        };
+        if let Some(other) = other {
+            let (path, other) = (path.display(), other.display());
             return Err(Error::Option(format!(
-                "'{base}' is not the file that the disk has open, and cannot be below '{path}'"
+                "'{path}' would not stand on what the disk does: '{other}', its data file, or what is below \
+                 it would be another"
             )));
         }
         Ok(new)

@@ -589,3 +589,37 @@ fn a_commit_finds_the_images_that_the_disk_has() {
     drop(disk);
     chain.verify("base");
 }
+
+/// The disk is closed while its images are operated on.
+#[test]
+fn a_closed_disk_is_left_alone() {
+    let chain = Chain::new(&[(Kind::Internal, SIZE); 2], 9);
+    let disk = chain.live();
+    let close = |_, _| {
+        disk.close().unwrap();
+        ControlFlow::Continue(())
+    };
+    let rebase = RebaseOptions {
+        open: unsynced(),
+        backing: None,
+        max_last: None,
+    };
+    let before = std::fs::read(chain.path("top")).unwrap();
+    let closed = disk.rebase(&rebase, &mut { close }).unwrap_err();
+    assert!(matches!(closed, Error::Closed { .. }), "{closed}");
+    for pivot in [false, true] {
+        let closed = commit(&disk, 0, pivot).unwrap_err();
+        assert!(matches!(closed, Error::Closed { .. }), "{closed}");
+    }
+    let fork = ForkOptions {
+        open: unsynced(),
+        overlay: chain.path("overlay"),
+        fork: chain.path("fork"),
+    };
+    let closed = disk.fork(&fork).unwrap_err();
+    assert!(matches!(closed, Error::Closed { .. }), "{closed}");
+    assert!(!fork.overlay.exists() && !fork.fork.exists());
+    assert!(std::fs::read(chain.path("top")).unwrap() == before);
+    drop(disk);
+    chain.verify("top");
+}

@@ -96,7 +96,10 @@ impl LiveDisk {
 /// what could not be stored, and is not needed for the disk.
 fn freeze(state: &mut State, top: &mut Qcow2) -> Result<Option<Error>> {
     let has_bitmaps = match state.image.qcow2() {
-        Some(image) => !image.following_bitmaps()?.is_empty(),
+        Some(image) => {
+            image.check_writable()?;
+            !image.following_bitmaps()?.is_empty()
+        }
         None => false,
     };
     if has_bitmaps {

@@ -274,9 +274,7 @@ impl State {
                 return Err(Error::Option(reason.to_owned()));
             }
         };
-        if image.limits().read_only {
-            return Err(Error::ReadOnly);
-        }
+        image.check_writable()?;
         Ok(image)
     }
 

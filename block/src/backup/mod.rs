@@ -25,11 +25,12 @@ pub mod stream;
 
 use std::fmt;
 use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
 
 use crate::live::{LiveImage, State};
+use crate::new_file::directory_of;
 use crate::sync::{Mutex, lock};
 use crate::{Error, LiveDisk, Result};
 
@@ -245,13 +246,6 @@ fn granule_bits(image: &LiveImage, size: u64) -> Result<u32> {
             "the disk has {size} bytes, which is more than the {most} that a backup can have"
         ))
     })
-}
-
-fn directory_of(path: &Path) -> &Path {
-    match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    }
 }
 
 impl Backup {

@@ -1,6 +1,5 @@
 //! The images that a disk in use consists of.
 
-use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -209,26 +208,6 @@ pub(super) fn depth_of(top: &Qcow2, other: ImageRef<'_>) -> Option<usize> {
         depth += 1;
     }
     None
-}
-
-/// The name of the file `base` in an image that will be at `path`: a relative one if it lies in its
-/// directory or below.
-pub(super) fn name_from(path: &Path, base: &Path) -> Result<PathBuf> {
-    let absolute = |path: &Path| path.canonicalize().map_err(|e| Error::io(path, "find", e));
-    let directory = match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
-    let base = absolute(base)?;
-    let Ok(name) = base.strip_prefix(absolute(directory)?) else {
-        return Ok(base);
-    };
-    // Not to be taken for a protocol's.
-    let has_colon = name.as_os_str().as_bytes().contains(&b':');
-    Ok(match has_colon {
-        true => Path::new(".").join(name),
-        false => name.to_owned(),
-    })
 }
 
 /// What is left of a disk whose image could not be kept.

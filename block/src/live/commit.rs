@@ -16,7 +16,9 @@ use super::chain::{self, ImageRef};
 use super::changes::Changes;
 use super::passes::{Passes, Progress, last_pass};
 use super::{LiveDisk, LiveImage, LiveReport, State};
-use crate::qcow2::{BackingFormat, BackingName, OpenOptions, Part, Qcow2, open_with_base};
+use crate::qcow2::{
+    BackingFormat, BackingName, OpenOptions, Part, Qcow2, name_from, open_with_base,
+};
 use crate::{Disk, Error, Result};
 
 /// Bytes that are zeroed at once.
@@ -203,7 +205,7 @@ fn put_on_base(state: &mut State, base: &Arc<dyn Disk>) -> Result<()> {
         ImageRef::Raw(_) => BackingFormat::Raw,
         ImageRef::Qcow2(_) => BackingFormat::Qcow2,
     };
-    let file = chain::name_from(top.path(), image.path())?;
+    let file = name_from(top.path(), image.path())?;
     let name = BackingName {
         file: file.into_os_string().into_vec(),
         format: format.name().into(),

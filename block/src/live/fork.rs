@@ -9,11 +9,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::chain::{self, Gone};
+use super::chain::Gone;
 use super::{LiveDisk, LiveImage, LiveReport, State};
 use crate::file::{ImageFile, is_at};
 use crate::lock::{Access, Locking};
-use crate::qcow2::{Backing, BackingFormat, CreateOptions, OpenOptions, Qcow2, stamp_base};
+use crate::qcow2::{
+    Backing, BackingFormat, CreateOptions, OpenOptions, Qcow2, name_from, stamp_base,
+};
 use crate::{Disk, Error, FileOptions, FileStorage, NewImage, Result};
 
 /// How to fork a disk in use.
@@ -143,7 +145,7 @@ impl<'a> New<'a> {
         let create = CreateOptions {
             size: base.disk().size(),
             cluster_size: base.qcow2().map_or(64 << 10, Qcow2::cluster_size),
-            backing_file: Some(chain::name_from(path, base.path())?),
+            backing_file: Some(name_from(path, base.path())?),
             backing_format: Some(match base {
                 LiveImage::Qcow2(_) => BackingFormat::Qcow2,
                 _ => BackingFormat::Raw,

@@ -137,6 +137,7 @@ pub(crate) use create::{NewFiles, begin};
 pub use info::Info;
 pub use measure::{bitmaps_size, full_size};
 pub use open::OpenOptions;
+pub(crate) use overlay::name_from;
 pub use overlay::{Base, OverlayOptions, OverlayPlace};
 pub use placement::DataFile;
 pub use policy::Follow;

@@ -17,7 +17,6 @@
 //! bytes for each granule in the scratch file, 800 KiB for 1 GiB.
 
 mod bitmap;
-mod granules;
 mod protect;
 mod read;
 mod scratch;
@@ -29,6 +28,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
 
+use crate::granules::Granules;
 use crate::live::{LiveImage, State};
 use crate::new_file::directory_of;
 use crate::sync::{Mutex, lock};
@@ -36,7 +36,6 @@ use crate::{Error, LiveDisk, Result};
 
 pub(crate) use bitmap::History;
 use bitmap::Selection;
-use granules::Granules;
 use protect::Protection;
 pub use read::{Chunk, ChunkExtent};
 use scratch::Scratch;

@@ -52,6 +52,8 @@ mod granules;
 mod hints;
 mod live;
 mod lock;
+#[cfg(mutate)]
+pub mod mutate;
 mod new_file;
 mod new_image;
 mod nowait;

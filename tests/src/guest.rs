@@ -10,8 +10,6 @@ use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::mpsc::channel;
-use std::thread;
 use std::time::Duration;
 
 use crate::error::{Context, Error, Result};
@@ -90,17 +88,6 @@ stty -echo </dev/console
 step() {
     echo "@ step $*"
     read -r _ </dev/console
-}
-"#;
-
-/// How a script asks, between two rounds of its work, whether it is to stop ([`Guest::beside`]).
-const ROUNDS: &str = r#"
-stty -echo </dev/console
-stopped() {
-    rounds=$((rounds + 1))
-    echo "@ round $rounds"
-    read -r word </dev/console
-    [ "$word" = stop ]
 }
 "#;
 
@@ -215,44 +202,6 @@ impl<'a> Guest<'a> {
         let mut tandem = self.tandem(script)?;
         tandem.stdin(Stdio::piped());
         Boot::watch_for(self.bench, self.limit, tandem, watch)
-    }
-
-    /// Like [`boot`](Guest::boot), for a script that works in rounds `until stopped`. Beside it runs
-    /// `outside` with the id of the process, from the first round on; when it returns, the script is
-    /// stopped before its next round.
-    pub fn beside<T: Send>(
-        self,
-        script: &str,
-        outside: impl FnOnce(u32) -> Result<T> + Send,
-    ) -> Result<(Boot, T)> {
-        let (begin, begun) = channel();
-        thread::scope(|scope| {
-            let outside = scope.spawn(move || {
-                let id = begun
-                    .recv()
-                    .context("waiting for the guest's first round")?;
-                outside(id)
-            });
-            let mut rounds = 0;
-            let boot = self.watch(&format!("{ROUNDS}{script}"), |console, tandem| {
-                for _ in rounds..values(console, "round").count() {
-                    rounds += 1;
-                    // Nobody listens any more once that has failed.
-                    let _ = begin.send(tandem.id());
-                    let word = if outside.is_finished() { "stop" } else { "" };
-                    // It may have ended by itself, which its status tells.
-                    let _ = type_line(tandem, word);
-                }
-            });
-            drop(begin);
-            let outcome = match outside.join() {
-                Ok(outcome) => outcome,
-                Err(panic) => std::panic::resume_unwind(panic),
-            };
-            // What it has found wrong outside says more than how the guest ended.
-            let outcome = outcome?;
-            Ok((boot?, outcome))
-        })
     }
 
     /// Like [`boot`](Guest::boot), for a script that stops at each `step NAME`, until `act` has

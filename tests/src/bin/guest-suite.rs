@@ -43,6 +43,9 @@ struct Arguments {
     /// the memory and file descriptors that this takes.
     #[arg(long, value_name = "MINUTES")]
     soak: Option<u64>,
+    /// Rounds that cases make which can make any number, as those of backups.
+    #[arg(long, default_value_t = 4)]
+    rounds: u64,
     /// How many cases run at a time.
     #[arg(long, default_value_t = 2)]
     jobs: usize,
@@ -99,11 +102,15 @@ fn run(arguments: &Arguments) -> Result<bool> {
         fs::remove_dir_all(&arguments.scratch).context("removing the files of the last run")?;
     }
     let setting = match &arguments.initrd {
-        None => Setting::of_build(&arguments.lab)?,
+        None => Setting {
+            rounds: arguments.rounds,
+            ..Setting::of_build(&arguments.lab)?
+        },
         Some(initrd) => Setting {
             lab: Arc::new(Lab::open(&arguments.lab)?),
             initrd: initrd.clone(),
             programs: "/bin".into(),
+            rounds: arguments.rounds,
         },
     };
     if arguments.sh.is_some() {
@@ -148,7 +155,7 @@ fn run_emulated(arguments: &Arguments, setting: &Setting) -> Result<bool> {
     for program in ["guest-suite", "tandem", "tandem-img"] {
         tree.program(setting.programs.join(program))?;
     }
-    for program in ["qemu-img", "qemu-io", "mke2fs"] {
+    for program in ["qemu-img", "qemu-io", "qemu-nbd", "mke2fs"] {
         tree.program(program)?;
     }
     for kernel in [Kernel::BzImage, Kernel::Vmlinux] {
@@ -167,8 +174,8 @@ fn run_emulated(arguments: &Arguments, setting: &Setting) -> Result<bool> {
         None => suite_payload(arguments),
     };
     let directory = arguments.lab.join("machine");
-    let soak = Duration::from_secs(60 * arguments.soak.unwrap_or(0));
-    let machine = Machine::new(&setting.lab, directory, LIMIT + soak);
+    let longer = Duration::from_secs(60 * (arguments.soak.unwrap_or(0) + arguments.rounds));
+    let machine = Machine::new(&setting.lab, directory, LIMIT + longer);
     let passed = machine.run(tree, &payload)? == 0;
     if !passed {
         let files = machine.copy_out("/out/cases", &arguments.scratch.join("emulated"))?;
@@ -183,9 +190,10 @@ fn suite_payload(arguments: &Arguments) -> String {
     let soak = arguments.soak.map(|minutes| format!("--soak {minutes}"));
     let words: Vec<_> = filters.chain(soak).collect();
     format!(
-        "#!/bin/sh\nexport RUST_BACKTRACE=1\nexec guest-suite --on here --jobs {} --lab /lab \
-         --initrd /lab/guest-initrd --scratch /out/cases {}\n",
+        "#!/bin/sh\nexport RUST_BACKTRACE=1\nexec guest-suite --on here --jobs {} --rounds {} --lab \
+         /lab --initrd /lab/guest-initrd --scratch /out/cases {}\n",
         arguments.jobs,
+        arguments.rounds,
         words.join(" ")
     )
 }

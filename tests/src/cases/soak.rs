@@ -44,14 +44,24 @@ files() {
     rm /tmp/files/[1-4]
     fstrim /tmp/files
 }
-until stopped; do
-    work & working=$!
-    files
-    /bin/blkdiscard -o 12582912 -l 2097152 /dev/vda
-    # It is there, or not.
-    dd if=/seed of=/dev/vdb bs=1M seek=20 2>/dev/null || true
-    wait $working
-done
+(
+    # Whoever operates the machine finds that it has ended.
+    trap '[ -e /tmp/worked ] || poweroff -f' EXIT
+    until [ -e /tmp/stop ]; do
+        work & working=$!
+        files
+        /bin/blkdiscard -o 12582912 -l 2097152 /dev/vda
+        # It is there, or not.
+        dd if=/seed of=/dev/vdb bs=1M seek=20 2>/dev/null || true
+        wait $working
+        round=$((round + 1))
+        echo "@ round $round"
+    done
+    touch /tmp/worked
+) & all=$!
+step operate
+touch /tmp/stop
+wait $all
 umount /tmp/files
 sync
 echo 3 >/proc/sys/vm/drop_caches
@@ -86,16 +96,19 @@ fn soak(bench: &Bench, minutes: u64) -> Result<()> {
     }
     let copy = Image::create(bench, "copy", Kind::Internal, Maker::QemuImg, "", "1M")?;
     let script = format!("{}{ROUNDS}", fio::jobs(&["vda", "vdb"]));
-    let (boot, table) = guest.tools().beside(&script, |id| {
-        let mut outside = Outside {
-            bench,
-            control: Control::new(&socket),
-            copy,
-            id,
-            grown: false,
-            acts: 0,
-        };
-        outside.operate(Duration::from_secs(60 * minutes))
+    let mut outside = Outside {
+        bench,
+        control: Control::new(&socket),
+        copy,
+        id: 0,
+        grown: false,
+        acts: 0,
+    };
+    let mut table = Vec::new();
+    let boot = guest.tools().steps(&script, |_, tandem| {
+        outside.id = tandem.id();
+        table = outside.operate(Duration::from_secs(60 * minutes))?;
+        Ok(())
     })?;
     let boot = boot.succeeded();
     println!("{}", shown(&table));

@@ -13,8 +13,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 
 use tandem_block::qcow2::{
-    BackingFormat, BackingName, BitmapAction, CheckOptions, CreateOptions, OpenOptions, Qcow2,
-    check, create,
+    Backing, BackingFormat, BackingName, BitmapAction, CheckOptions, CreateOptions, OpenOptions,
+    Qcow2, check, create,
 };
 use tandem_block::{
     CacheMode, CommitOptions, Disk, Error, ExtentKind, FileOptions, ForkOptions, LiveDisk,
@@ -547,4 +547,93 @@ fn stamps_stay_right() {
     // The other side stands on what has changed, and says so.
     let changed = Qcow2::open(&fork.fork, &unsynced()).map(drop).unwrap_err();
     assert!(matches!(changed, Error::BaseChanged { .. }), "{changed}");
+}
+
+/// A fork whose images, once they are opened by their names, would show something else is refused.
+#[test]
+fn a_fork_is_on_what_the_disk_is_on() {
+    let chain = Chain::new(&[(Kind::Internal, SIZE), (Kind::External, SIZE)], 7);
+    std::fs::copy(chain.path("top.data"), chain.path("aside")).unwrap();
+    let other_data = OpenOptions {
+        data_file: Some(chain.path("aside")),
+        ..unsynced()
+    };
+    let nothing_below = OpenOptions {
+        backing: Backing::Nothing,
+        ..unsynced()
+    };
+    for (open, is_refused) in [
+        (other_data, true),
+        (nothing_below, true),
+        (unsynced(), false),
+    ] {
+        let disk = LiveDisk::new(Qcow2::open(&chain.path("top"), &open).unwrap());
+        let fork = ForkOptions {
+            open,
+            overlay: chain.path("overlay"),
+            fork: chain.path("fork"),
+        };
+        match disk.fork(&fork) {
+            Ok(_) => assert!(!is_refused),
+            Err(error) => {
+                assert!(
+                    is_refused && error.to_string().contains("its data file, or what is"),
+                    "{error}"
+                );
+                assert!(!fork.overlay.exists() && !fork.fork.exists());
+            }
+        }
+        disk.close().unwrap();
+    }
+}
+
+/// The images above the base are opened again; one that is another by then is not used.
+#[test]
+fn a_commit_finds_the_images_that_the_disk_has() {
+    let mut chain = Chain::new(&[(Kind::Internal, SIZE); 3], 8);
+    let disk = chain.live();
+    let (middle, aside) = (chain.path("middle"), chain.path("aside"));
+    std::fs::rename(&middle, &aside).unwrap();
+    std::fs::copy(&aside, &middle).unwrap();
+    let refused = commit(&disk, 1, true).unwrap_err().to_string();
+    assert!(refused.contains("replaced by another file"), "{refused}");
+    std::fs::rename(&aside, &middle).unwrap();
+    chain.during(&disk, 1, || commit(&disk, 1, true).unwrap());
+    disk.close().unwrap();
+    drop(disk);
+    chain.verify("base");
+}
+
+/// The disk is closed while its images are operated on.
+#[test]
+fn a_closed_disk_is_left_alone() {
+    let chain = Chain::new(&[(Kind::Internal, SIZE); 2], 9);
+    let disk = chain.live();
+    let close = |_, _| {
+        disk.close().unwrap();
+        ControlFlow::Continue(())
+    };
+    let rebase = RebaseOptions {
+        open: unsynced(),
+        backing: None,
+        max_last: None,
+    };
+    let before = std::fs::read(chain.path("top")).unwrap();
+    let closed = disk.rebase(&rebase, &mut { close }).unwrap_err();
+    assert!(matches!(closed, Error::Closed { .. }), "{closed}");
+    for pivot in [false, true] {
+        let closed = commit(&disk, 0, pivot).unwrap_err();
+        assert!(matches!(closed, Error::Closed { .. }), "{closed}");
+    }
+    let fork = ForkOptions {
+        open: unsynced(),
+        overlay: chain.path("overlay"),
+        fork: chain.path("fork"),
+    };
+    let closed = disk.fork(&fork).unwrap_err();
+    assert!(matches!(closed, Error::Closed { .. }), "{closed}");
+    assert!(!fork.overlay.exists() && !fork.fork.exists());
+    assert!(std::fs::read(chain.path("top")).unwrap() == before);
+    drop(disk);
+    chain.verify("top");
 }

@@ -13,6 +13,17 @@
 //! | `chain` | the images below one another, and handing their locks over |
 //! | `changes`, `passes` | going through a disk that changes meanwhile, until all of it has been seen |
 //! | `commit`, `rebase`, `fork` | what is done so to the images of a disk |
+//!
+//! # Lock order
+//! A thread that holds one of these takes only ones further down:
+//!
+//! 1. how far the reader of a backup has come (`Backup::reader`);
+//! 2. the disk ([`LiveDisk`]), shared or alone; not twice, for a thread that waits to have it alone
+//!    keeps out those that come to share it;
+//! 3. a range of granules of a backup (`Protection::ranges`), of one backup at a time;
+//! 4. the slots of a scratch file, why a backup has failed, or what it has taken from a bitmap; I/O
+//!    goes on under none of them;
+//! 5. those of the images, from the top down (`crate::qcow2`).
 
 mod bitmaps;
 mod chain;
@@ -59,8 +70,7 @@ pub(crate) struct State {
     pub history: History,
 }
 
-/// What a [`LiveDisk`] consists of.
-#[derive(Clone)]
+/// What a [`LiveDisk`] consists of. Operations on the disk fail while anybody else keeps it.
 pub enum LiveImage {
     /// The file is the disk.
     Raw(Arc<Raw>),
@@ -275,9 +285,7 @@ impl State {
                 return Err(Error::Option(reason.to_owned()));
             }
         };
-        if image.limits().read_only {
-            return Err(Error::ReadOnly);
-        }
+        image.check_writable()?;
         Ok(image)
     }
 

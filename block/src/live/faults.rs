@@ -309,6 +309,51 @@ fn a_fork_that_fails() {
     assert!(calls > 4);
 }
 
+/// What the guest writes at any stage is there at the end.
+#[test]
+fn a_guest_that_writes_meanwhile() {
+    for operation in ["commit", "pivot", "rebase"] {
+        let mut pair = Pair::new();
+        let disk = LiveDisk::new(Qcow2::open(&pair.path("top"), &open_options()).unwrap());
+        let mut written = 0_u8;
+        let mut write = |_: u64, _: u64| {
+            written += 1;
+            // In a part that is mapped by now, and has been dealt with.
+            put(&disk, &mut pair.model, 33 + u64::from(written % 2), written);
+            ControlFlow::Continue(())
+        };
+        let done = match operation {
+            "rebase" => disk.rebase(
+                &RebaseOptions {
+                    open: open_options(),
+                    backing: None,
+                    max_last: None,
+                },
+                &mut write,
+            ),
+            _ => disk.commit(
+                &CommitOptions {
+                    open: open_options(),
+                    between: 0,
+                    pivot: operation == "pivot",
+                    max_last: None,
+                },
+                &mut write,
+            ),
+        };
+        done.unwrap();
+        shows(&disk, &pair.model, operation);
+        let path = disk.with_image(|image| image.path().to_owned());
+        disk.close().unwrap();
+        drop(disk);
+        for name in [path, pair.path("top")] {
+            let disk = Qcow2::open(&name, &open_options()).unwrap();
+            shows(&disk, &pair.model, operation);
+        }
+        pair.check("top");
+    }
+}
+
 /// What is below the disk is not what it was: nobody knows what it reads.
 #[test]
 fn a_disk_that_is_given_up() {

@@ -354,6 +354,58 @@ fn a_guest_that_writes_meanwhile() {
     }
 }
 
+/// What the guest discards reads as zero where the old backing file ends, and would not on the new one.
+#[test]
+fn a_guest_that_discards_during_a_rebase() {
+    let mut pair = Pair::new();
+    let half = CreateOptions {
+        size: SIZE / 2,
+        cluster_size: 4096,
+        ..CreateOptions::default()
+    };
+    create(&pair.path("base"), &half).unwrap();
+    let top = CreateOptions {
+        size: SIZE,
+        backing_file: Some(PathBuf::from("base")),
+        backing_format: Some(BackingFormat::Qcow2),
+        ..half
+    };
+    create(&pair.path("top"), &top).unwrap();
+    pair.model.fill(0);
+    std::fs::write(pair.path("other"), [9; SIZE as usize]).unwrap();
+    let disk = LiveDisk::new(Qcow2::open(&pair.path("top"), &open_options()).unwrap());
+    let at = SIZE / 2 + 16384;
+    for sector in [at / 512, SIZE / 512 - 8] {
+        put(&disk, &mut pair.model, sector, 7);
+    }
+    let options = RebaseOptions {
+        open: open_options(),
+        backing: Some(BackingName {
+            file: b"other".to_vec(),
+            format: b"raw".to_vec(),
+        }),
+        max_last: None,
+    };
+    let mut discarded = false;
+    let done = disk.rebase(&options, &mut |done, _| {
+        // It has been there already.
+        if done > at && !std::mem::replace(&mut discarded, true) {
+            disk.discard(at, 4096).unwrap();
+        }
+        ControlFlow::Continue(())
+    });
+    done.unwrap();
+    assert!(discarded);
+    pair.model[at as usize..][..4096].fill(0);
+    shows(&disk, &pair.model, "on the new one");
+    disk.close().unwrap();
+    drop(disk);
+    let disk = Qcow2::open(&pair.path("top"), &open_options()).unwrap();
+    shows(&disk, &pair.model, "at last");
+    drop(disk);
+    pair.check("top");
+}
+
 /// What is below the disk is not what it was: nobody knows what it reads.
 #[test]
 fn a_disk_that_is_given_up() {

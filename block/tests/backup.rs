@@ -14,7 +14,9 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
+use std::time::Duration;
 
+use common::gated::{Gate, Gated, during};
 use common::{Memory, read, write};
 use tandem_block::qcow2::{BackingFormat, BitmapAction, CreateOptions, OpenOptions, Qcow2, create};
 use tandem_block::{
@@ -532,6 +534,61 @@ fn what_cannot_be_read_fails_the_backup_alone() {
         "{failure}"
     );
     assert!(backup.read(GRANULE, &mut [0; 512]).is_err());
+}
+
+/// A raw disk of four granules whose transfers can be held up, in a backup.
+fn gated(dir: &TempDir) -> (Arc<Gate>, Arc<LiveDisk>, Backup) {
+    let gate = Arc::new(Gate::default());
+    let storage = Gated::new(Memory::new(vec![1; 4 * GRANULE as usize]), &gate);
+    let disk = live(Raw::with_storage(Path::new("disk"), Box::new(storage), false).unwrap());
+    let options = BackupOptions {
+        scratch_dir: Some(dir.path().to_owned()),
+        ..full()
+    };
+    let backup = begin(&disk, &options);
+    (gate, disk, backup)
+}
+
+fn try_write(disk: &dyn Disk, offset: u64) -> bool {
+    let mut bytes = [2; 512];
+    disk.try_write_at(&[VolatileSlice::from(&mut bytes[..])], offset)
+        .unwrap()
+}
+
+/// What one writer is copying, no other one changes, and those elsewhere do not wait.
+#[test]
+fn writers_wait_for_the_copy() {
+    let dir = tempfile::tempdir().unwrap();
+    let (gate, disk, backup) = gated(&dir);
+    write(&*disk, 2 * GRANULE, 512, 2).unwrap();
+    let first = || write(&*disk, 0, 512, 2).unwrap();
+    during(&gate, first, || {
+        assert!(!try_write(&*disk, 4096));
+        assert!(!try_write(&*disk, GRANULE), "it has still to be copied");
+        assert!(try_write(&*disk, 3 * GRANULE - 512));
+        write(&*disk, 3 * GRANULE, 512, 2).unwrap();
+    });
+    assert!(try_write(&*disk, 4096));
+    let mut content = Vec::new();
+    restore(&backup, &mut Random(1), &mut content);
+    assert!(content.iter().all(|byte| *byte == 1));
+}
+
+/// What the reader is reading, nobody changes.
+#[test]
+fn writers_wait_for_the_reader() {
+    let dir = tempfile::tempdir().unwrap();
+    let (gate, disk, backup) = gated(&dir);
+    let mut buffer = vec![0; GRANULE as usize];
+    thread::scope(|scope| {
+        let reader = || backup.read(0, &mut buffer).unwrap();
+        during(&gate, reader, || {
+            scope.spawn(|| write(&*disk, GRANULE / 2, 512, 2).unwrap());
+            // As much as a writer needs that does not wait.
+            thread::sleep(Duration::from_millis(50));
+        });
+    });
+    assert!(buffer.iter().all(|byte| *byte == 1));
 }
 
 /// Whoever writes clusters need not look for the rest of one.

@@ -22,11 +22,15 @@ impl Control {
         }
     }
 
+    /// A connection of a client that has not said anything.
+    pub fn connect(&self) -> Result<UnixStream> {
+        let socket = &self.socket;
+        UnixStream::connect(socket).context(format!("connecting to {socket:?}"))
+    }
+
     /// Sends a request and returns what it is answered.
     pub fn ask(&self, request: &Value) -> Result<Value> {
-        let socket = &self.socket;
-        let mut stream =
-            UnixStream::connect(socket).context(format!("connecting to {socket:?}"))?;
+        let mut stream = self.connect()?;
         writeln!(stream, "{request}").context(format!("sending {request}"))?;
         let mut line = String::new();
         let read = BufReader::new(stream).read_line(&mut line);

@@ -18,7 +18,7 @@ use crate::process::{self, Ended, command};
 use crate::suite::Bench;
 use crate::tree::Tree;
 
-/// How long a guest may take; far more than any needs, even in the emulated machine.
+/// How long a guest may take unless it is said; far more than any needs, even in the emulated machine.
 const LIMIT: Duration = Duration::from_secs(300);
 
 /// The modules that a guest needs for its disks: under `tandem run`, and under QEMU.
@@ -119,6 +119,7 @@ pub struct Guest<'a> {
     kernel: Kernel,
     cmdline: String,
     arguments: Vec<OsString>,
+    limit: Duration,
 }
 
 /// How a guest ended, and what it said.
@@ -134,6 +135,7 @@ impl<'a> Guest<'a> {
             kernel: Kernel::BzImage,
             cmdline: "quiet mitigations=off".into(),
             arguments: Vec::new(),
+            limit: LIMIT,
         }
         .option("--memory", "256M")
     }
@@ -155,6 +157,12 @@ impl<'a> Guest<'a> {
             Some(at) if name != "--disk" => self.arguments[at + 1] = value,
             _ => self.arguments.extend([name.into(), value]),
         }
+        self
+    }
+
+    /// How long it may take, in place of five minutes.
+    pub fn limit(mut self, limit: Duration) -> Self {
+        self.limit = limit;
         self
     }
 
@@ -193,7 +201,7 @@ impl<'a> Guest<'a> {
     pub fn watch(self, script: &str, watch: impl FnMut(&str, &mut Child)) -> Result<Boot> {
         let mut tandem = self.tandem(script)?;
         tandem.stdin(Stdio::piped());
-        Boot::watch(self.bench, tandem, watch)
+        Boot::watch_for(self.bench, self.limit, tandem, watch)
     }
 
     /// Like [`boot`](Guest::boot), for a script that stops at each `step NAME`, until `act` has
@@ -208,7 +216,7 @@ impl<'a> Guest<'a> {
         let boot = self.watch(&format!("{STEPS}{script}"), |console, tandem| {
             while let Some(step) = values(console, "step").nth(taken) {
                 taken += 1;
-                let acted = act(step, tandem).and_then(|()| go_on(tandem));
+                let acted = act(step, tandem).and_then(|()| type_line(tandem, ""));
                 if let Err(error) = acted {
                     outcome = Err(Error::new(format!("at step {step}: {error}")));
                     // It may have ended by itself.
@@ -244,11 +252,11 @@ pub fn initrd(bench: &Bench, script: &str) -> Result<PathBuf> {
     Ok(path)
 }
 
-/// Types an empty line.
-fn go_on(tandem: &mut Child) -> Result<()> {
+/// Types a line.
+fn type_line(tandem: &mut Child, line: &str) -> Result<()> {
     let console = tandem.stdin.as_mut();
     let console = console.ok_or_else(|| Error::new("the console takes no input"))?;
-    console.write_all(b"\n").context("typing on the console")
+    writeln!(console, "{line}").context("typing on the console")
 }
 
 impl Boot {
@@ -256,11 +264,20 @@ impl Boot {
     /// console has shown whenever it shows more.
     pub fn watch(
         bench: &Bench,
+        monitor: Command,
+        watch: impl FnMut(&str, &mut Child),
+    ) -> Result<Self> {
+        Self::watch_for(bench, LIMIT, monitor, watch)
+    }
+
+    fn watch_for(
+        bench: &Bench,
+        limit: Duration,
         mut monitor: Command,
         mut watch: impl FnMut(&str, &mut Child),
     ) -> Result<Self> {
         let mut shown = String::new();
-        let ended = process::watch(&mut monitor, LIMIT, |piece, child| {
+        let ended = process::watch(&mut monitor, limit, |piece, child| {
             shown.push_str(&String::from_utf8_lossy(piece));
             watch(&shown, child);
         })?;

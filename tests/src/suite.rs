@@ -66,6 +66,8 @@ pub struct Setting {
     pub initrd: PathBuf,
     /// The directory of `tandem` and `tandem-img`.
     pub programs: PathBuf,
+    /// How many rounds cases make that can make any number.
+    pub rounds: u64,
 }
 
 impl Setting {
@@ -89,6 +91,7 @@ impl Setting {
             lab: Arc::new(lab),
             initrd,
             programs,
+            rounds: 1,
         })
     }
 }
@@ -143,6 +146,11 @@ impl Bench {
     /// The program `tandem-img`.
     pub fn tandem_img(&self) -> PathBuf {
         self.setting.programs.join("tandem-img")
+    }
+
+    /// How many rounds to make, where any number is possible.
+    pub fn rounds(&self) -> u64 {
+        self.setting.rounds
     }
 
     /// The directory of this case.
@@ -343,6 +351,7 @@ mod tests {
                 lab: Arc::new(Lab::open(lab_dir.path()).unwrap()),
                 initrd: PathBuf::new(),
                 programs: PathBuf::new(),
+                rounds: 1,
             },
             scratch: scratch.path().into(),
             jobs: 2,

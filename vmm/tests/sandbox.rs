@@ -9,14 +9,16 @@
 mod common;
 
 use std::fs::{self, File};
-use std::io::{self, ErrorKind, Read, Write};
+use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::TcpListener;
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::thread;
 
 use common::{Code, Guest, await_text, have_kvm, run, send_signal, tandem_run, wait};
+use serde_json::{Value, json};
 use tandem_vmm::sandbox::{Enforced, FileRules, Role, confine_files, enter, is_refusal};
 
 const ROLES: [Role; 5] = [
@@ -314,6 +316,68 @@ fn the_program_keeps_to_its_files_unless_told_otherwise() {
         send_signal(&child, libc::SIGTERM);
         wait(child).assert_killed(libc::SIGTERM);
         assert_eq!(old.join("socket").exists(), is_left);
+    }
+}
+
+/// What the socket of a guest answers to `request`.
+fn ask(guest: &Guest, request: &Value) -> Value {
+    let mut stream = UnixStream::connect(guest.path("sockets/socket")).unwrap();
+    stream.write_all(format!("{request}\n").as_bytes()).unwrap();
+    let mut line = String::new();
+    BufReader::new(stream).read_line(&mut line).unwrap();
+    serde_json::from_str(&line).unwrap()
+}
+
+/// How the last job that the socket of a guest was asked for has ended.
+fn await_job(guest: &Guest) -> Value {
+    loop {
+        let answer = ask(guest, &json!({"command": "jobs"}));
+        let job = answer["ok"]["jobs"]
+            .as_array()
+            .unwrap()
+            .last()
+            .unwrap()
+            .clone();
+        if job["state"] != "running" {
+            return job;
+        }
+        thread::yield_now();
+    }
+}
+
+#[test]
+fn requests_name_files_below_the_directories_that_are_allowed() {
+    let probe = || confine_files(&FileRules::default()).unwrap() != Enforced::Nothing;
+    if !have_kvm() || !thread::spawn(probe).join().unwrap() {
+        return;
+    }
+    for is_allowed in [false, true] {
+        let guest = Guest::new(&Code::default().print("ready").sleep());
+        let options = tandem_block::qcow2::CreateOptions {
+            size: 1 << 20,
+            ..Default::default()
+        };
+        tandem_block::qcow2::create(&guest.path("image"), &options).unwrap();
+        let arguments = ["--disk=image", "--allow-dir=."];
+        let child = start(&guest, &arguments[..1 + usize::from(is_allowed)]);
+        let (overlay, other) = (guest.path("overlay"), guest.path("fork"));
+        let fork = json!({"command": "fork", "disk": 1, "overlay": overlay, "fork": other});
+        let forked = ask(&guest, &fork);
+        let message = forked["error"]["message"].as_str();
+        let is_explained = message.is_some_and(|message| message.ends_with("of --allow-dir"));
+        assert_eq!(forked["ok"].is_object(), is_allowed, "{forked}");
+        assert_eq!(is_explained, !is_allowed, "{forked}");
+        if is_allowed {
+            ask(
+                &guest,
+                &json!({"command": "commit", "disk": 1, "pivot": true}),
+            );
+            let job = await_job(&guest);
+            assert_eq!(job["state"], "done", "{job}");
+        }
+        send_signal(&child, libc::SIGTERM);
+        wait(child).assert_killed(libc::SIGTERM);
+        assert_eq!((overlay.exists(), other.exists()), (is_allowed, is_allowed));
     }
 }
 

@@ -169,7 +169,7 @@ impl Protection {
         let last = self.size >> self.granule_bits;
         match granules.contains(&last) && wanted.any(last..last + 1) {
             // The disk ends within it.
-            true => whole - ((last + 1 << self.granule_bits) - self.size),
+            true => whole - (((last + 1) << self.granule_bits) - self.size),
             false => whole,
         }
     }

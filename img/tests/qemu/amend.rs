@@ -358,26 +358,3 @@ fn random_changes_read_the_same() {
         }
     }
 }
-
-/// Killed at any time, the disk reads the same and is sound.
-#[test]
-fn killed_it_has_changed_nothing() {
-    let place = Place::tandem();
-    place.make("create -q -f raw base 16M");
-    place.qemu_io_as("raw", "base", &["write -P 1 0 16M"]);
-    place.make("create -q -f qcow2 -b base -F raw -o cluster_size=512 top 16M");
-    place.qemu_io("top", &["write -z 0 2M", "write -P 3 3M 5M"]);
-    let before = chains::content(&place, "top");
-    for step in 0..12 {
-        let change = [
-            "refcount_bits=64",
-            "compat=0.10,refcount_bits=16",
-            "compat=1.1",
-        ];
-        let line = format!("amend -o {} top", change[step % 3]);
-        place.kill_after(&words(&line), 3 * step as u64);
-        assert!(chains::content(&place, "top") == before, "{step}");
-        place.make("check -q -r leaks top");
-        place.make("check -q top");
-    }
-}

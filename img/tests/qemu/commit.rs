@@ -236,29 +236,6 @@ fn random_chains_end_up_the_same() {
     }
 }
 
-/// Killed at any time, the disk reads the same.
-#[test]
-fn killed_it_has_changed_nothing() {
-    let place = Place::tandem();
-    for base in ["create -q -f raw base 64M", "create -q -f qcow2 base 64M"] {
-        place.make(base);
-        place.qemu_io_as(
-            chains::format(&place, "base"),
-            "base",
-            &["write -P 1 0 32M"],
-        );
-        let format = chains::format(&place, "base");
-        place.make(&format!("create -q -f qcow2 -b base -F {format} top 64M"));
-        place.qemu_io("top", &["write -P 2 1M 62M"]);
-        let before = chains::content(&place, "top");
-        for step in 0..8 {
-            place.kill_after(&words("commit top"), 4 + 8 * step);
-            assert!(chains::content(&place, "top") == before, "{step}");
-            place.make("check -q -r leaks top");
-        }
-    }
-}
-
 /// What a raw data file holds behind the end of the base is nothing of the disk that takes its place.
 #[test]
 fn a_longer_data_file_does_not_show() {

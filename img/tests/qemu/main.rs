@@ -30,6 +30,7 @@ mod forks;
 mod image_opts;
 mod info;
 mod io;
+mod killed;
 mod layers;
 mod locks;
 mod map;

@@ -223,20 +223,3 @@ fn random_chains_read_the_same() {
         same_image(&both, "old3");
     }
 }
-
-/// Killed at any time, the disk reads the same.
-#[test]
-fn killed_it_has_changed_nothing() {
-    let place = Place::tandem();
-    place.make("create -q -f raw a 64M");
-    place.make("create -q -f raw b 64M");
-    place.qemu_io("a", &["write -P 1 0 64M"]);
-    place.qemu_io("b", &["write -P 2 0 64M"]);
-    place.make("create -q -f qcow2 -b a -F raw top");
-    let before = chains::content(&place, "top");
-    for step in 0..8 {
-        place.kill_after(&words("rebase -b b -F raw top"), 4 + 6 * step);
-        assert!(chains::content(&place, "top") == before, "{step}");
-        place.make("check -q -r leaks top");
-    }
-}

@@ -1,7 +1,7 @@
 //! Running the two programs in directories of equal content.
 
 use std::fs;
-use std::os::unix::process::CommandExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -30,6 +30,19 @@ impl Place {
     pub fn tandem() -> Self {
         Self {
             dir: tempfile::tempdir().unwrap(),
+            program: TANDEM,
+        }
+    }
+
+    /// An empty directory for `tandem-img` in memory, where there is no waiting for disks.
+    pub fn in_memory() -> Self {
+        let memory = Path::new("/dev/shm");
+        let dir = match memory.is_dir() {
+            true => tempfile::tempdir_in(memory),
+            false => tempfile::tempdir(),
+        };
+        Self {
+            dir: dir.unwrap(),
             program: TANDEM,
         }
     }
@@ -93,17 +106,30 @@ impl Place {
         assert_eq!(made.status, Some(0), "{line}: {}", made.stderr);
     }
 
-    /// Runs the program of this place, and kills it after so many milliseconds, unless it has ended.
-    pub fn kill_after(&self, args: &[&str], milliseconds: u64) {
+    /// Runs the program of this place, and kills it after a time. Whether it had not ended by then.
+    pub fn kill_after(&self, args: &[&str], time: Duration) -> bool {
         let mut child = Command::new(self.program)
             .args(args)
             .current_dir(self.dir.path())
             .stdout(Stdio::null())
+            .stderr(Stdio::null())
             .spawn()
             .unwrap();
-        std::thread::sleep(Duration::from_millis(milliseconds));
+        std::thread::sleep(time);
         child.kill().unwrap();
-        child.wait().unwrap();
+        child.wait().unwrap().signal() == Some(9)
+    }
+
+    /// Another place in memory, with equal content.
+    pub fn copy(&self) -> Self {
+        let copy = Self::in_memory();
+        let copied = Command::new("cp")
+            .arg("-a")
+            .arg(self.dir.path().join("."))
+            .arg(copy.dir.path())
+            .status();
+        assert!(copied.unwrap().success());
+        copy
     }
 
     /// Runs commands of `qemu-io` on an image.
@@ -114,6 +140,14 @@ impl Place {
     /// As [`qemu_io`](Self::qemu_io), for an image of this format.
     pub fn qemu_io_as(&self, format: &str, image: &str, commands: &[&str]) {
         self.run_qemu_io(&["-d", "unmap", "-f", format], image, commands);
+    }
+
+    /// Runs commands of `tandem-io` on an image.
+    pub fn tandem_io(&self, image: &str, commands: &[&str]) {
+        let mut io = self.command_of(env!("CARGO_BIN_EXE_tandem-io"), &[]);
+        io.args(commands.iter().flat_map(|command| ["-c", command]));
+        let done = io.arg(image).output().unwrap();
+        assert!(done.status.success(), "{image}: {done:?}");
     }
 
     fn run_qemu_io(&self, options: &[&str], image: &str, commands: &[&str]) {

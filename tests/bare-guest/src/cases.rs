@@ -13,7 +13,7 @@ use virtio_drivers::transport::{DeviceStatus, Transport};
 
 use crate::content::{self, SECTOR_SIZE, STRIPE};
 use crate::disk::{Direction, Disk, Transfer, transfer};
-use crate::{broken, features, println, segments};
+use crate::{broken, features, println, segments, stamps};
 
 /// What a case found wrong.
 pub type Outcome = Result<(), String>;
@@ -30,6 +30,9 @@ macro_rules! ensure {
 
 /// Runs the case `name` on `disks`.
 pub fn run(name: &str, disks: &mut [Disk]) -> Outcome {
+    if let Some(start) = name.strip_prefix("stamps-") {
+        return stamps::run(start, disks);
+    }
     let case = match name {
         "identity" => identity,
         "blank" => blank,

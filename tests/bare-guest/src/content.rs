@@ -1,6 +1,8 @@
 //! What the guest writes to its disks, for the guest and for the test that looks at the files
 //! afterwards.
 
+use core::ops::Range;
+
 /// Bytes of a sector.
 pub const SECTOR_SIZE: usize = 512;
 
@@ -23,6 +25,28 @@ pub fn fill(data: &mut [u8], sector: u64, seed: u64) {
         hash = (hash ^ hash >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
         word.copy_from_slice(&(hash ^ hash >> 31).to_le_bytes());
     }
+}
+
+/// Writes that are in flight together in the case `stamps`.
+const BATCH: u64 = 8;
+
+/// Most sectors of such a write.
+const MOST: u64 = 64;
+
+/// The writes of batch `number` after start `start` on a disk of so many sectors: the sectors of each,
+/// which do not overlap, and the seed of all.
+pub fn batch(start: u64, number: u64, sectors: u64) -> (impl Iterator<Item = Range<u64>>, u64) {
+    let seed = start << 14 | number;
+    let part = sectors / BATCH;
+    let writes = (0..BATCH).map(move |index| {
+        let mut random = [0; 16];
+        fill(&mut random, index, seed);
+        let [at, count] =
+            [0, 8].map(|at| u64::from(u16::from_le_bytes([random[at], random[at + 1]])));
+        let begin = index * part + at % (part - MOST);
+        begin..begin + 1 + count % MOST
+    });
+    (writes, seed)
 }
 
 /// What `data`, whole sectors from `sector` on, holds in the end on disk number `disk`.

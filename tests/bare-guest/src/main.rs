@@ -19,6 +19,7 @@ mod plan;
 mod processor;
 mod runtime;
 mod segments;
+mod stamps;
 
 use alloc::vec::Vec;
 use core::panic::PanicInfo;

@@ -10,7 +10,8 @@ use tempfile::TempDir;
 
 /// What the file outside of the directory of the images is full of.
 pub const SECRET: u8 = 0xab;
-const SECRET_LEN: usize = 4096;
+/// As much as a disk has.
+const SECRET_LEN: usize = 64 << 10;
 
 /// A directory for images, and a file beside it that they are not to lead to.
 pub struct Directory {
@@ -78,7 +79,7 @@ pub fn set_names(image: &mut [u8], backing: Option<(&Path, &[u8])>, data: Option
     const DATA: u32 = 0x4441_5441;
     const DATA_FILE_BIT: u8 = 4;
     let cluster = 1usize << image[23];
-    let mut at = u32::from_be_bytes([image[100], image[101], image[102], image[103]]) as usize;
+    let at = u32::from_be_bytes([image[100], image[101], image[102], image[103]]) as usize;
     let mut names = Vec::new();
     let mut extension = |kind: u32, content: &[u8]| {
         names.extend(kind.to_be_bytes());
@@ -100,10 +101,7 @@ pub fn set_names(image: &mut [u8], backing: Option<(&Path, &[u8])>, data: Option
         return;
     }
     image[at..cluster].fill(0);
-    for byte in names {
-        image[at] = byte;
-        at += 1;
-    }
+    image[at..at + names.len()].copy_from_slice(&names);
     let name_at = if backing.is_empty() {
         0
     } else {

@@ -25,6 +25,7 @@ const LIMIT: Duration = Duration::from_secs(45 * 60);
 #[command(after_help = "Examples:
   guest-suite                     every case
   guest-suite roundtrip disks     the cases with one of these words in their names
+  guest-suite --soak 60           one guest, operated for an hour
   guest-suite --on emulated       in the emulated machine, whatever KVM can do here")]
 struct Arguments {
     /// Only cases with one of these words in their names.
@@ -38,6 +39,13 @@ struct Arguments {
     /// Runs this shell script in the emulated machine instead of the cases.
     #[arg(long, value_name = "SCRIPT")]
     sh: Option<String>,
+    /// Instead of the cases: a guest that works for so many minutes while its machine is operated, with
+    /// the memory and file descriptors that this takes.
+    #[arg(long, value_name = "MINUTES")]
+    soak: Option<u64>,
+    /// Rounds that cases make which can make any number, as those of backups.
+    #[arg(long, default_value_t = 4)]
+    rounds: u64,
     /// How many cases run at a time.
     #[arg(long, default_value_t = 2)]
     jobs: usize,
@@ -82,7 +90,10 @@ fn run(arguments: &Arguments) -> Result<bool> {
                 .iter()
                 .any(|word| case.name().contains(word.as_str()))
     };
-    let (cases, others): (Vec<_>, Vec<_>) = cases::all().into_iter().partition(wanted);
+    let (cases, others) = match arguments.soak {
+        Some(minutes) => (vec![cases::soak(minutes)], Vec::new()),
+        None => cases::all().into_iter().partition(wanted),
+    };
     if arguments.list {
         cases.iter().for_each(|case| println!("{}", case.name()));
         return Ok(true);
@@ -91,11 +102,15 @@ fn run(arguments: &Arguments) -> Result<bool> {
         fs::remove_dir_all(&arguments.scratch).context("removing the files of the last run")?;
     }
     let setting = match &arguments.initrd {
-        None => Setting::of_build(&arguments.lab)?,
+        None => Setting {
+            rounds: arguments.rounds,
+            ..Setting::of_build(&arguments.lab)?
+        },
         Some(initrd) => Setting {
             lab: Arc::new(Lab::open(&arguments.lab)?),
             initrd: initrd.clone(),
             programs: "/bin".into(),
+            rounds: arguments.rounds,
         },
     };
     if arguments.sh.is_some() {
@@ -140,7 +155,7 @@ fn run_emulated(arguments: &Arguments, setting: &Setting) -> Result<bool> {
     for program in ["guest-suite", "tandem", "tandem-img"] {
         tree.program(setting.programs.join(program))?;
     }
-    for program in ["qemu-img", "qemu-io", "mke2fs"] {
+    for program in ["qemu-img", "qemu-io", "qemu-nbd", "mke2fs"] {
         tree.program(program)?;
     }
     for kernel in [Kernel::BzImage, Kernel::Vmlinux] {
@@ -159,7 +174,8 @@ fn run_emulated(arguments: &Arguments, setting: &Setting) -> Result<bool> {
         None => suite_payload(arguments),
     };
     let directory = arguments.lab.join("machine");
-    let machine = Machine::new(&setting.lab, directory, LIMIT);
+    let longer = Duration::from_secs(60 * (arguments.soak.unwrap_or(0) + arguments.rounds));
+    let machine = Machine::new(&setting.lab, directory, LIMIT + longer);
     let passed = machine.run(tree, &payload)? == 0;
     if !passed {
         let files = machine.copy_out("/out/cases", &arguments.scratch.join("emulated"))?;
@@ -170,15 +186,14 @@ fn run_emulated(arguments: &Arguments, setting: &Setting) -> Result<bool> {
 
 /// The command line of this program in the emulated machine.
 fn suite_payload(arguments: &Arguments) -> String {
+    let filters = arguments.filters.iter().map(|word| format!("'{word}'"));
+    let soak = arguments.soak.map(|minutes| format!("--soak {minutes}"));
+    let words: Vec<_> = filters.chain(soak).collect();
     format!(
-        "#!/bin/sh\nexport RUST_BACKTRACE=1\nexec guest-suite --on here --jobs {} --lab /lab \
-         --initrd /lab/guest-initrd --scratch /out/cases {}\n",
+        "#!/bin/sh\nexport RUST_BACKTRACE=1\nexec guest-suite --on here --jobs {} --rounds {} --lab \
+         /lab --initrd /lab/guest-initrd --scratch /out/cases {}\n",
         arguments.jobs,
-        arguments
-            .filters
-            .iter()
-            .map(|word| format!("'{word}'"))
-            .collect::<Vec<_>>()
-            .join(" ")
+        arguments.rounds,
+        words.join(" ")
     )
 }

@@ -94,11 +94,17 @@ pub fn cases() -> Vec<Case> {
 /// A script that has `fio` work on `disks`, of 16 MiB each, and tells their checksums. The disk `tools`
 /// is [`Guest::tools`].
 pub fn script(disks: &[&str], tools: &str) -> String {
-    let of_disk = |disk| JOBS_OF_DISK.replace("DISK", disk);
-    let jobs: String = disks.iter().copied().map(of_disk).collect();
     let script = SCRIPT.replace("DISKS", &disks.join(" "));
     let script = script.replace("TOOLS", tools);
-    format!("cat >/tmp/jobs <<'END'\n{JOBS}{jobs}END\n{script}")
+    format!("{}{script}", jobs(disks))
+}
+
+/// The part of a script that makes the file `/tmp/jobs`, of what `fio` is to do to the first 12 MiB of
+/// each of `disks`.
+pub fn jobs(disks: &[&str]) -> String {
+    let of_disk = |disk| JOBS_OF_DISK.replace("DISK", disk);
+    let jobs: String = disks.iter().copied().map(of_disk).collect();
+    format!("cat >/tmp/jobs <<'END'\n{JOBS}{jobs}END\n")
 }
 
 /// Nothing fails, and the content and the images are right afterwards.

@@ -1,14 +1,19 @@
 //! The cases of the guest suite.
 
 mod abrupt;
+mod backup;
 mod disks;
 mod features;
 mod fio;
 mod forks;
+mod live;
 mod machine;
 mod operate;
 mod roundtrip;
 mod served;
+mod soak;
+
+pub use soak::case as soak;
 
 use crate::suite::Case;
 
@@ -17,6 +22,8 @@ pub fn all() -> Vec<Case> {
     [
         fio::cases(),
         features::cases(),
+        backup::cases(),
+        live::cases(),
         operate::cases(),
         roundtrip::cases(),
         served::cases(),

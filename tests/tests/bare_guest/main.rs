@@ -2,16 +2,19 @@
 //! with a driver written by others. What it does is in `tests/bare-guest`.
 
 #[path = "../../bare-guest/src/content.rs"]
+#[allow(dead_code, reason = "each test program uses a part of it")]
 mod content;
 mod disk;
 mod exits;
+mod guest;
 mod machine;
 
 use std::path::Path;
 
 use content::SECTOR_SIZE;
 use disk::{Disk, Kind};
-use machine::{Start, have_kvm};
+use guest::have_kvm;
+use machine::Start;
 
 /// A disk of each kind in `dir`, in this order.
 fn disks_of_every_kind(dir: &Path) -> Vec<Disk> {

@@ -3,6 +3,8 @@
 use std::io;
 use std::path::PathBuf;
 
+use crate::sandbox::hint;
+
 /// Why an operation on a VM failed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -38,7 +40,7 @@ pub enum ControlError {
     NeedsSize,
 
     /// The disk could not do it.
-    #[error("disk '{}': {source}", path.display())]
+    #[error("disk '{}': {source}{}", path.display(), hint(source))]
     Disk {
         /// The image.
         path: PathBuf,

@@ -10,6 +10,7 @@ use serde::Serialize;
 use tandem_block::{LiveReport, Progress};
 
 use super::{Control, ControlError, lock};
+use crate::sandbox::hint;
 
 /// Most jobs that are remembered, unless more go on.
 const REMEMBERED: usize = 16;
@@ -129,7 +130,7 @@ impl Job {
                 }
             }
             Err(tandem_block::Error::Cancelled) => Outcome::Cancelled,
-            Err(error) => Outcome::Failed(error.to_string()),
+            Err(error) => Outcome::Failed(format!("{error}{}", hint(&error))),
         };
         *lock(&self.outcome) = Some(outcome);
     }

@@ -1,7 +1,10 @@
 //! Files: what is open stays so, and nothing else can be opened but where that was allowed before.
 
+use std::error::Error as StdError;
 use std::io;
+use std::iter::successors;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use landlock::{
     ABI, Access, AccessFs, AccessNet, BitFlags, PathBeneath, PathFd, Ruleset, RulesetAttr,
@@ -22,6 +25,9 @@ pub struct FileRules {
     /// A socket to be removed at the end, with whose directory that is possible for any file in it.
     pub socket: Option<PathBuf>,
 }
+
+/// Some thread of this process is kept from files.
+static IS_CONFINED: AtomicBool = AtomicBool::new(false);
 
 /// What of the rules is in force.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -57,15 +63,27 @@ pub fn confine_files(rules: &FileRules) -> Result<Enforced> {
     let status = status
         .map_err(io::Error::other)
         .host("confine itself to its files (--no-sandbox does without)")?;
-    Ok(match status.ruleset {
+    let enforced = match status.ruleset {
         RulesetStatus::FullyEnforced => Enforced::All,
         RulesetStatus::PartiallyEnforced => Enforced::Files,
         RulesetStatus::NotEnforced => Enforced::Nothing,
-    })
+    };
+    IS_CONFINED.fetch_or(enforced != Enforced::Nothing, Ordering::Relaxed);
+    Ok(enforced)
+}
+
+/// What a message about `error` is to end with, if that may be due to [`confine_files`].
+pub(crate) fn hint(error: &(dyn StdError + 'static)) -> &'static str {
+    let mut causes = successors(Some(error), |error| (**error).source());
+    let is_refused = causes.any(|cause| cause.downcast_ref().is_some_and(is_refusal));
+    match is_refused && IS_CONFINED.load(Ordering::Relaxed) {
+        true => "; the sandbox allows only files below the directories of --allow-dir",
+        false => "",
+    }
 }
 
 /// Whether `error`, of a file that was to be opened, made, renamed or removed, may be due to
-/// [`confine_files`]: worth a hint at `--allow-dir` where that is in force.
+/// [`confine_files`].
 pub fn is_refusal(error: &io::Error) -> bool {
     // Renames from one directory to another are answered by the latter.
     matches!(error.raw_os_error(), Some(libc::EACCES | libc::EXDEV))

@@ -41,6 +41,7 @@ use seccompiler::{
 
 use crate::error::{HostContext, Result};
 
+pub(crate) use files::hint;
 pub use files::{Enforced, FileRules, confine_files, is_refusal};
 pub(crate) use violation::install_handler;
 

@@ -116,8 +116,8 @@ Metrics and control:
   microseconds. A line is written each --metrics-interval, on SIGUSR1 (without --metrics, to standard
   error), and at the end. A reader that is too slow loses lines, and never holds up the VM.
   Programs of the same user, and root, send requests to the socket of --control, a JSON object on each
-  line: {{\"command\":\"pause\"}}. The commands are status, disks, metrics, flush, pause, resume, resize and
-  shutdown. README.md describes both.
+  line: {{\"command\":\"pause\"}}. The commands are status, disks, metrics, flush, pause, resume, resize,
+  shutdown, and those for bitmaps and backups. README.md describes both.
 
 Sandbox:
   Once its files are open, and before the guest runs, tandem keeps itself to the system calls that each

@@ -168,7 +168,8 @@ impl Chain {
                 if *kind == Kind::RawData {
                     // What lies behind the end of the disk is not its own.
                     let data = File::options().write(true).open(options.data_file.unwrap());
-                    data.unwrap().write_all_at(&[0xaa; 4096], *size).unwrap();
+                    let rest = vec![0xaa; (SIZE - size) as usize];
+                    data.unwrap().write_all_at(&rest, *size).unwrap();
                 }
             }
             format = Some(match kind {

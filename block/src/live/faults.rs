@@ -353,6 +353,98 @@ fn a_fork_that_fails() {
     assert!(calls > 4);
 }
 
+/// What the guest writes at any stage is there at the end.
+#[test]
+fn a_guest_that_writes_meanwhile() {
+    for operation in ["commit", "pivot", "rebase"] {
+        let mut pair = Pair::new();
+        let disk = LiveDisk::new(Qcow2::open(&pair.path("top"), &open_options()).unwrap());
+        let mut written = 0_u8;
+        let mut write = |_: u64, _: u64| {
+            written += 1;
+            // In a part that is mapped by now, and has been dealt with.
+            put(&disk, &mut pair.model, 33 + u64::from(written % 2), written);
+            ControlFlow::Continue(())
+        };
+        let done = match operation {
+            "rebase" => disk.rebase(
+                &RebaseOptions {
+                    open: open_options(),
+                    backing: None,
+                    max_last: None,
+                },
+                &mut write,
+            ),
+            _ => disk.commit(
+                &CommitOptions {
+                    open: open_options(),
+                    between: 0,
+                    pivot: operation == "pivot",
+                    max_last: None,
+                },
+                &mut write,
+            ),
+        };
+        done.unwrap();
+        shows(&disk, &pair.model, operation);
+        let path = disk.with_image(|image| image.path().to_owned());
+        disk.close().unwrap();
+        drop(disk);
+        for name in [path, pair.path("top")] {
+            let disk = Qcow2::open(&name, &open_options()).unwrap();
+            shows(&disk, &pair.model, operation);
+        }
+        pair.check("top");
+    }
+}
+
+/// What the guest discards reads as zero without a backing file, and would not on the new one.
+#[test]
+fn a_guest_that_discards_during_a_rebase() {
+    let mut pair = Pair::new();
+    let alone = CreateOptions {
+        size: SIZE,
+        cluster_size: 4096,
+        // It has no marks for zeros: what is discarded loses its mapping.
+        version: 2,
+        ..CreateOptions::default()
+    };
+    create(&pair.path("top"), &alone).unwrap();
+    pair.model.fill(0);
+    std::fs::write(pair.path("other"), [9; SIZE as usize]).unwrap();
+    let disk = LiveDisk::new(Qcow2::open(&pair.path("top"), &open_options()).unwrap());
+    let at = SIZE / 2 + 16384;
+    for sector in [at / 512, SIZE / 512 - 8] {
+        put(&disk, &mut pair.model, sector, 7);
+    }
+    let options = RebaseOptions {
+        open: open_options(),
+        backing: Some(BackingName {
+            file: b"other".to_vec(),
+            format: b"raw".to_vec(),
+        }),
+        max_last: None,
+    };
+    let mut discarded = false;
+    let done = disk.rebase(&options, &mut |done, _| {
+        // It has been there already.
+        if done > at && !std::mem::replace(&mut discarded, true) {
+            disk.discard(at, 4096).unwrap();
+        }
+        ControlFlow::Continue(())
+    });
+    done.unwrap();
+    assert!(discarded);
+    pair.model[at as usize..][..4096].fill(0);
+    shows(&disk, &pair.model, "on the new one");
+    disk.close().unwrap();
+    drop(disk);
+    let disk = Qcow2::open(&pair.path("top"), &open_options()).unwrap();
+    shows(&disk, &pair.model, "at last");
+    drop(disk);
+    pair.check("top");
+}
+
 /// What is below the disk is not what it was: nobody knows what it reads.
 #[test]
 fn a_disk_that_is_given_up() {

@@ -233,7 +233,8 @@ impl Taking<'_> {
             while done < end {
                 let (from, len) = (at + done as u64, (end - done) as u64);
                 done += match disk.write_held(from, len, &mut buffers)? {
-                    0 => return Ok(done as u64),
+                    // It is mapped, and so taken up.
+                    0 => end - done,
                     written => written as usize,
                 };
             }

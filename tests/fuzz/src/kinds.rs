@@ -43,7 +43,7 @@ pub static KINDS: LazyLock<Vec<Kind>> = LazyLock::new(|| {
     vec![
         make(&plain, &[compress, snapshot, bitmaps]),
         make(&with(&|o| o.version = 2), &[compress, snapshot]),
-        make(&plain, &[]),
+        make(&with(&|o| o.cluster_size = 2048), &[]),
         make(
             &with(&|o| {
                 o.compression_type = CompressionType::Zstd;

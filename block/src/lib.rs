@@ -51,6 +51,8 @@ mod file;
 mod hints;
 mod live;
 mod lock;
+#[cfg(mutate)]
+pub mod mutate;
 mod new_file;
 mod new_image;
 mod nowait;

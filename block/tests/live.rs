@@ -5,7 +5,9 @@
     reason = "a test fails by panicking, in its helpers as well"
 )]
 
+use std::fs::File;
 use std::ops::ControlFlow;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
@@ -95,6 +97,15 @@ fn fill(disk: &dyn Disk, model: &mut [u8], seed: u64) {
     }
 }
 
+/// Has threads stop, also when a test fails.
+struct Stop<'a>(&'a AtomicBool);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// Images below one another, closed, and what the one on top reads.
 struct Chain {
     dir: TempDir,
@@ -131,10 +142,7 @@ impl Chain {
             };
             let path = chain.path(name);
             if *kind == Kind::Raw {
-                std::fs::File::create(&path)
-                    .unwrap()
-                    .set_len(*size)
-                    .unwrap();
+                File::create(&path).unwrap().set_len(*size).unwrap();
             } else {
                 let options = CreateOptions {
                     size: *size,
@@ -157,6 +165,11 @@ impl Chain {
                     ..CreateOptions::default()
                 };
                 create(&path, &options).unwrap();
+                if *kind == Kind::RawData {
+                    // What lies behind the end of the disk is not its own.
+                    let data = File::options().write(true).open(options.data_file.unwrap());
+                    data.unwrap().write_all_at(&[0xaa; 4096], *size).unwrap();
+                }
             }
             format = Some(match kind {
                 Kind::Raw => BackingFormat::Raw,
@@ -206,6 +219,7 @@ impl Chain {
                     }
                 });
             }
+            let stop = Stop(&stop);
             while begun.load(Ordering::Relaxed) < 2 * WORKERS {
                 thread::yield_now();
             }
@@ -214,7 +228,7 @@ impl Chain {
             while begun.load(Ordering::Relaxed) < now + 50 {
                 thread::yield_now();
             }
-            stop.store(true, Ordering::Relaxed);
+            drop(stop);
             result
         });
         assert!(read(disk, 0, disk.size()) == self.model);

@@ -108,13 +108,14 @@ struct Series {
 fn latency(image: &Path) {
     let disk = Qcow2::open(image, &OpenOptions::default()).unwrap();
     let disk = Arc::new(LiveDisk::new(disk));
-    let backups = AtomicBool::new(true);
+    let goes_on = AtomicBool::new(false);
     let mut peak = 0;
     let series = [("no backup", false), ("backup under way", true)].map(|(name, has_backup)| {
         let times = std::thread::scope(|scope| {
-            let reader = has_backup.then(|| scope.spawn(|| read(&disk, &backups)));
+            goes_on.store(true, Ordering::Relaxed);
+            let reader = has_backup.then(|| scope.spawn(|| read(&disk, &goes_on)));
             let times = write(&disk);
-            backups.store(false, Ordering::Relaxed);
+            goes_on.store(false, Ordering::Relaxed);
             peak = peak.max(reader.map_or(0, |reader| reader.join().unwrap()));
             times
         });

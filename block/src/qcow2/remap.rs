@@ -194,6 +194,10 @@ impl Qcow2 {
     /// The `len` bytes at `offset` of the data have lost their mapping. The caller holds the range
     /// of their guest clusters.
     pub(super) fn retire(&self, offset: u64, len: u64) {
+        #[cfg(mutate)]
+        if crate::mutate::is(crate::mutate::REUSED_EARLY) {
+            return drop(self.give_back(offset..offset + len));
+        }
         self.retired.add(offset..offset + len);
         if let Placement::External(external) = &self.placement {
             // The place belongs to its guest clusters for good, so its space can be released at

@@ -100,9 +100,9 @@ impl Qcow2 {
                     external.file.set_len(end)?;
                     let filled = external.file.fill(len, end - len, preallocation);
                     filled.inspect_err(|_| drop(external.file.set_len(len)))?;
-                    external.file.sync()?;
                 }
                 self.map_raw(gained)?;
+                // Its length is on disk before the mapping.
                 self.write_back()?;
             }
             _ if preallocation == Preallocation::Off => {}
@@ -110,6 +110,10 @@ impl Qcow2 {
                 self.preallocate_end(old, preallocation)?;
                 self.preallocate(gained, preallocation)?;
             }
+        }
+        #[cfg(mutate)]
+        if crate::mutate::is(crate::mutate::GROWN_EARLY) {
+            self.write_size(new)?;
         }
         if self.backing_shows(old) {
             // What the disk gains reads as zero, not as what the backing file has there.

@@ -75,9 +75,10 @@ impl Copy<'_> {
         let size = source.info().size;
         let release = AtomicU64::new(self.start);
         let (to, from) = mpsc::sync_channel(1);
+        let (give_back, used) = mpsc::channel();
         std::thread::scope(|scope| {
             let (start, released) = (self.start, &release);
-            scope.spawn(move || read(source, start, released, &to));
+            scope.spawn(move || read(source, start, released, &to, &used));
             // It goes before the other thread is waited for.
             let from: Receiver<Read> = from;
             for read in &from {
@@ -86,6 +87,8 @@ impl Copy<'_> {
                 self.write(part, &mut data, target)?;
                 release.store(target.has(next), Ordering::Relaxed);
                 self.progress.set(next, size);
+                // At the end nobody wants it.
+                let _ = give_back.send(data);
             }
             target.complete().map_err(Stop::Target)
         })
@@ -111,11 +114,18 @@ impl Copy<'_> {
     }
 }
 
-fn read(source: &mut dyn Source, start: u64, release: &AtomicU64, to: &SyncSender<Read>) {
+/// Reads into buffers that come back by `used`, or new ones.
+fn read(
+    source: &mut dyn Source,
+    start: u64,
+    release: &AtomicU64,
+    to: &SyncSender<Read>,
+    used: &Receiver<Vec<u8>>,
+) {
     let size = source.info().size;
     let mut from = start;
     while from < size {
-        let mut buffer = Vec::new();
+        let mut buffer = used.try_recv().unwrap_or_default();
         let part = source.read(from, release.load(Ordering::Relaxed), &mut buffer);
         let failed = part.is_err();
         if let Ok(part) = &part {

@@ -4,7 +4,7 @@
 //! * A disk whose image is clean holds what has been written to it, and nothing else changes.
 //! * An image that was clean has no corruptions after any use. One that was as we make them has no leaks
 //!   after a use without errors; others may have counted what lies behind their end, where a check does
-//!   not look.
+//!   not look. Nor does any use of it find it invalid.
 //! * An image of which a repair says that nothing is left to do is clean.
 
 use std::path::Path;
@@ -18,6 +18,7 @@ use tandem_block::{
     sparse_extent_in_chain,
 };
 
+use crate::feedback;
 use crate::input::Input;
 use crate::kinds::below;
 use crate::memory::Memory;
@@ -108,8 +109,7 @@ fn options() -> OpenOptions {
 pub fn exercise(files: &Files, is_ours: bool, input: &mut Input<'_>) {
     let repair = input.choose(&[Repair::All, Repair::Leaks]);
     let is_trusted = look(files);
-    if let Some(mut session) = Session::new(files, is_trusted) {
-        session.may_leak = !is_ours;
+    if let Some(mut session) = Session::new(files, is_trusted, is_ours) {
         for _ in 0..STEPS {
             if input.is_empty() || session.disk.is_none() {
                 break;
@@ -123,7 +123,7 @@ pub fn exercise(files: &Files, is_ours: bool, input: &mut Input<'_>) {
     };
     if report.is_sound() {
         assert_clean(files, "after a repair");
-        if let Some(session) = Session::new(files, true) {
+        if let Some(session) = Session::new(files, true, false) {
             session.end();
         }
     }
@@ -192,18 +192,22 @@ struct Session<'f> {
     /// What the disk holds, as far as that is certain.
     model: Option<Vec<u8>>,
     is_trusted: bool,
-    may_leak: bool,
+    /// It was as we make them, and the host has not failed since.
+    is_sane: bool,
+    /// What was done last, as a number.
+    last: usize,
 }
 
 impl<'f> Session<'f> {
-    fn new(files: &'f Files, is_trusted: bool) -> Option<Self> {
+    fn new(files: &'f Files, is_trusted: bool, is_sane: bool) -> Option<Self> {
         let disk = files.open(&options()).ok()?;
         let mut session = Self {
             files,
             disk: Some(disk),
             model: None,
             is_trusted,
-            may_leak: false,
+            is_sane,
+            last: 0,
         };
         session.learn();
         Some(session)
@@ -227,7 +231,7 @@ impl<'f> Session<'f> {
             return;
         }
         match self.files.check(Repair::Nothing) {
-            Ok(report) if self.may_leak => assert!(report.is_sound(), "{report:?}"),
+            Ok(report) if !self.is_sane => assert!(report.is_sound(), "{report:?}"),
             Ok(report) => assert!(report.is_clean(), "{report:?}"),
             Err(error) => panic!("it could be checked before: {error}"),
         }
@@ -235,7 +239,18 @@ impl<'f> Session<'f> {
 
     /// Notes whether the host has failed, and passes on whether anything has.
     fn note<T>(&mut self, result: Result<T>) -> bool {
-        self.may_leak |= matches!(result, Err(Error::Io { .. } | Error::Corrupt { .. }));
+        feedback::note(&[self.last, usize::from(result.is_ok())]);
+        match &result {
+            Err(Error::Io { .. }) => self.is_sane = false,
+            // There may be more references than can be counted.
+            Err(Error::Invalid { reason, .. }) if reason.contains("cannot become larger") => {
+                self.is_sane = false;
+            }
+            Err(error @ (Error::Invalid { .. } | Error::Corrupt { .. })) => {
+                assert!(!self.is_sane, "it was valid: {error}");
+            }
+            _ => {}
+        }
         result.is_ok()
     }
 
@@ -254,7 +269,10 @@ impl<'f> Session<'f> {
     }
 
     fn step(&mut self, input: &mut Input<'_>) {
-        match input.byte() % 20 {
+        let step = input.byte() % 20;
+        feedback::note(&[self.last, usize::from(step)]);
+        self.last = step.into();
+        match step {
             0..3 => self.write(input),
             3..5 => self.read(input),
             5..7 => self.zero(input),

@@ -10,7 +10,8 @@ use tempfile::TempDir;
 
 /// What the file outside of the directory of the images is full of.
 pub const SECRET: u8 = 0xab;
-const SECRET_LEN: usize = 4096;
+/// As much as a disk has.
+const SECRET_LEN: usize = 64 << 10;
 
 /// A directory for images, and a file beside it that they are not to lead to.
 pub struct Directory {

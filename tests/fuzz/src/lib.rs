@@ -8,11 +8,13 @@
 //! | `kinds` | valid images of all kinds |
 //! | `places` | where the structures of an image are, and changing them |
 //! | `exercise` | all that can be done with an image, and what must hold |
+//! | `feedback` | what else makes an input worth keeping |
 //! | `files` | a directory of images, and what they must not lead to |
 //! | `driver` | what a guest can do with a block device |
 
 pub mod driver;
 pub mod exercise;
+pub mod feedback;
 pub mod files;
 pub mod input;
 pub mod kinds;

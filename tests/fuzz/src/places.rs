@@ -1,5 +1,6 @@
 //! Where the structures of an image are, and changing them.
 
+use crate::feedback;
 use crate::input::Input;
 
 /// Entries of one size, one behind the other.
@@ -153,6 +154,7 @@ pub fn edit(image: &mut Vec<u8>, places: &[Place], input: &mut Input<'_>) {
         return edit_bytes(image, how, input);
     }
     let (place, index) = pick(places, input);
+    feedback::note(&[places.len(), place.offset as usize, usize::from(how % 6)]);
     let old = Image(image).get(place.offset + index * place.width, place.width);
     let new = match how % 6 {
         0 => input.value(),

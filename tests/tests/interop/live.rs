@@ -50,6 +50,15 @@ fn fork(disk: &LiveDisk, overlay: &Path, fork: &Path) {
     disk.fork(&options).unwrap();
 }
 
+/// Has threads stop, also when a test fails.
+struct Stop<'a>(&'a AtomicBool);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// Writes all over `disk` while `operation` goes on; what the disk reads then.
 fn during(disk: &LiveDisk, operation: impl FnOnce()) -> Vec<u8> {
     let stop = AtomicBool::new(false);
@@ -66,9 +75,10 @@ fn during(disk: &LiveDisk, operation: impl FnOnce()) -> Vec<u8> {
                 i += 1;
             }
         });
+        let stop = Stop(&stop);
         thread::sleep(Duration::from_millis(5));
         operation();
-        stop.store(true, Ordering::Relaxed);
+        drop(stop);
     });
     read_all(disk)
 }

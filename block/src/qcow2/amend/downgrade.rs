@@ -78,7 +78,6 @@ impl Qcow2 {
             None => None,
         };
         let header = header.lowered();
-        self.image.sync()?;
         self.switch_header(&header, new_counts)?;
         self.close()
     }

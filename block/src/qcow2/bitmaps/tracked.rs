@@ -142,6 +142,11 @@ impl Bitmaps {
         for (entry, bits) in self.stored() {
             load(image, geometry, entry, bits, size)?;
         }
+        #[cfg(mutate)]
+        if crate::mutate::is(crate::mutate::NOT_MARKED) {
+            self.started.store(true, Ordering::Release);
+            return Ok(());
+        }
         self.write_flags(image, flags::IN_USE)?;
         self.started.store(true, Ordering::Release);
         Ok(())
@@ -269,6 +274,10 @@ impl Qcow2 {
             return Ok(());
         }
         bitmaps.check_whole(&self.image)?;
+        #[cfg(mutate)]
+        if crate::mutate::is(crate::mutate::STORED_LATE) {
+            bitmaps.write_flags(&self.image, 0)?;
+        }
         // A shrink leaves the bits behind the end alone, for requests go on beside it.
         bitmaps.truncate(self.size());
         let mut old = Vec::new();

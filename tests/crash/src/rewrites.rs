@@ -1,5 +1,5 @@
-//! Power failures while the header of an image is rewritten, while its data goes to the one below, and
-//! while a disk grows with space for what it gains.
+//! Power failures while the header of an image is rewritten, and while a disk grows with space for what
+//! it gains.
 //!
 //! Whatever was on disk, the header says what it said before the operation or what it says after it,
 //! `check` finds leaks at most, the disk reads the same but for what was written and not flushed, and
@@ -9,21 +9,22 @@ use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
+use std::process::Command;
 use std::sync::{Arc, Mutex};
 
 use tandem_block::qcow2::{
-    AmendOptions, BackingFormat, BackingName, Commit, CreateOptions, NewBacking, OpenOptions,
-    Qcow2, create, set_backing_name,
+    AmendOptions, BackingFormat, BackingName, CreateOptions, NewBacking, OpenOptions, Qcow2,
+    create, set_backing_name,
 };
 use tandem_block::{Disk, FileOptions, Preallocation, Raw, Result};
 
-use crate::explore::check_with;
+use crate::judge::check_with;
 use crate::operations::{More, add_bitmap, content, fill, image_with_snapshots};
-use crate::power::{self, Files};
+use crate::power::{Files, Run};
+use crate::setup::{Kind, Setup, scratch};
 use crate::storage::{Memory, SECTOR, Which};
-use crate::workload::{Kind, Setup};
 
-const SIZE: usize = 60 << 10;
+pub(crate) const SIZE: usize = 60 << 10;
 
 /// What a header says, but for the places of tables.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -66,12 +67,12 @@ fn said(image: &[u8]) -> Said {
     }
 }
 
-fn memory(which: Which, bytes: &[u8]) -> Memory {
+pub(crate) fn memory(which: Which, bytes: &[u8]) -> Memory {
     Memory::plain(which, &Arc::new(Mutex::new(bytes.to_vec())))
 }
 
 /// A raw disk of bytes that are `byte`.
-fn raw(byte: u8) -> Box<dyn Disk> {
+pub(crate) fn raw(byte: u8) -> Box<dyn Disk> {
     let storage = Box::new(memory(Which::Data, &[byte; SIZE]));
     Box::new(Raw::with_storage(Path::new("base"), storage, true).unwrap())
 }
@@ -97,7 +98,7 @@ fn open_files(files: &Files) -> Qcow2 {
     open(memory(Which::Image, &files.image), data)
 }
 
-fn check(files: &Files, what: &str) {
+pub(crate) fn check(files: &Files, what: &str) {
     let [image, data] = [
         memory(Which::Image, &files.image),
         memory(Which::Data, &files.data),
@@ -109,7 +110,7 @@ fn check(files: &Files, what: &str) {
 
 /// The disk has one of the two sizes, and each sector is as in one of the two contents. What a smaller
 /// one does not have was, or is going to be, zero.
-fn expect_content(shown: &[u8], before: &[u8], after: &[u8], what: &str) {
+pub(crate) fn expect_content(shown: &[u8], before: &[u8], after: &[u8], what: &str) {
     let sizes = [before.len(), after.len()];
     assert!(
         sizes.contains(&shown.len()),
@@ -132,13 +133,13 @@ fn expect_content(shown: &[u8], before: &[u8], after: &[u8], what: &str) {
 
 /// Power fails at any point of `change`, which first writes something that it does not flush.
 fn rewriting(
+    run: &mut Run,
     name: &str,
     seed: u64,
     start: &Files,
     change: impl Fn(Qcow2) -> Result<()>,
-    states: &mut usize,
 ) {
-    let run = |image: Memory, data: Memory| {
+    let perform = |image: Memory, data: Memory| {
         let disk = open(image, data);
         fill(&disk, 5000, 9000, 0xee);
         change(disk).unwrap_or_else(|e| panic!("{name}: {e}"));
@@ -146,7 +147,7 @@ fn rewriting(
     let completed = |files: &Files| {
         let [image, data] =
             [&files.image, &files.data].map(|bytes| Arc::new(Mutex::new(bytes.clone())));
-        run(
+        perform(
             Memory::plain(Which::Image, &image),
             Memory::plain(Which::Data, &data),
         );
@@ -159,7 +160,7 @@ fn rewriting(
     let before = (said(&start.image), content(&open_files(start)));
     let after = (said(&whole.image), content(&open_files(&whole)));
     let mut seen = BTreeSet::new();
-    let synced = power::explore(start, seed, states, run, |state, what| {
+    let synced = run.explore(start, seed, perform, |state, what| {
         let what = &format!("{name}, {what}");
         check(&state, what);
         let said = said(&state.image);
@@ -186,7 +187,7 @@ fn rewriting(
 }
 
 /// A name of `len` bytes for the file that is called `end`.
-fn name(len: usize, end: &str) -> Vec<u8> {
+pub(crate) fn name(len: usize, end: &str) -> Vec<u8> {
     let mut name = vec![b'/'; len - end.len() - 1];
     name.insert(0, b'.');
     name.extend(end.as_bytes());
@@ -195,8 +196,8 @@ fn name(len: usize, end: &str) -> Vec<u8> {
 
 /// An image with data in some places, zeros in others and nothing elsewhere, on a disk of sevens whose
 /// name has `backing` bytes if it is on any.
-fn image(version: u32, cluster_size: u64, backing: Option<usize>) -> Files {
-    let dir = tempfile::tempdir().unwrap();
+pub(crate) fn image(version: u32, cluster_size: u64, backing: Option<usize>) -> Files {
+    let dir = scratch();
     let path = dir.path().join("image");
     std::fs::write(dir.path().join("base"), vec![7; SIZE]).unwrap();
     let options = CreateOptions {
@@ -228,13 +229,12 @@ fn image(version: u32, cluster_size: u64, backing: Option<usize>) -> Files {
 
 /// An image of `setup` with something in it.
 fn filled(setup: &Setup) -> Files {
-    let (image, data) = setup.files();
-    let [image, data] = [image, data].map(|bytes| Arc::new(Mutex::new(bytes)));
+    let [image, data] = setup.files().shared();
     let disk = open(
         Memory::plain(Which::Image, &image),
         Memory::plain(Which::Data, &data),
     );
-    fill(&disk, 3000, 20_000, 9);
+    fill(&disk, 3000, 24_000, 9);
     drop(disk);
     let [image, data] = [image, data].map(|bytes| bytes.lock().unwrap().clone());
     Files { image, data }
@@ -253,10 +253,8 @@ const NAMES: [(u64, usize, usize); 8] = [
 ];
 
 /// The disk reads the same on what the header names, whatever it is.
-#[test]
-fn other_backing_files() {
-    let mut states = 0;
-    for (seed, (cluster_size, from, to)) in crate::rounds(NAMES) {
+pub fn other_backing_files(run: &mut Run) {
+    for (seed, (cluster_size, from, to)) in run.rounds(NAMES) {
         let start = image(3, cluster_size, Some(from));
         let other = BackingName {
             file: name(to, "other"),
@@ -272,15 +270,9 @@ fn other_backing_files() {
             )
         };
         let what = format!("rebase {cluster_size} {from} {to}");
-        rewriting(&what, seed, &start, change, &mut states);
+        rewriting(run, &what, seed, &start, change);
         let change = |disk: Qcow2| disk.rebase(None, NewBacking::Nothing, false, &mut |_, _| {});
-        rewriting(
-            &format!("{what} to nothing"),
-            seed,
-            &start,
-            change,
-            &mut states,
-        );
+        rewriting(run, &format!("{what} to nothing"), seed, &start, change);
 
         // The name alone, of what shows the same; the first one comes without a format, too.
         let other = BackingName {
@@ -288,25 +280,16 @@ fn other_backing_files() {
             format: b"host_device".to_vec(),
         };
         let change = |disk: Qcow2| disk.set_backing_name(Some(&other));
-        rewriting(&format!("{what} unsafe"), seed, &start, change, &mut states);
+        rewriting(run, &format!("{what} unsafe"), seed, &start, change);
         let start = image(2, cluster_size, Some(from));
-        rewriting(
-            &format!("{what} unsafe, 2"),
-            seed,
-            &start,
-            change,
-            &mut states,
-        );
+        rewriting(run, &format!("{what} unsafe, 2"), seed, &start, change);
     }
-    println!("other backing files: {states} states");
 }
 
 /// Bitmaps and extensions that are not known stay with the header.
-#[test]
-fn more_in_the_header() {
-    let mut states = 0;
-    for (seed, cluster_size) in crate::rounds([4096, 8192]) {
-        let dir = tempfile::tempdir().unwrap();
+pub fn more_in_the_header(run: &mut Run) {
+    for (seed, cluster_size) in run.rounds([4096, 8192]) {
+        let dir = scratch();
         let path = dir.path().join("image");
         std::fs::write(&path, image(3, cluster_size, None).image).unwrap();
         add_bitmap(&path);
@@ -322,20 +305,17 @@ fn more_in_the_header() {
         assert_eq!(said(&start.image).extensions.len(), 2);
         let change = |disk: Qcow2| disk.set_backing_name(None);
         // What the bitmap says is tried elsewhere; here it is where it was.
-        rewriting("with a bitmap", seed, &start, change, &mut states);
+        rewriting(run, "with a bitmap", seed, &start, change);
     }
-    println!("more in the header: {states} states");
 }
 
 fn amend(options: AmendOptions) -> impl Fn(Qcow2) -> Result<()> {
     move |disk| disk.amend(&options, &mut |_, _| {})
 }
 
-#[test]
-fn amending_a_data_file() {
-    let mut states = 0;
+pub fn amending_a_data_file(run: &mut Run) {
     let lengths = [(512, 300), (4096, 900), (4096, 1800), (8192, 900)];
-    for (seed, (cluster_size, len)) in crate::rounds(lengths) {
+    for (seed, (cluster_size, len)) in run.rounds(lengths) {
         for kind in [Kind::External, Kind::Raw, Kind::Packed] {
             let start = filled(&Setup::new(kind, 3, cluster_size));
             let named = |len: usize| AmendOptions {
@@ -343,24 +323,23 @@ fn amending_a_data_file() {
                 ..AmendOptions::default()
             };
             let what = format!("data file, {kind:?} {cluster_size} {len}");
-            rewriting(&what, seed, &start, amend(named(len)), &mut states);
+            rewriting(run, &what, seed, &start, amend(named(len)));
             let longer = filled_with_name(&start, named(len));
             let back = amend(AmendOptions {
                 data_file: Some("".into()),
                 lazy_refcounts: Some(true),
                 ..AmendOptions::default()
             });
-            rewriting(&format!("{what}, none"), seed, &longer, back, &mut states);
+            rewriting(run, &format!("{what}, none"), seed, &longer, back);
             let all = amend(AmendOptions {
                 data_file_raw: Some(false),
                 refcount_bits: Some(32),
                 size: Some(100 << 10),
                 ..named(len - 10)
             });
-            rewriting(&format!("{what}, more"), seed, &longer, all, &mut states);
+            rewriting(run, &format!("{what}, more"), seed, &longer, all);
         }
     }
-    println!("amending a data file: {states} states");
 }
 
 /// `start`, amended.
@@ -397,8 +376,7 @@ fn drop_extra_data(image: &mut [u8]) {
     }
 }
 
-#[test]
-fn amending_an_image() {
+pub fn amending_an_image(run: &mut Run) {
     let options = AmendOptions::default;
     let raised = || AmendOptions {
         version: Some(3),
@@ -431,7 +409,6 @@ fn amending_an_image() {
         size: Some(20 << 10),
         ..lowered()
     };
-    let mut states = 0;
     let cases = [
         (2, raised()),
         (3, lowered()),
@@ -443,7 +420,7 @@ fn amending_an_image() {
         (2, all),
         (3, shrunk),
     ];
-    for (seed, (version, options)) in crate::rounds(cases) {
+    for (seed, (version, options)) in run.rounds(cases) {
         for (cluster_size, backing) in [
             (512, None),
             (512, Some(300)),
@@ -452,10 +429,10 @@ fn amending_an_image() {
         ] {
             let start = image(version, cluster_size, backing);
             let what = format!("{cluster_size} {backing:?} {options:?}");
-            rewriting(&what, seed, &start, amend(options.clone()), &mut states);
+            rewriting(run, &what, seed, &start, amend(options.clone()));
         }
     }
-    for (seed, cluster_size) in crate::rounds([512, 4096]) {
+    for (seed, cluster_size) in run.rounds([512, 4096]) {
         let (mut image, _, _) = image_with_snapshots(2, cluster_size, More::Nothing);
         drop_extra_data(&mut image);
         let start = Files {
@@ -469,121 +446,35 @@ fn amending_an_image() {
                 ..raised()
             },
         ] {
-            rewriting("snapshots", seed, &start, amend(options), &mut states);
+            rewriting(run, "snapshots", seed, &start, amend(options));
         }
     }
-    println!("amending an image: {states} states");
+    let start = shared_zeros();
+    rewriting(run, "shared zeros", 0, &start, amend(lowered()));
 }
 
-/// A base that is smaller than the image on it, as a qcow2 image or not.
-fn base(cluster_size: Option<u64>) -> Vec<u8> {
-    let Some(cluster_size) = cluster_size else {
-        return vec![7; SIZE - 5120];
-    };
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("base");
-    let options = CreateOptions {
-        size: SIZE as u64 - 5120,
-        cluster_size,
-        ..CreateOptions::default()
-    };
-    create(&path, &options).unwrap();
-    let disk = Qcow2::open(&path, &OpenOptions::default()).unwrap();
-    fill(&disk, 0, 13_000, 7);
-    fill(&disk, 30_000, 20_000, 6);
-    drop(disk);
-    std::fs::read(&path).unwrap()
-}
-
-fn open_base(storage: Memory, is_image: bool, read_only: bool) -> Box<dyn Disk> {
-    let (name, storage) = (Path::new("base"), Box::new(storage));
-    let options = OpenOptions {
-        read_only,
-        ..OpenOptions::default()
-    };
-    if is_image {
-        Box::new(Qcow2::with_storage(name, storage, None, &options).unwrap())
-    } else {
-        Box::new(Raw::with_storage(name, storage, read_only).unwrap())
+/// An image that has zeros by a flag in clusters of data that a snapshot has too, as QEMU leaves them.
+fn shared_zeros() -> Files {
+    let dir = scratch();
+    let path = dir.path().join("image");
+    let (image, _, _) = image_with_snapshots(3, 4096, More::Nothing);
+    std::fs::write(&path, image).unwrap();
+    let written = Command::new("qemu-io")
+        .args(["-f", "qcow2", "-c", "write -z 0 16k"])
+        .arg(&path)
+        .output()
+        .unwrap();
+    assert!(written.status.success(), "{written:?}");
+    Files {
+        image: std::fs::read(&path).unwrap(),
+        data: Vec::new(),
     }
-}
-
-fn open_top(image: Memory, base: Box<dyn Disk>) -> Qcow2 {
-    let options = OpenOptions::default();
-    let (name, image) = (Path::new("image"), Box::new(image));
-    Qcow2::with_backing(name, image, None, Some(base.into()), &options).unwrap()
-}
-
-/// The disk on top reads the same at any time.
-#[test]
-fn committing() {
-    let mut states = 0;
-    let cases = [
-        (512, Some(512)),
-        (4096, Some(1024)),
-        (1024, None),
-        (512, Some(4096)),
-    ];
-    for (seed, (cluster_size, base_cluster_size)) in crate::rounds(cases) {
-        let is_image = base_cluster_size.is_some();
-        let start = Files {
-            image: image(3, cluster_size, Some(8)).image,
-            data: base(base_cluster_size),
-        };
-        let shown = |files: &Files| {
-            let base = open_base(memory(Which::Data, &files.data), is_image, true);
-            content(&open_top(memory(Which::Image, &files.image), base))
-        };
-        let before = shown(&start);
-        for empties in [false, true] {
-            let mut after = before.clone();
-            after[5000..14_000].fill(0xee);
-            let run = |image: Memory, data: Memory| {
-                let top = open_top(image, open_base(data.again(), is_image, true));
-                fill(&top, 5000, 9000, 0xee);
-                let commit = Commit::with_disks(top, open_base(data, is_image, false), 0);
-                commit.copy(&mut |_, _| {}).unwrap();
-                commit.finish(empties).unwrap();
-            };
-            let judge = |state: Files, what: &str| {
-                let what = &format!("commit {cluster_size} {base_cluster_size:?}, {what}");
-                check(
-                    &Files {
-                        data: Vec::new(),
-                        ..state.clone()
-                    },
-                    what,
-                );
-                if is_image {
-                    let image = state.data.clone();
-                    check(
-                        &Files {
-                            image,
-                            data: Vec::new(),
-                        },
-                        what,
-                    );
-                }
-                expect_content(&shown(&state), &before, &after, what);
-            };
-            let synced = power::explore(&start, seed, &mut states, run, judge);
-            assert!(shown(&synced) == after);
-            let base = open_base(memory(Which::Data, &synced.data), is_image, true);
-            let mut bytes = vec![0; SIZE];
-            base.read_at(&[vm_memory::VolatileSlice::from(&mut bytes[..])], 0)
-                .unwrap();
-            assert!(bytes == after);
-        }
-    }
-    println!("committing: {states} states");
 }
 
 /// The disk has the old size or the new one, and reads as zero where it has grown.
-#[test]
-fn growing_with_space() {
-    let mut states = 0;
+pub fn growing_with_space(run: &mut Run) {
     let kinds = [Kind::Internal, Kind::External, Kind::Packed, Kind::Raw];
-    for (seed, (kind, cluster_size)) in crate::rounds(
+    for (seed, (kind, cluster_size)) in run.rounds(
         [512, 4096]
             .into_iter()
             .flat_map(|size| kinds.map(|kind| (kind, size))),
@@ -601,8 +492,46 @@ fn growing_with_space() {
                 disk.close()
             };
             let what = format!("{kind:?} {cluster_size} {preallocation:?}");
-            rewriting(&what, seed, &start, change, &mut states);
+            rewriting(run, &what, seed, &start, change);
         }
     }
-    println!("growing with space: {states} states");
+}
+
+/// A shrink that power has interrupted leaves what was behind the end; a disk that grows afterwards does
+/// not show it.
+pub fn growing_after_an_interrupted_shrink(run: &mut Run) {
+    const LESS: u64 = (20 << 10) + 512;
+    let kinds = [Kind::Internal, Kind::External, Kind::Packed];
+    let all = [512, 4096, 8192].into_iter();
+    for (seed, (kind, cluster_size)) in
+        run.rounds(all.flat_map(|size| kinds.map(|kind| (kind, size))))
+    {
+        let mut start = filled(&Setup::new(kind, 3, cluster_size));
+        if kind == Kind::Internal && cluster_size == 4096 {
+            compress_at(&mut start, LESS / cluster_size * cluster_size);
+        }
+        let size = start.image[24..32].to_vec();
+        start.image[24..32].copy_from_slice(&LESS.to_be_bytes());
+        let change = |disk: Qcow2| {
+            disk.resize(u64::from_be_bytes(size[..].try_into().unwrap()))?;
+            disk.close()
+        };
+        let what = format!("after a shrink, {kind:?} {cluster_size}");
+        rewriting(run, &what, seed, &start, change);
+    }
+}
+
+/// The cluster at `offset` is compressed.
+fn compress_at(files: &mut Files, offset: u64) {
+    let [image, data] = files.shared();
+    let disk = open(
+        Memory::plain(Which::Image, &image),
+        Memory::plain(Which::Data, &data),
+    );
+    let cluster = disk
+        .compress(vec![9; disk.cluster_size() as usize])
+        .unwrap();
+    disk.write_compressed(cluster, offset).unwrap();
+    drop(disk);
+    *files = Files::of(&image, &data);
 }

@@ -14,10 +14,12 @@ use tandem_block::qcow2::{
 use tandem_block::{Disk, Raw, Result};
 use vm_memory::VolatileSlice;
 
-use crate::explore::check;
-use crate::power::{self, Files};
+use crate::bitmap::{self, Stored};
+use crate::judge::check;
+use crate::power::{Files, Run};
+use crate::random::Random;
+use crate::setup::scratch;
 use crate::storage::{Memory, Which};
-use crate::workload::Random;
 
 const SIZE: usize = 60 << 10;
 
@@ -34,21 +36,22 @@ fn plain(image: &[u8]) -> Memory {
     Memory::plain(Which::Image, &Arc::new(Mutex::new(image.to_vec())))
 }
 
-/// Runs `change` on `start`, and `judge` on what a power failure may leave at any point of it.
+/// Runs `change` on `start`, and `judge` on what a power failure may leave at any point of it. Returns what
+/// is on disk for certain at the end.
 fn explore(
+    run: &mut Run,
     start: &[u8],
     seed: u64,
     change: impl FnOnce(Memory),
     mut judge: impl FnMut(Vec<u8>, &str),
-) {
+) -> Vec<u8> {
     let start = Files {
         image: start.to_vec(),
         data: Vec::new(),
     };
     let change = |image, _| change(image);
-    power::explore(&start, seed, &mut 0, change, |state, what| {
-        judge(state.image, what);
-    });
+    let judge = |state: Files, what: &str| judge(state.image, what);
+    run.explore(&start, seed, change, judge).image
 }
 
 pub fn content(disk: &Qcow2) -> Vec<u8> {
@@ -81,7 +84,7 @@ pub fn image_with_snapshots(
     cluster_size: u64,
     more: More,
 ) -> (Vec<u8>, Vec<u8>, Vec<Vec<u8>>) {
-    let dir = tempfile::tempdir().unwrap();
+    let dir = scratch();
     let path = dir.path().join("image");
     let options = CreateOptions {
         size: SIZE as u64,
@@ -130,6 +133,7 @@ fn reopened(image: Vec<u8>, what: &str) -> (Vec<u8>, Arc<Mutex<Vec<u8>>>) {
 /// Whatever a failure leaves of `change`, the disk holds `before` or `after` it, and each snapshot what
 /// it should, if it is there.
 fn snapshot_operation(
+    run: &mut Run,
     change: impl Fn(Qcow2) -> Result<()>,
     after: impl Fn(&[u8], &[Vec<u8>]) -> Vec<u8>,
 ) {
@@ -144,6 +148,7 @@ fn snapshot_operation(
         let (start, before, contents) = image_with_snapshots(3, cluster_size, more);
         let after = after(&before, &contents);
         explore(
+            run,
             &start,
             seed,
             |image| change(open(image).unwrap()).unwrap(),
@@ -177,8 +182,7 @@ fn snapshot_operation(
 
 /// Version 2 has no dirty bit, and nobody repairs the image: whatever a failure leaves, the snapshots
 /// stay what they are while the disk changes.
-#[test]
-fn operations_without_a_dirty_bit() {
+pub fn operations_without_a_dirty_bit(run: &mut Run) {
     type Change = fn(Qcow2) -> Result<()>;
     let changes: [Change; 3] = [
         |disk| disk.create_snapshot(b"new"),
@@ -188,6 +192,7 @@ fn operations_without_a_dirty_bit() {
     for (seed, change) in (0..).zip(changes) {
         let (start, before, contents) = image_with_snapshots(2, 1024, More::Nothing);
         explore(
+            run,
             &start,
             seed,
             |image| change(open(image).unwrap()).unwrap(),
@@ -221,26 +226,26 @@ fn operations_without_a_dirty_bit() {
     }
 }
 
-#[test]
-fn taking_a_snapshot() {
+pub fn taking_a_snapshot(run: &mut Run) {
     snapshot_operation(
+        run,
         |disk| disk.create_snapshot(b"new"),
         |before, _| before.to_vec(),
     );
 }
 
-#[test]
-fn applying_a_snapshot() {
+pub fn applying_a_snapshot(run: &mut Run) {
     snapshot_operation(
+        run,
         |disk| disk.apply_snapshot(b"s0"),
         |_, contents| contents[0].clone(),
     );
 }
 
-#[test]
-fn deleting_a_snapshot() {
+pub fn deleting_a_snapshot(run: &mut Run) {
     for name in [b"s0", b"s1"] {
         snapshot_operation(
+            run,
             |disk| disk.delete_snapshot(name),
             |before, _| before.to_vec(),
         );
@@ -249,7 +254,7 @@ fn deleting_a_snapshot() {
 
 /// An overlay that has something of its own in some places.
 fn overlay(cluster_size: u64) -> Vec<u8> {
-    let dir = tempfile::tempdir().unwrap();
+    let dir = scratch();
     let (base, path) = (dir.path().join("base"), dir.path().join("image"));
     std::fs::write(&base, vec![7; SIZE]).unwrap();
     let options = CreateOptions {
@@ -280,8 +285,7 @@ fn open_on(image: Memory, backing: Option<Box<dyn Disk>>) -> Qcow2 {
 }
 
 /// The disk reads the same on whatever the header names, at any time.
-#[test]
-fn rebasing() {
+pub fn rebasing(run: &mut Run) {
     for (seed, cluster_size) in (0..).zip([512, 1024, 4096]) {
         let start = overlay(cluster_size);
         let before = content(&open_on(plain(&start), Some(raw(7))));
@@ -299,7 +303,7 @@ fn rebasing() {
                 let disk = open_on(image, Some(raw(7)));
                 disk.rebase(onto, new, false, &mut |_, _| {}).unwrap();
             };
-            explore(&start, seed, change, |state, what| {
+            explore(run, &start, seed, change, |state, what| {
                 check(&plain(&state)).unwrap_or_else(|e| panic!("{what}: {e}"));
                 let has = |name: &[u8]| state[..512].windows(name.len()).any(|part| part == name);
                 let backing = if has(b"other") {
@@ -322,13 +326,13 @@ fn repair(image: &Memory) -> u64 {
 }
 
 /// A repair that was cut off can be repeated, and the disk holds what it held.
-#[test]
-fn repairing() {
+pub fn repairing(run: &mut Run) {
     for seed in 0..24 {
         let cluster_size = [512, 4096][seed as usize % 2];
         let (mut start, before, _) = image_with_snapshots(3, cluster_size, More::Nothing);
         damage(&mut start, cluster_size as usize, &mut Random(seed));
-        explore(
+        let repaired = explore(
+            run,
             &start,
             seed,
             |image| assert_eq!(repair(&image), 0),
@@ -340,8 +344,14 @@ fn repairing() {
                 assert!(shown == before, "{what}: the disk");
             },
         );
+        // What has returned is done.
+        check(&plain(&repaired)).unwrap();
+        assert_eq!(repaired[DIRTY] & 1, 0);
     }
 }
+
+/// Offset of the byte with the bit that says that refcounts may be wrong.
+const DIRTY: usize = 79;
 
 /// Makes some refcounts and flags wrong, or loses the refcount table.
 fn damage(image: &mut [u8], cluster_size: usize, random: &mut Random) {
@@ -360,6 +370,7 @@ fn damage(image: &mut [u8], cluster_size: usize, random: &mut Random) {
     if random.below(3) == 0 {
         image[refcount_table..refcount_table + 8].fill(0);
     }
+    image[DIRTY] |= random.below(2) as u8;
 }
 
 /// Offset of the byte with the autoclear bit that says that bitmaps are valid.
@@ -380,7 +391,7 @@ pub fn add_bitmap(path: &Path) {
 
 /// An image with a persistent bitmap.
 fn image_with_bitmap() -> Vec<u8> {
-    let dir = tempfile::tempdir().unwrap();
+    let dir = scratch();
     let path = dir.path().join("image");
     let options = CreateOptions {
         size: SIZE as u64,
@@ -400,36 +411,24 @@ fn image_with_bitmap() -> Vec<u8> {
 }
 
 /// The bits of the only bitmap, unless it is marked as in use.
-fn bits(image: &[u8]) -> Option<Vec<u8>> {
-    let word = |at: usize| u64::from_be_bytes(image[at..at + 8].try_into().unwrap()) as usize;
-    assert_eq!(image[AUTOCLEAR] & 1, 1, "autoclear bit of bitmaps");
-    let extension = (104..4096)
-        .step_by(8)
-        .find(|at| image[*at..at + 4] == [0x23, 0x85, 0x28, 0x75])
-        .unwrap();
-    let directory = word(extension + 24);
-    if image[directory + 15] & 1 != 0 {
-        return None;
-    }
-    let cluster = match word(word(directory)) {
-        0 => return Some(vec![0; 4096]),
-        offset => offset,
+fn bits(image: &[u8]) -> Option<Stored> {
+    let [stored] = &bitmap::stored(image)[..] else {
+        panic!("there is one bitmap");
     };
-    Some(image[cluster..cluster + 4096].to_vec())
+    stored.bits.is_some().then(|| stored.clone())
 }
 
 /// There is a bit for everything that is not as it was `before`.
-fn expect_marked(bits: &[u8], before: &[u8], now: &[u8], what: &str) {
+fn expect_marked(bits: &Stored, before: &[u8], now: &[u8], what: &str) {
     let sectors = now.chunks(GRANULARITY).zip(before.chunks(GRANULARITY));
     for (i, (now, before)) in sectors.enumerate() {
-        let is_marked = bits[i / 8] >> (i % 8) & 1 != 0;
+        let is_marked = bits.has((i * GRANULARITY) as u64).unwrap();
         assert!(is_marked || now == before, "{what}: sector {i}");
     }
 }
 
 /// A bitmap that is not marked has a bit for everything that is not as it was.
-#[test]
-fn following_changes_in_a_bitmap() {
+pub fn following_changes_in_a_bitmap(run: &mut Run) {
     for seed in 0..6 {
         let start = image_with_bitmap();
         let before = content(&open(plain(&start)).unwrap());
@@ -441,7 +440,7 @@ fn following_changes_in_a_bitmap() {
             fill(&disk, 40_000, 3000, 2);
             drop(disk);
         };
-        explore(&start, seed, writes, |state, what| {
+        explore(run, &start, seed, writes, |state, what| {
             check(&plain(&state)).unwrap_or_else(|e| panic!("{what}: {e}"));
             let Some(bits) = bits(&state) else {
                 return;
@@ -454,35 +453,15 @@ fn following_changes_in_a_bitmap() {
     }
 }
 
-/// Name, whether it follows changes, and bits of each bitmap; none if they are not valid.
-fn stored(image: &[u8]) -> Vec<(Vec<u8>, bool, Vec<u8>)> {
-    let word = |at: usize| u64::from_be_bytes(image[at..at + 8].try_into().unwrap()) as usize;
-    let mut at = 112;
-    while image[at..at + 4] != [0x23, 0x85, 0x28, 0x75] || image[95] & 1 == 0 {
-        if word(at) == 0 || image[95] & 1 == 0 {
-            return Vec::new();
-        }
-        at += 8 + (word(at) & 0xffff_ffff).next_multiple_of(8);
-    }
-    let (mut entry, end) = (word(at + 24), word(at + 24) + word(at + 16));
-    let mut found = Vec::new();
-    while entry < end {
-        let len = usize::from(image[entry + 18]) << 8 | usize::from(image[entry + 19]);
-        let bits = match word(word(entry)) {
-            0 => vec![0; 15],
-            offset => image[offset..offset + 15].to_vec(),
-        };
-        let name = image[entry + 24..entry + 24 + len].to_vec();
-        assert_eq!(image[entry + 15] & 1, 0, "marked as in use");
-        found.push((name, image[entry + 15] & 2 != 0, bits));
-        entry += (24 + len).next_multiple_of(8);
-    }
-    found
+/// The bitmaps of `image`, none of which is marked as in use.
+fn stored(image: &[u8]) -> Vec<Stored> {
+    let stored = bitmap::stored(image);
+    assert!(stored.iter().all(|one| one.bits.is_some()));
+    stored
 }
 
 /// Whatever a failure leaves, there are the bitmaps of before or after, or none for a moment.
-#[test]
-fn changing_bitmaps() {
+pub fn changing_bitmaps(run: &mut Run) {
     type Change = fn(&mut BitmapEditor);
     let changes: [Change; 5] = [
         |editor| editor.add(b"new", Some(512)).unwrap(),
@@ -501,7 +480,7 @@ fn changing_bitmaps() {
         },
     ];
     for (seed, cluster_size) in [(1, 512), (2, 8192)] {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = scratch();
         let path = dir.path().join("image");
         let options = CreateOptions {
             size: SIZE as u64,
@@ -511,7 +490,7 @@ fn changing_bitmaps() {
         create(&path, &options).unwrap();
         let mut image = std::fs::read(&path).unwrap();
         for (i, change) in changes.iter().enumerate() {
-            let run = |image| {
+            let edit = |image| {
                 let disk = open(image).unwrap();
                 if i == 1 {
                     fill(&disk, 5000, 9000, 1);
@@ -521,11 +500,11 @@ fn changing_bitmaps() {
                 editor.commit().unwrap();
             };
             let whole = Arc::new(Mutex::new(image.clone()));
-            run(Memory::plain(Which::Image, &whole));
+            edit(Memory::plain(Which::Image, &whole));
             let whole = whole.lock().unwrap().clone();
             if i != 1 {
                 let possible = [stored(&image), stored(&whole), Vec::new()];
-                explore(&image, seed, run, |state, what| {
+                explore(run, &image, seed, edit, |state, what| {
                     check(&plain(&state)).unwrap_or_else(|e| panic!("{what}: {e}"));
                     assert!(possible.contains(&stored(&state)), "{what}");
                 });
@@ -536,7 +515,7 @@ fn changing_bitmaps() {
                 1 => assert!(
                     stored(&image)
                         .iter()
-                        .any(|(_, auto, bits)| !auto && bits[1] != 0)
+                        .any(|one| !one.auto && one.has(5000) == Some(true))
                 ),
                 4 => assert_eq!(stored(&image), []),
                 _ => assert!(!stored(&image).is_empty()),

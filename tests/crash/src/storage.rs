@@ -1,10 +1,13 @@
 //! Storage in memory that records what happens to it.
 
 use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use tandem_block::Storage;
 use vm_memory::VolatileSlice;
+
+use crate::random::Random;
 
 /// Unit in which a write can be torn.
 pub const SECTOR: usize = 512;
@@ -23,16 +26,12 @@ pub enum Event {
     Sync {
         file: Which,
     },
-    /// The guest's request number `op` was begun.
+    /// Operation number `op` was begun.
     Begun {
         op: usize,
     },
-    /// Request number `op`, which changed the size of the disk, has returned.
-    Resized {
-        op: usize,
-    },
-    /// A flush has returned: request number `op` and all before it are durable.
-    Flushed {
+    /// Operation number `op` is complete.
+    Done {
         op: usize,
     },
 }
@@ -72,6 +71,9 @@ pub struct Memory {
     which: Which,
     bytes: Arc<Mutex<Vec<u8>>>,
     log: Option<Log>,
+    /// Transfers are made sector by sector, and let other threads go on between them, if this counts
+    /// them.
+    turn: Option<Arc<AtomicU64>>,
 }
 
 impl Memory {
@@ -81,6 +83,7 @@ impl Memory {
             which,
             bytes: Arc::new(Mutex::new(bytes)),
             log: Some(log.clone()),
+            turn: None,
         }
     }
 
@@ -90,6 +93,15 @@ impl Memory {
             which,
             bytes: bytes.clone(),
             log: None,
+            turn: None,
+        }
+    }
+
+    /// The same file, transferred sector by sector, while others do the same.
+    pub fn piecewise(self) -> Self {
+        Self {
+            turn: Some(Arc::default()),
+            ..self
         }
     }
 
@@ -99,10 +111,33 @@ impl Memory {
             which: self.which,
             bytes: self.bytes.clone(),
             log: self.log.clone(),
+            turn: self.turn.clone(),
+        }
+    }
+
+    /// Where another thread may go on, now and then, or if a scheduler decides on that.
+    fn step(&self) {
+        if let Some(turn) = &self.turn
+            && Random(turn.fetch_add(1, Ordering::Relaxed)).below(8) == 0
+        {
+            std::thread::yield_now();
+        }
+        #[cfg(shuttle)]
+        if self.log.is_some() {
+            shuttle::thread::yield_now();
+        }
+    }
+
+    /// Bytes that are transferred at once.
+    fn piece(&self) -> usize {
+        match self.turn {
+            Some(_) => SECTOR,
+            None => usize::MAX,
         }
     }
 
     fn change(&self, what: What) {
+        self.step();
         what.apply(&mut self.bytes.lock().unwrap());
         self.record(Event::Change(Change {
             file: self.which,
@@ -131,9 +166,11 @@ impl Storage for Memory {
         let mut at = offset;
         for buf in bufs {
             let mut bytes = vec![0; buf.len()];
-            self.read_bytes_at(&mut bytes, at)?;
+            for piece in bytes.chunks_mut(self.piece()) {
+                self.read_bytes_at(piece, at)?;
+                at += piece.len() as u64;
+            }
             buf.copy_from(&bytes);
-            at += bytes.len() as u64;
         }
         Ok(())
     }
@@ -145,10 +182,16 @@ impl Storage for Memory {
             buf.copy_to(&mut bytes);
             whole.extend(bytes);
         }
-        self.write_bytes_at(&whole, offset)
+        let mut at = offset;
+        for piece in whole.chunks(self.piece()) {
+            self.write_bytes_at(piece, at)?;
+            at += piece.len() as u64;
+        }
+        Ok(())
     }
 
     fn read_bytes_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        self.step();
         let content = self.bytes.lock().unwrap();
         let start = content.len().min(offset as usize);
         let n = buf.len().min(content.len() - start);
@@ -189,7 +232,9 @@ impl Storage for Memory {
     }
 
     fn sync(&self) -> io::Result<()> {
+        self.step();
         self.record(Event::Sync { file: self.which });
+        self.step();
         Ok(())
     }
 
@@ -201,4 +246,24 @@ impl Storage for Memory {
     fn size(&self) -> io::Result<u64> {
         Ok(self.bytes.lock().unwrap().len() as u64)
     }
+}
+
+/// What a sector with `stamp` holds; stamp 0 is a sector of zeros.
+pub fn sector_bytes(stamp: u64) -> [u8; SECTOR] {
+    let mut bytes = [0; SECTOR];
+    bytes.as_chunks_mut().0.fill(stamp.to_le_bytes());
+    bytes
+}
+
+/// The stamp of a sector; an error says what is wrong if it is not one whole sector.
+pub fn stamp_of(bytes: &[u8]) -> Result<u64, String> {
+    let words = bytes.as_chunks::<8>().0;
+    if words.iter().any(|w| *w != words[0]) {
+        return Err(format!(
+            "is mixed: {:x?} {:x?}",
+            words[0],
+            words[words.len() - 1]
+        ));
+    }
+    Ok(u64::from_le_bytes(words[0]))
 }

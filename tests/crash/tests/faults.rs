@@ -1,0 +1,13 @@
+//! A part of the faults that the command injects, which takes seconds.
+
+use tandem_crash::faults::{Injected, SETUPS, explore};
+
+#[test]
+fn any_call_may_fail() {
+    let mut injected = Injected::default();
+    for setup in SETUPS {
+        explore(&setup, 5, &mut injected).unwrap_or_else(|problem| panic!("{problem}"));
+    }
+    println!("{injected}");
+    assert!(injected.faults > 500 && injected.syncs > 50);
+}

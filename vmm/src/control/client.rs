@@ -1,6 +1,7 @@
 //! One client of the control socket.
 
 use std::io::{self, BufRead, BufReader, Read};
+use std::mem;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
@@ -8,7 +9,7 @@ use rustix::net::{SendFlags, send, sockopt};
 use rustix::process::geteuid;
 
 use super::protocol::{self, MAX_LINE, RequestError};
-use super::{Control, VmState};
+use super::{Control, VmState, lock};
 
 /// How long a client may take to make room for an answer, before it is given up.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -23,7 +24,7 @@ pub(super) fn serve(control: &Control, stream: &UnixStream) -> io::Result<()> {
     }
     let mut reader = BufReader::new(stream);
     let mut line = Vec::new();
-    let mut payload = Vec::new();
+    let mut payload = Payload::take(control);
     loop {
         line.clear();
         // One byte more than there may be, and the end of the line.
@@ -38,8 +39,31 @@ pub(super) fn serve(control: &Control, stream: &UnixStream) -> io::Result<()> {
             return write(stream, &RequestError::TooLong.answer(None));
         }
         if !text.is_empty() {
-            write(stream, &protocol::answer(control, text, &mut payload))?;
-            write_payload(control, stream, &payload)?;
+            write(stream, &protocol::answer(control, text, &mut payload.bytes))?;
+            write_payload(control, stream, &payload.bytes)?;
+        }
+    }
+}
+
+/// Room for what follows answers. Clients use it one after another: an allocator keeps what a thread has
+/// freed for others of its kind, and memory would grow with each thread that answers who reads a backup.
+struct Payload<'a> {
+    control: &'a Control,
+    bytes: Vec<u8>,
+}
+
+impl<'a> Payload<'a> {
+    fn take(control: &'a Control) -> Self {
+        let bytes = lock(&control.0.payloads).pop().unwrap_or_default();
+        Self { control, bytes }
+    }
+}
+
+impl Drop for Payload<'_> {
+    fn drop(&mut self) {
+        let bytes = mem::take(&mut self.bytes);
+        if bytes.capacity() > 0 {
+            lock(&self.control.0.payloads).push(bytes);
         }
     }
 }
@@ -85,4 +109,24 @@ fn write_payload(control: &Control, stream: &UnixStream, bytes: &[u8]) -> io::Re
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::test_common::control;
+    use super::*;
+
+    #[test]
+    fn the_next_client_uses_the_memory_of_the_last_one() {
+        let (control, _dir) = control();
+        drop(Payload::take(&control));
+        assert!(lock(&control.0.payloads).is_empty());
+        let mut first = Payload::take(&control);
+        first.bytes.resize(1 << 20, 0);
+        let memory = first.bytes.as_ptr();
+        drop(first);
+        for _ in 0..2 {
+            assert_eq!(Payload::take(&control).bytes.as_ptr(), memory);
+        }
+    }
 }

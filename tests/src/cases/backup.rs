@@ -146,22 +146,20 @@ fn standing(bench: &Bench, control: &Control, image: &Image<'_>) -> Result<Strin
     sha256(&to)
 }
 
-/// Takes a backup of a paused machine, which goes on once that has begun.
-fn taken(series: &mut Series<'_>, control: &Control, paused: bool) -> Result<()> {
+/// Takes a backup. A machine that is paused goes on once it has begun.
+fn taken(series: &mut Series<'_>, control: &Control, is_paused: bool) -> Result<()> {
     let mut backup = series.begin()?;
-    let end = Instant::now() + PATIENCE;
-    while paused {
-        let under_way = control.command("backups")?["backups"]
-            .as_array()
-            .map_or(0, Vec::len);
-        if under_way > 0 || backup.try_wait().context("a backup")?.is_some() {
-            control.command("resume")?;
-            break;
+    if is_paused {
+        let end = Instant::now() + PATIENCE;
+        while control.command("backups")?["backups"] == json!([])
+            && backup.try_wait().context("a backup")?.is_none()
+        {
+            if Instant::now() > end {
+                return Err(Error::new("the backup does not begin"));
+            }
+            sleep(Duration::from_millis(20));
         }
-        if Instant::now() > end {
-            return Err(Error::new("the backup does not begin"));
-        }
-        sleep(Duration::from_millis(20));
+        control.command("resume")?;
     }
     let status = backup.wait().context("waiting for a backup")?;
     match status.success() {

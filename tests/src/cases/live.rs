@@ -131,7 +131,7 @@ fn path_of_vda(control: &Control) -> Result<Value> {
 }
 
 /// Waits until a job is done, and returns how long the guest's requests have waited.
-fn finished(control: &Control, request: &Value) -> Result<Value> {
+pub fn finished(control: &Control, request: &Value) -> Result<Value> {
     let job = control.ask(request)?["job"].clone();
     let end = Instant::now() + PATIENCE;
     while Instant::now() < end {

@@ -1,6 +1,7 @@
 //! One client of the control socket.
 
 use std::io::{self, BufRead, BufReader, Read};
+use std::mem;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -9,8 +10,8 @@ use rustix::io::Errno;
 use rustix::net::{SendFlags, send, sockopt};
 use rustix::process::geteuid;
 
-use super::Control;
 use super::protocol::{self, MAX_LINE, RequestError};
+use super::{Control, lock};
 
 /// How long a client may take to make room for an answer, before it is given up.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -33,7 +34,7 @@ pub(super) fn serve(
     }
     let mut reader = BufReader::new(stream);
     let mut line = Vec::new();
-    let mut payload = Vec::new();
+    let mut payload = Payload::take(control);
     // Requests that have been sent already do not hold up the end.
     while !is_over.load(Ordering::Acquire) {
         line.clear();
@@ -49,11 +50,34 @@ pub(super) fn serve(
             return write(stream, &RequestError::TooLong.answer(None));
         }
         if !text.is_empty() {
-            write(stream, &protocol::answer(control, text, &mut payload))?;
-            write_payload(stream, &payload, is_over)?;
+            write(stream, &protocol::answer(control, text, &mut payload.bytes))?;
+            write_payload(stream, &payload.bytes, is_over)?;
         }
     }
     Ok(())
+}
+
+/// Room for what follows answers. Clients use it one after another: an allocator keeps what a thread has
+/// freed for others of its kind, and memory would grow with each thread that answers who reads a backup.
+struct Payload<'a> {
+    control: &'a Control,
+    bytes: Vec<u8>,
+}
+
+impl<'a> Payload<'a> {
+    fn take(control: &'a Control) -> Self {
+        let bytes = lock(&control.0.payloads).pop().unwrap_or_default();
+        Self { control, bytes }
+    }
+}
+
+impl Drop for Payload<'_> {
+    fn drop(&mut self) {
+        let bytes = mem::take(&mut self.bytes);
+        if bytes.capacity() > 0 {
+            lock(&self.control.0.payloads).push(bytes);
+        }
+    }
 }
 
 /// Whether the client's user may operate this VM: it could kill the process as well.
@@ -109,6 +133,7 @@ fn send_piece(stream: &UnixStream, bytes: &[u8]) -> rustix::io::Result<usize> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::test_common::control;
     use super::*;
     use std::thread;
 
@@ -144,5 +169,19 @@ mod tests {
         let payload = vec![0; BYTES];
         let is_over = AtomicBool::new(true);
         assert!(gives_up(|stream| write_payload(stream, &payload, &is_over)));
+    }
+
+    #[test]
+    fn the_next_client_uses_the_memory_of_the_last_one() {
+        let (control, _dir) = control();
+        drop(Payload::take(&control));
+        assert!(lock(&control.0.payloads).is_empty());
+        let mut first = Payload::take(&control);
+        first.bytes.resize(1 << 20, 0);
+        let memory = first.bytes.as_ptr();
+        drop(first);
+        for _ in 0..2 {
+            assert_eq!(Payload::take(&control).bytes.as_ptr(), memory);
+        }
     }
 }

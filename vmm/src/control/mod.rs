@@ -63,6 +63,8 @@ struct Shared {
     is_paused: AtomicBool,
     jobs: jobs::Jobs,
     backups: Mutex<Vec<backup::Running>>,
+    /// Room for what follows answers, that no client needs now.
+    payloads: Mutex<Vec<Vec<u8>>>,
 }
 
 /// A disk to operate.
@@ -158,6 +160,7 @@ impl Control {
             is_paused: AtomicBool::new(false),
             jobs: jobs::Jobs::default(),
             backups: Mutex::default(),
+            payloads: Mutex::default(),
         }))
     }
 

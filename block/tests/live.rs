@@ -9,6 +9,7 @@ use std::fs::File;
 use std::ops::ControlFlow;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 
@@ -17,8 +18,8 @@ use tandem_block::qcow2::{
     Qcow2, check, create,
 };
 use tandem_block::{
-    CacheMode, CommitOptions, Disk, Error, ExtentKind, FileOptions, ForkOptions, LiveDisk,
-    LiveReport, Raw, RebaseOptions, Result, VolatileSlice,
+    BackupOptions, CacheMode, CommitOptions, Disk, Error, ExtentKind, FileOptions, ForkOptions,
+    LiveDisk, LiveReport, Raw, RebaseOptions, Result, VolatileSlice,
 };
 use tempfile::TempDir;
 
@@ -415,6 +416,36 @@ fn a_rebase_changes_nothing_that_is_read() {
             chain.verify("top");
         }
     }
+}
+
+#[test]
+fn a_closed_disk_is_left_alone() {
+    let chain = Chain::new(&[(Kind::Raw, SIZE), (Kind::Internal, SIZE)], 1);
+    let disk = Arc::new(chain.live());
+    disk.close().unwrap();
+    let options = ForkOptions {
+        open: unsynced(),
+        overlay: chain.path("overlay"),
+        fork: chain.path("fork"),
+    };
+    let rebase = RebaseOptions {
+        open: unsynced(),
+        backing: None,
+        max_last: None,
+    };
+    let goes_on = &mut |_, _| ControlFlow::Continue(());
+    let refused = [
+        disk.fork(&options).err(),
+        disk.rebase(&rebase, goes_on).err(),
+        commit(&disk, 0, true).err(),
+        LiveDisk::begin_backup(&disk, &BackupOptions::default()).err(),
+    ];
+    for refused in refused {
+        assert!(matches!(refused, Some(Error::Closed { .. })), "{refused:?}");
+    }
+    assert!(!options.overlay.exists() && !options.fork.exists());
+    drop(disk);
+    chain.verify("top");
 }
 
 #[test]

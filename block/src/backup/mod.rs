@@ -173,7 +173,7 @@ impl LiveDisk {
     ///
     /// # Errors
     /// [`Error::Backup`] if there are too many already, the disk is too large, or the bitmap cannot be used
-    /// for it; [`Error::Bitmap`] if there is no such bitmap; [`Error::Io`].
+    /// for it; [`Error::Bitmap`] if there is no such bitmap; [`Error::Closed`]; [`Error::Io`].
     pub fn begin_backup(disk: &Arc<Self>, options: &BackupOptions) -> Result<Backup> {
         let id = BackupId::new()?;
         disk.exclusive(|state| {
@@ -195,6 +195,7 @@ fn begin(
     state: &mut State,
     options: &BackupOptions,
 ) -> Result<(Reader, Option<BackupId>, Arc<Protection>)> {
+    state.check_open()?;
     if state.watchers.len() >= MAX_BACKUPS {
         let reason =
             format!("there are {MAX_BACKUPS} backups and other copies of this disk already");

@@ -66,6 +66,7 @@ impl LiveDisk {
         self.flush()?;
         let report = self.exclusive(|state| {
             let begun = Instant::now();
+            state.check_open()?;
             if state.image.disk().size() != size {
                 let reason = "the size of the disk has changed meanwhile";
                 return Err(Error::Option(reason.to_owned()));

@@ -67,6 +67,8 @@ pub(crate) struct State {
     pub watchers: Vec<Arc<dyn Watcher>>,
     /// What is being done to the images, if anything is: one thing at a time.
     operation: Option<&'static str>,
+    /// Nothing is done to the disk any more.
+    is_closed: bool,
     pub history: History,
 }
 
@@ -177,6 +179,7 @@ impl LiveDisk {
             image: image.into(),
             watchers: Vec::new(),
             operation: None,
+            is_closed: false,
             history: History::default(),
         }))
     }
@@ -257,6 +260,7 @@ impl LiveDisk {
 impl State {
     /// Keeps other operations on the images out until [`end`](Self::end).
     fn begin(&mut self, operation: &'static str) -> Result<()> {
+        self.check_open()?;
         if let Some(other) = self.operation {
             let reason = format!("{operation} is not possible during {other} of the same disk");
             return Err(Error::Option(reason));
@@ -267,6 +271,15 @@ impl State {
 
     fn end(&mut self) {
         self.operation = None;
+    }
+
+    /// Fails once the disk has been closed.
+    pub(crate) fn check_open(&self) -> Result<()> {
+        if self.is_closed {
+            let file = self.image.path().to_owned();
+            return Err(Error::Closed { file });
+        }
+        Ok(())
     }
 
     fn unwatch<W: Watcher>(&mut self, watcher: &Arc<W>) {
@@ -419,6 +432,7 @@ impl Disk for LiveDisk {
             for watcher in state.watchers.drain(..) {
                 watcher.close(&mut state.image, &mut state.history);
             }
+            state.is_closed = true;
             state.image.disk().close()
         })
     }

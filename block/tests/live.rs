@@ -638,7 +638,7 @@ fn a_commit_finds_the_images_that_the_disk_has() {
 
 /// The disk is closed while its images are operated on.
 #[test]
-fn a_closed_disk_is_left_alone() {
+fn a_disk_is_closed_during_an_operation() {
     let chain = Chain::new(&[(Kind::Internal, SIZE); 2], 9);
     let disk = chain.live();
     let close = |_, _| {

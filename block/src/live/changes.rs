@@ -2,6 +2,8 @@
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread::sleep;
+use std::time::Duration;
 
 use super::Watcher;
 use crate::{Disk, Error, Result};
@@ -12,12 +14,18 @@ const MIN_GRANULE: u64 = 64 << 10;
 /// Most units that are told apart: with a bit each, they take 128 KiB, whatever the size of the disk.
 const MAX_GRANULES: u64 = 1 << 20;
 
+/// How long changes are held up at first, and at most, in microseconds.
+const MIN_BRAKE: u64 = 100;
+const MAX_BRAKE: u64 = 100_000;
+
 /// Takes down which parts of a disk change. The disk keeps its size meanwhile.
 pub(super) struct Changes {
     size: u64,
     granule_bits: u32,
     /// A bit for each granule. The lock of the disk orders what is done to them.
     bits: Vec<AtomicU64>,
+    /// Microseconds that a change waits which adds to what is to do.
+    brake: AtomicU64,
 }
 
 impl Changes {
@@ -30,6 +38,7 @@ impl Changes {
             size,
             granule_bits,
             bits: (0..words).map(|_| AtomicU64::new(0)).collect(),
+            brake: AtomicU64::new(0),
         }
     }
 
@@ -39,6 +48,11 @@ impl Changes {
         self.bits.iter().map(count).sum::<u64>() << self.granule_bits
     }
 
+    /// One of the same disk, of which nothing is known to have changed.
+    pub fn empty(&self) -> Self {
+        Self::new(self.size, 1 << self.granule_bits)
+    }
+
     /// What has changed, and is forgotten here. No request is under way: what changed has changed.
     pub fn take(&self) -> Self {
         let take = |word: &AtomicU64| AtomicU64::new(word.swap(0, Ordering::Relaxed));
@@ -46,7 +60,20 @@ impl Changes {
             size: self.size,
             granule_bits: self.granule_bits,
             bits: self.bits.iter().map(take).collect(),
+            brake: AtomicU64::new(0),
         }
+    }
+
+    /// Has changes that add to what is to do wait, or wait twice as long, so that there is less of them.
+    pub fn slow_down(&self) {
+        let brake = self.brake.load(Ordering::Relaxed);
+        let brake = (2 * brake).clamp(MIN_BRAKE, MAX_BRAKE);
+        self.brake.store(brake, Ordering::Relaxed);
+    }
+
+    /// Has changes wait no more.
+    pub fn speed_up(&self) {
+        self.brake.store(0, Ordering::Relaxed);
     }
 
     /// The first range within `range` that has changed, if `changed`, or has not.
@@ -84,6 +111,7 @@ impl Watcher for Changes {
             offset >> self.granule_bits,
             (offset + len - 1) >> self.granule_bits,
         );
+        let mut adds = false;
         for index in first / 64..=last / 64 {
             let from = first.saturating_sub(index * 64).min(63);
             let to = (last - index * 64).min(63);
@@ -92,13 +120,18 @@ impl Watcher for Changes {
                 // Most writes find their bit set, and leave the line to all processors then.
                 if word.load(Ordering::Relaxed) & mask != mask {
                     word.fetch_or(mask, Ordering::Relaxed);
+                    adds = true;
                 }
             }
+        }
+        let brake = self.brake.load(Ordering::Relaxed);
+        if adds && brake > 0 {
+            sleep(Duration::from_micros(brake));
         }
     }
 
     fn is_quick(&self, _: u64, _: u64) -> bool {
-        true
+        self.brake.load(Ordering::Relaxed) == 0
     }
 
     fn check_size(&self, _: &dyn Disk, _: u64) -> Result<()> {
@@ -145,6 +178,22 @@ mod tests {
             let taken = record.take();
             prop_assert_eq!((record.bytes(), taken.bytes()), (0, count * GRANULE));
         }
+    }
+
+    #[test]
+    fn holds_up_more_and_more_until_it_is_over() {
+        let record = Changes::new(1 << 20, 512);
+        assert!(record.is_quick(0, 512));
+        let mut brakes = vec![];
+        for _ in 0..12 {
+            record.slow_down();
+            assert!(!record.is_quick(0, 512));
+            brakes.push(record.brake.load(Ordering::Relaxed));
+        }
+        assert_eq!((brakes[0], brakes[11]), (MIN_BRAKE, MAX_BRAKE));
+        assert!(brakes.is_sorted());
+        record.speed_up();
+        assert!(record.is_quick(0, 512));
     }
 
     #[test]

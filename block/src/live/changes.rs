@@ -1,6 +1,9 @@
 //! What of a disk has changed since somebody looked.
 
 use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread::sleep;
+use std::time::Duration;
 
 use super::Watcher;
 use crate::granules::Granules;
@@ -12,12 +15,18 @@ const MIN_GRANULE: u64 = 64 << 10;
 /// Most units that are told apart: with a bit each, they take 128 KiB, whatever the size of the disk.
 const MAX_GRANULES: u64 = 1 << 20;
 
+/// How long changes are held up at first, and at most, in microseconds.
+const MIN_BRAKE: u64 = 100;
+const MAX_BRAKE: u64 = 100_000;
+
 /// Takes down which parts of a disk change. The disk keeps its size meanwhile.
 pub(super) struct Changes {
     size: u64,
     granule_bits: u32,
     /// The lock of the disk orders what is done to them.
     granules: Granules,
+    /// Microseconds that a change waits which adds to what is to do.
+    brake: AtomicU64,
 }
 
 impl Changes {
@@ -29,6 +38,7 @@ impl Changes {
             size,
             granule_bits,
             granules: Granules::new(size.div_ceil(1 << granule_bits)),
+            brake: AtomicU64::new(0),
         }
     }
 
@@ -37,12 +47,31 @@ impl Changes {
         self.granules.count(0..u64::MAX) << self.granule_bits
     }
 
+    /// One of the same disk, of which nothing is known to have changed.
+    pub fn empty(&self) -> Self {
+        Self::new(self.size, 1 << self.granule_bits)
+    }
+
     /// What has changed, and is forgotten here. No request is under way: what changed has changed.
     pub fn take(&self) -> Self {
         Self {
+            size: self.size,
+            granule_bits: self.granule_bits,
             granules: self.granules.take(),
-            ..*self
+            brake: AtomicU64::new(0),
         }
+    }
+
+    /// Has changes that add to what is to do wait, or wait twice as long, so that there is less of them.
+    pub fn slow_down(&self) {
+        let brake = self.brake.load(Ordering::Relaxed);
+        let brake = (2 * brake).clamp(MIN_BRAKE, MAX_BRAKE);
+        self.brake.store(brake, Ordering::Relaxed);
+    }
+
+    /// Has changes wait no more.
+    pub fn speed_up(&self) {
+        self.brake.store(0, Ordering::Relaxed);
     }
 
     /// The first range within `range` that has changed, if `changed`, or has not.
@@ -64,11 +93,17 @@ impl Changes {
 
 impl Watcher for Changes {
     fn before_change(&self, _: &dyn Disk, offset: u64, len: u64) {
-        self.granules.insert(self.granules_of(offset, offset + len));
+        let granules = self.granules_of(offset, offset + len);
+        let brake = self.brake.load(Ordering::Relaxed);
+        let adds = brake > 0 && self.granules.gap(granules.clone()).is_some();
+        self.granules.insert(granules);
+        if adds {
+            sleep(Duration::from_micros(brake));
+        }
     }
 
     fn is_quick(&self, _: u64, _: u64) -> bool {
-        true
+        self.brake.load(Ordering::Relaxed) == 0
     }
 
     fn check_size(&self, _: &dyn Disk, _: u64) -> Result<()> {
@@ -115,6 +150,22 @@ mod tests {
             let taken = record.take();
             prop_assert_eq!((record.bytes(), taken.bytes()), (0, count * GRANULE));
         }
+    }
+
+    #[test]
+    fn holds_up_more_and_more_until_it_is_over() {
+        let record = Changes::new(1 << 20, 512);
+        assert!(record.is_quick(0, 512));
+        let mut brakes = vec![];
+        for _ in 0..12 {
+            record.slow_down();
+            assert!(!record.is_quick(0, 512));
+            brakes.push(record.brake.load(Ordering::Relaxed));
+        }
+        assert_eq!((brakes[0], brakes[11]), (MIN_BRAKE, MAX_BRAKE));
+        assert!(brakes.is_sorted());
+        record.speed_up();
+        assert!(record.is_quick(0, 512));
     }
 
     #[test]

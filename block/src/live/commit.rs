@@ -276,21 +276,28 @@ impl<'a> Commit<'a> {
         } = *self.options;
         let base = self.base.shared();
         let step = |state: &State, range| copy(state.image.disk(), &*base, between, range);
-        Passes::new(self.disk, self.changes, &mut *progress).run(max_last, &step)?;
-        // Less is left for the moment when requests wait.
-        base.flush()?;
+        let flush = || base.flush();
+        Passes::new(self.disk, self.changes, &mut *progress, &flush).run(max_last, &step)?;
+        // What the image on top has again once it has been emptied.
+        let left = Arc::new(self.changes.empty());
         self.exclusive(|state, changes| {
             last_pass(state, changes, &step)?;
             base.flush()?;
-            match pivot && between > 0 {
-                true => put_on_base(state, &base),
-                false => Ok(()),
+            if pivot && between > 0 {
+                put_on_base(state, &base)?;
             }
+            if pivot {
+                state.watchers.push(left.clone());
+            }
+            Ok(())
         })?;
         match pivot {
             true => {
-                self.empty(&mut *progress)?;
-                self.pivot(base, progress)
+                let pivoted = self
+                    .empty(&mut *progress)
+                    .and_then(|()| self.pivot(base, &left, progress));
+                self.disk.exclusive(|state| state.unwatch(&left));
+                pivoted
             }
             false if between == 0 => self.empty(progress),
             false => Ok(()),
@@ -299,10 +306,20 @@ impl<'a> Commit<'a> {
 
     /// Has the disk become the base. The image on top has nothing of its own then, on disk, so that it
     /// reads the same: whoever opens one or the other after a crash finds what the guest has flushed.
-    fn pivot(&mut self, base: Arc<dyn Disk>, progress: Progress<'_>) -> Result<()> {
+    fn pivot(
+        &mut self,
+        base: Arc<dyn Disk>,
+        left: &Arc<Changes>,
+        progress: Progress<'_>,
+    ) -> Result<()> {
         let step = move |state: &State, range| copy(state.image.disk(), &*base, 0, range);
-        Passes::new(self.disk, self.changes, progress).catch_up(self.options.max_last, &step)?;
-        self.base.disk().flush()?;
+        // Both, lest their syncs take long when requests wait.
+        let flush = || {
+            self.base.disk().flush()?;
+            self.disk.flush()
+        };
+        let mut passes = Passes::new(self.disk, self.changes, progress, &flush);
+        passes.catch_up(self.options.max_last, &step)?;
         let (disk, changes) = (self.disk, self.changes);
         let stopped = disk.exclusive(|state| {
             let begun = Instant::now();
@@ -312,7 +329,11 @@ impl<'a> Commit<'a> {
             self.base.disk().flush()?;
             let top = state.writable_qcow2()?;
             check_bitmaps(top, &self.base)?;
-            top.empty_range(0..top.size())?;
+            let mut at = 0;
+            while let Some(range) = left.next(at..top.size(), true) {
+                at = range.end;
+                top.empty_range(range)?;
+            }
             top.flush()?;
             pivot(state, &mut self.base)?;
             state.unwatch(changes);

@@ -1,7 +1,7 @@
 //! Going through a disk that changes meanwhile.
 //!
 //! What changes is taken down, and gone through again, in passes of which each has less to do than the
-//! one before if the guest does not write faster. Each pass begins at an instant without requests: what
+//! one before; if the guest writes too fast for that, its writes are held up after some of them. Each pass begins at an instant without requests: what
 //! is on the list then has happened, and what happens later is on the next one. The last pass is left
 //! to the caller, who makes it at an instant without requests.
 
@@ -23,21 +23,31 @@ pub(super) type Step<'a> = dyn Fn(&State, Range<u64>) -> Result<u64> + 'a;
 const LITTLE: u64 = 1 << 20;
 /// Most passes before the last one.
 const MAX_PASSES: usize = 16;
+/// So many of them leave the guest alone.
+const FREE_PASSES: usize = 4;
 
 pub(super) struct Passes<'a> {
     disk: &'a LiveDisk,
     changes: &'a Changes,
     progress: Progress<'a>,
+    /// Makes durable what has been done.
+    settle: &'a dyn Fn() -> Result<()>,
     done: u64,
 }
 
 impl<'a> Passes<'a> {
     /// Goes through all of `disk`. `changes` watches it.
-    pub fn new(disk: &'a LiveDisk, changes: &'a Changes, progress: Progress<'a>) -> Self {
+    pub fn new(
+        disk: &'a LiveDisk,
+        changes: &'a Changes,
+        progress: Progress<'a>,
+        settle: &'a dyn Fn() -> Result<()>,
+    ) -> Self {
         Self {
             disk,
             changes,
             progress,
+            settle,
             done: 0,
         }
     }
@@ -58,9 +68,14 @@ impl<'a> Passes<'a> {
     /// Those of [`run`](Self::run).
     pub fn catch_up(&mut self, max_last: Option<u64>, step: &Step<'_>) -> Result<()> {
         let size = self.disk.size();
-        for _ in 0..MAX_PASSES {
+        for pass in 0..MAX_PASSES {
+            // So that little is left of this for the last pass as well.
+            (self.settle)()?;
             if self.changes.bytes() <= LITTLE {
                 break;
+            }
+            if pass >= FREE_PASSES {
+                self.changes.slow_down();
             }
             let changed = self.disk.exclusive(|_| self.changes.take());
             let mut left = changed.bytes();
@@ -99,6 +114,7 @@ impl<'a> Passes<'a> {
 
 /// Takes the steps of the last pass. No request is under way.
 pub(super) fn last_pass(state: &State, changes: &Changes, step: &Step<'_>) -> Result<()> {
+    changes.speed_up();
     let changed = changes.take();
     let mut at = 0;
     while let Some(range) = changed.next(at..u64::MAX, true) {

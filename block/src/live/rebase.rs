@@ -67,9 +67,8 @@ impl LiveDisk {
             };
             taking.step(range)
         };
-        let mut passes = Passes::new(self, changes, progress);
-        passes.run(options.max_last, &step)?;
-        self.flush()?;
+        let flush = || self.flush();
+        Passes::new(self, changes, progress, &flush).run(options.max_last, &step)?;
         self.exclusive(|state| {
             let begun = Instant::now();
             last_pass(state, changes, &step)?;

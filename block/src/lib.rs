@@ -48,6 +48,7 @@ mod direct;
 mod disk;
 mod error;
 mod file;
+mod granules;
 mod hints;
 mod live;
 mod lock;

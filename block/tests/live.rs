@@ -9,16 +9,17 @@ use std::fs::File;
 use std::ops::ControlFlow;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 
 use tandem_block::qcow2::{
-    BackingFormat, BackingName, BitmapAction, CheckOptions, CreateOptions, OpenOptions, Qcow2,
-    check, create,
+    Backing, BackingFormat, BackingName, BitmapAction, CheckOptions, CreateOptions, OpenOptions,
+    Qcow2, check, create,
 };
 use tandem_block::{
-    CacheMode, CommitOptions, Disk, Error, ExtentKind, FileOptions, ForkOptions, LiveDisk,
-    LiveReport, Raw, RebaseOptions, Result, VolatileSlice,
+    BackupOptions, CacheMode, CommitOptions, Disk, Error, ExtentKind, FileOptions, ForkOptions,
+    LiveDisk, LiveReport, Raw, RebaseOptions, Result, VolatileSlice,
 };
 use tempfile::TempDir;
 
@@ -168,7 +169,8 @@ impl Chain {
                 if *kind == Kind::RawData {
                     // What lies behind the end of the disk is not its own.
                     let data = File::options().write(true).open(options.data_file.unwrap());
-                    data.unwrap().write_all_at(&[0xaa; 4096], *size).unwrap();
+                    let rest = vec![0xaa; (SIZE - size) as usize];
+                    data.unwrap().write_all_at(&rest, *size).unwrap();
                 }
             }
             format = Some(match kind {
@@ -417,6 +419,36 @@ fn a_rebase_changes_nothing_that_is_read() {
 }
 
 #[test]
+fn a_closed_disk_is_left_alone() {
+    let chain = Chain::new(&[(Kind::Raw, SIZE), (Kind::Internal, SIZE)], 1);
+    let disk = Arc::new(chain.live());
+    disk.close().unwrap();
+    let options = ForkOptions {
+        open: unsynced(),
+        overlay: chain.path("overlay"),
+        fork: chain.path("fork"),
+    };
+    let rebase = RebaseOptions {
+        open: unsynced(),
+        backing: None,
+        max_last: None,
+    };
+    let goes_on = &mut |_, _| ControlFlow::Continue(());
+    let refused = [
+        disk.fork(&options).err(),
+        disk.rebase(&rebase, goes_on).err(),
+        commit(&disk, 0, true).err(),
+        LiveDisk::begin_backup(&disk, &BackupOptions::default()).err(),
+    ];
+    for refused in refused {
+        assert!(matches!(refused, Some(Error::Closed { .. })), "{refused:?}");
+    }
+    assert!(!options.overlay.exists() && !options.fork.exists());
+    drop(disk);
+    chain.verify("top");
+}
+
+#[test]
 fn both_sides_of_a_fork_have_what_the_disk_had() {
     use Kind::*;
     for (seed, kind) in (1..).zip([
@@ -547,4 +579,93 @@ fn stamps_stay_right() {
     // The other side stands on what has changed, and says so.
     let changed = Qcow2::open(&fork.fork, &unsynced()).map(drop).unwrap_err();
     assert!(matches!(changed, Error::BaseChanged { .. }), "{changed}");
+}
+
+/// A fork whose images, once they are opened by their names, would show something else is refused.
+#[test]
+fn a_fork_is_on_what_the_disk_is_on() {
+    let chain = Chain::new(&[(Kind::Internal, SIZE), (Kind::External, SIZE)], 7);
+    std::fs::copy(chain.path("top.data"), chain.path("aside")).unwrap();
+    let other_data = OpenOptions {
+        data_file: Some(chain.path("aside")),
+        ..unsynced()
+    };
+    let nothing_below = OpenOptions {
+        backing: Backing::Nothing,
+        ..unsynced()
+    };
+    for (open, is_refused) in [
+        (other_data, true),
+        (nothing_below, true),
+        (unsynced(), false),
+    ] {
+        let disk = LiveDisk::new(Qcow2::open(&chain.path("top"), &open).unwrap());
+        let fork = ForkOptions {
+            open,
+            overlay: chain.path("overlay"),
+            fork: chain.path("fork"),
+        };
+        match disk.fork(&fork) {
+            Ok(_) => assert!(!is_refused),
+            Err(error) => {
+                assert!(
+                    is_refused && error.to_string().contains("its data file, or what is"),
+                    "{error}"
+                );
+                assert!(!fork.overlay.exists() && !fork.fork.exists());
+            }
+        }
+        disk.close().unwrap();
+    }
+}
+
+/// The images above the base are opened again; one that is another by then is not used.
+#[test]
+fn a_commit_finds_the_images_that_the_disk_has() {
+    let mut chain = Chain::new(&[(Kind::Internal, SIZE); 3], 8);
+    let disk = chain.live();
+    let (middle, aside) = (chain.path("middle"), chain.path("aside"));
+    std::fs::rename(&middle, &aside).unwrap();
+    std::fs::copy(&aside, &middle).unwrap();
+    let refused = commit(&disk, 1, true).unwrap_err().to_string();
+    assert!(refused.contains("replaced by another file"), "{refused}");
+    std::fs::rename(&aside, &middle).unwrap();
+    chain.during(&disk, 1, || commit(&disk, 1, true).unwrap());
+    disk.close().unwrap();
+    drop(disk);
+    chain.verify("base");
+}
+
+/// The disk is closed while its images are operated on.
+#[test]
+fn a_disk_is_closed_during_an_operation() {
+    let chain = Chain::new(&[(Kind::Internal, SIZE); 2], 9);
+    let disk = chain.live();
+    let close = |_, _| {
+        disk.close().unwrap();
+        ControlFlow::Continue(())
+    };
+    let rebase = RebaseOptions {
+        open: unsynced(),
+        backing: None,
+        max_last: None,
+    };
+    let before = std::fs::read(chain.path("top")).unwrap();
+    let closed = disk.rebase(&rebase, &mut { close }).unwrap_err();
+    assert!(matches!(closed, Error::Closed { .. }), "{closed}");
+    for pivot in [false, true] {
+        let closed = commit(&disk, 0, pivot).unwrap_err();
+        assert!(matches!(closed, Error::Closed { .. }), "{closed}");
+    }
+    let fork = ForkOptions {
+        open: unsynced(),
+        overlay: chain.path("overlay"),
+        fork: chain.path("fork"),
+    };
+    let closed = disk.fork(&fork).unwrap_err();
+    assert!(matches!(closed, Error::Closed { .. }), "{closed}");
+    assert!(!fork.overlay.exists() && !fork.fork.exists());
+    assert!(std::fs::read(chain.path("top")).unwrap() == before);
+    drop(disk);
+    chain.verify("top");
 }

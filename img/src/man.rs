@@ -54,8 +54,7 @@ fn page(mut command: Command) -> io::Result<Vec<u8>> {
     let mut page = Vec::new();
     man.render_title(&mut page)?;
     man.render_name_section(&mut page)?;
-    let usage = usage.trim_start_matches("Usage:").trim();
-    page.extend(format!(".SH SYNOPSIS\n.nh\n.ad l\n{}\n.ad\n.hy\n", escape(usage)).into_bytes());
+    page.extend(synopsis(&usage).into_bytes());
     if has_commands {
         man.render_subcommands_section(&mut page)?;
     } else {
@@ -63,6 +62,16 @@ fn page(mut command: Command) -> io::Result<Vec<u8>> {
     }
     page.extend(sections(&notes.unwrap_or_default()).into_bytes());
     Ok(page)
+}
+
+/// The ways to use a command, each on a line of its own.
+fn synopsis(usage: &str) -> String {
+    let ways = usage.trim_start_matches("Usage:").lines();
+    let ways: Vec<_> = ways.map(|way| escape(way.trim())).collect();
+    format!(
+        ".SH SYNOPSIS\n.nh\n.ad l\n{}\n.ad\n.hy\n",
+        ways.join("\n.br\n")
+    )
 }
 
 /// What stands below the options in the help: text, and examples, whose lines are kept.
@@ -109,6 +118,8 @@ mod tests {
     #[test]
     fn roff_takes_nothing_for_a_command() {
         assert_eq!(escape(".a -b 'c' \\"), "\\&.a \\-b \\(aqc\\(aq \\e");
+        let text = synopsis("Usage: a b\n       a c");
+        assert_eq!(text, ".SH SYNOPSIS\n.nh\n.ad l\na b\n.br\na c\n.ad\n.hy\n");
         let text = sections("One.\n\nTwo.\n\nExamples:\n  a\n  b");
         assert_eq!(
             text,

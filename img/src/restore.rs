@@ -66,20 +66,22 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
         let files = streams.iter().filter(|name| *name != "-").cloned();
         let files = Vec::from_iter(files);
         if files.len() == streams.len() {
-            apply(args, &files, true, &mut Nothing, &progress).map_err(error)?;
+            apply(args, &files, true, &mut Nothing, None).map_err(error)?;
         }
         let mut disk = Made::existing(args, target, format).map_err(error)?;
-        apply(args, streams, true, &mut disk, &progress).map_err(error)?;
-        return disk.finish(target).map_err(error);
+        apply(args, streams, true, &mut disk, Some(&progress)).map_err(error)?;
+        disk.finish(target).map_err(error)?;
+    } else {
+        let mut made = New {
+            name: target,
+            format,
+            made: None,
+        };
+        apply(args, streams, false, &mut made, Some(&progress)).map_err(error)?;
+        made.finish().map_err(error)?;
     }
-    let mut made = New {
-        name: target,
-        format,
-        made: None,
-    };
-    apply(args, streams, false, &mut made, &progress).map_err(error)?;
     progress.set_percent(100.0);
-    made.finish().map_err(error)
+    Ok(())
 }
 
 /// What streams are applied to.
@@ -249,7 +251,7 @@ fn apply(
     names: &[OsString],
     exists: bool,
     sink: &mut dyn Sink,
-    progress: &Progress,
+    progress: Option<&Progress>,
 ) -> Result<(), String> {
     let mut last: Option<Applied> = None;
     for name in names {
@@ -363,7 +365,7 @@ enum Broken {
 fn apply_one(
     reader: &mut StreamReader<impl Read>,
     sink: &mut dyn Sink,
-    progress: &Progress,
+    progress: Option<&Progress>,
 ) -> Result<(), Broken> {
     let header = reader.header().clone();
     let is_first = !header.is_incremental && header.start == 0;
@@ -372,7 +374,9 @@ fn apply_one(
     while let Some(extent) = reader.next(&mut data).map_err(Broken::Stream)? {
         let written = sink.write(extent, &mut data, is_first);
         written.map_err(Broken::Sink)?;
-        progress.set(extent.offset + extent.len, header.size);
+        if let Some(progress) = progress {
+            progress.set(extent.offset + extent.len, header.size);
+        }
     }
     Ok(())
 }

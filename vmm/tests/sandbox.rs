@@ -358,8 +358,11 @@ fn requests_name_files_below_the_directories_that_are_allowed() {
             ..Default::default()
         };
         tandem_block::qcow2::create(&guest.path("image"), &options).unwrap();
-        let arguments = ["--disk=image", "--allow-dir=."];
-        let child = start(&guest, &arguments[..1 + usize::from(is_allowed)]);
+        tandem_block::qcow2::create(&guest.path("base"), &options).unwrap();
+        fs::create_dir(guest.path("sub")).unwrap();
+        let kept = "--disk=base,overlay=sub/kept,follow=anywhere";
+        let arguments = ["--disk=image", kept, "--allow-dir=sub", "--allow-dir=."];
+        let child = start(&guest, &arguments[..3 + usize::from(is_allowed)]);
         let (overlay, other) = (guest.path("overlay"), guest.path("fork"));
         let fork = json!({"command": "fork", "disk": 1, "overlay": overlay, "fork": other});
         let forked = ask(&guest, &fork);
@@ -367,6 +370,14 @@ fn requests_name_files_below_the_directories_that_are_allowed() {
         let is_explained = message.is_some_and(|message| message.ends_with("of --allow-dir"));
         assert_eq!(forked["ok"].is_object(), is_allowed, "{forked}");
         assert_eq!(is_explained, !is_allowed, "{forked}");
+        // A commit opens the base anew, which is not where the overlay is.
+        let commit = json!({"command": "commit", "disk": 2});
+        assert!(ask(&guest, &commit)["ok"]["job"].is_u64());
+        let job = await_job(&guest);
+        assert_eq!(job["state"] == "done", is_allowed, "{job}");
+        let message = job["error"].as_str();
+        let is_explained = message.is_some_and(|message| message.ends_with("of --allow-dir"));
+        assert_eq!(is_explained, !is_allowed, "{job}");
         if is_allowed {
             ask(
                 &guest,

@@ -150,6 +150,10 @@ fn help_tells_everything_there_is() {
         "--metrics-interval",
         "SIGUSR1",
         "--control",
+        "fork, commit, rebase",
+        "--allow-dir",
+        "--no-sandbox",
+        "SIGSYS",
         "cache=MODE",
         "locking=on|force-share|off",
         "Ctrl-A X",
@@ -159,6 +163,10 @@ fn help_tells_everything_there_is() {
         assert!(long.contains(text), "{text}");
     }
     assert!(long.contains(tandem_vmm::Config::DEFAULT_CMDLINE));
+    let serve = help(&["serve", "--help"]);
+    for text in ["--socket", "overlay=PATH|temp", "--no-sandbox", "SIGSYS"] {
+        assert!(serve.contains(text), "{text}");
+    }
     assert!(help(&["run", "-h"]).contains("Examples"));
     assert!(help(&["--help"]).contains("run"));
 }

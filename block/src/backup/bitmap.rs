@@ -50,6 +50,7 @@ impl Selection {
             BackupKind::Since { bitmap, keep } => {
                 selection.base = state.history.base(bitmap);
                 if *keep {
+                    state.history.check_free(bitmap)?;
                     let dirty = state.image.with_bitmaps_mut()?.read_bitmap(bitmap)?;
                     selection.dirty = Some(dirty);
                 } else {
@@ -91,9 +92,7 @@ impl State {
             let name = name.escape_ascii();
             Error::Backup(format!("bitmap '{name}' {reason}"))
         };
-        if self.history.taken.iter().any(|taken| taken == name) {
-            return Err(in_use(name));
-        }
+        self.history.check_free(name)?;
         let image = self.image.with_bitmaps_mut()?;
         let bitmaps = image.bitmaps()?.unwrap_or_default();
         if bitmaps
@@ -120,16 +119,28 @@ impl History {
         Some(found.1)
     }
 
-    /// Refuses to change bitmaps that belong to backups under way as `actions` say.
+    /// Refuses to change bitmaps that belong to backups under way as `actions` say, and to go by what
+    /// such a bitmap tells: it tells less than it may tell later.
     ///
     /// # Errors
     /// [`Error::Backup`]
     pub fn check(&self, actions: &[BitmapAction]) -> Result<()> {
-        let is_taken = |name: &&[u8]| self.taken.iter().any(|taken| taken == name);
-        match actions.iter().filter_map(changed).find(is_taken) {
-            Some(name) => Err(in_use(name)),
-            None => Ok(()),
+        let mut names = actions.iter().filter_map(|action| match action {
+            BitmapAction::Merge { source, .. } => Some(&source[..]),
+            _ => changed(action),
+        });
+        names.try_for_each(|name| self.check_free(name))
+    }
+
+    /// Refuses a bitmap that belongs to a backup under way: if that does not succeed, it tells more again.
+    fn check_free(&self, name: &[u8]) -> Result<()> {
+        if self.taken.iter().any(|taken| taken == name) {
+            let name = name.escape_ascii();
+            return Err(Error::Backup(format!(
+                "bitmap '{name}' belongs to a backup that is under way"
+            )));
         }
+        Ok(())
     }
 
     /// Bitmaps have been changed as `actions` say: those do not go on from any backup.
@@ -179,11 +190,4 @@ fn changed(action: &BitmapAction) -> Option<&[u8]> {
         | BitmapAction::SetEnabled { name, .. } => Some(name),
         BitmapAction::Add { .. } | BitmapAction::Merge { .. } => None,
     }
-}
-
-fn in_use(name: &[u8]) -> Error {
-    let name = name.escape_ascii();
-    Error::Backup(format!(
-        "bitmap '{name}' belongs to a backup that is under way"
-    ))
 }

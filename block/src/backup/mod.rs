@@ -17,7 +17,6 @@
 //! bytes for each granule in the scratch file, 800 KiB for 1 GiB.
 
 mod bitmap;
-mod granules;
 mod protect;
 mod read;
 mod scratch;
@@ -25,17 +24,18 @@ pub mod stream;
 
 use std::fmt;
 use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
 
+use crate::granules::Granules;
 use crate::live::{LiveImage, State};
+use crate::new_file::directory_of;
 use crate::sync::{Mutex, lock};
 use crate::{Error, LiveDisk, Result};
 
 pub(crate) use bitmap::History;
 use bitmap::Selection;
-use granules::Granules;
 use protect::Protection;
 pub use read::{Chunk, ChunkExtent};
 use scratch::Scratch;
@@ -173,7 +173,7 @@ impl LiveDisk {
     ///
     /// # Errors
     /// [`Error::Backup`] if there are too many already, the disk is too large, or the bitmap cannot be used
-    /// for it; [`Error::Bitmap`] if there is no such bitmap; [`Error::Io`].
+    /// for it; [`Error::Bitmap`] if there is no such bitmap; [`Error::Closed`]; [`Error::Io`].
     pub fn begin_backup(disk: &Arc<Self>, options: &BackupOptions) -> Result<Backup> {
         let id = BackupId::new()?;
         disk.exclusive(|state| {
@@ -195,6 +195,7 @@ fn begin(
     state: &mut State,
     options: &BackupOptions,
 ) -> Result<(Reader, Option<BackupId>, Arc<Protection>)> {
+    state.check_open()?;
     if state.watchers.len() >= MAX_BACKUPS {
         let reason =
             format!("there are {MAX_BACKUPS} backups and other copies of this disk already");
@@ -245,13 +246,6 @@ fn granule_bits(image: &LiveImage, size: u64) -> Result<u32> {
             "the disk has {size} bytes, which is more than the {most} that a backup can have"
         ))
     })
-}
-
-fn directory_of(path: &Path) -> &Path {
-    match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    }
 }
 
 impl Backup {

@@ -5,8 +5,8 @@ use std::ops::Range;
 use vm_memory::VolatileSlice;
 
 use super::bitmap::{History, Taken};
-use super::granules::Granules;
 use super::scratch::Scratch;
+use crate::granules::Granules;
 use crate::live::{LiveImage, Watcher};
 use crate::ranges::RangeLocks;
 use crate::sync::atomic::{AtomicBool, Ordering};

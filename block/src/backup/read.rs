@@ -6,6 +6,7 @@ use vm_memory::VolatileSlice;
 
 use super::protect::{Protection, zero_or_data};
 use super::{Backup, Reader};
+use crate::granules::Granules;
 use crate::ranges::RangeGuard;
 use crate::sync::lock;
 use crate::{Error, LiveDisk, Result};
@@ -164,7 +165,7 @@ impl Backup {
 
 impl Protection {
     /// How many bytes those of `granules` have that are in `wanted`.
-    pub fn wanted_bytes(&self, wanted: &super::Granules, granules: Range<u64>) -> u64 {
+    pub fn wanted_bytes(&self, wanted: &Granules, granules: Range<u64>) -> u64 {
         let whole = wanted.count(granules.clone()) << self.granule_bits;
         let last = self.size >> self.granule_bits;
         match granules.contains(&last) && wanted.any(last..last + 1) {

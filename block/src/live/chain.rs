@@ -1,6 +1,5 @@
 //! The images that a disk in use consists of.
 
-use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -36,10 +35,39 @@ impl<'a> ImageRef<'a> {
         &self.files().0.path
     }
 
-    /// Whether both are the same file.
-    pub(super) fn is_same(self, other: ImageRef<'_>) -> bool {
-        let id = self.files().0.id();
-        id.is_some() && id == other.files().0.id()
+    /// Whether both are the same files.
+    fn is_same(self, other: ImageRef<'_>) -> bool {
+        let ids = |image: ImageRef<'_>| {
+            let (image, data) = image.files();
+            Some((image.id()?, data.map(ImageFile::id)))
+        };
+        ids(self).is_some_and(|own| ids(other) == Some(own))
+    }
+
+    /// The first image, from this one down, that `other` does not have in this place: it has another one
+    /// there, with another data file, or on nothing.
+    pub(super) fn find_other(self, other: ImageRef<'_>) -> Option<&'a Path> {
+        let (mut image, mut other) = (self, other);
+        loop {
+            if !image.is_same(other) {
+                return Some(image.path());
+            }
+            (image, other) = match (image.lower(), other.lower()) {
+                (None, None) => return None,
+                (Some(below), Some(other)) => match below.as_image().zip(other.as_image()) {
+                    Some(images) => images,
+                    None => return Some(image.path()),
+                },
+                _ => return Some(image.path()),
+            };
+        }
+    }
+
+    fn lower(self) -> Option<&'a dyn Disk> {
+        match self {
+            Self::Raw(_) => None,
+            Self::Qcow2(image) => image.backing(),
+        }
     }
 
     /// Refuses an image that others could not find by its name.
@@ -180,26 +208,6 @@ pub(super) fn depth_of(top: &Qcow2, other: ImageRef<'_>) -> Option<usize> {
         depth += 1;
     }
     None
-}
-
-/// The name of the file `base` in an image that will be at `path`: a relative one if it lies in its
-/// directory or below.
-pub(super) fn name_from(path: &Path, base: &Path) -> Result<PathBuf> {
-    let absolute = |path: &Path| path.canonicalize().map_err(|e| Error::io(path, "find", e));
-    let directory = match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
-    let base = absolute(base)?;
-    let Ok(name) = base.strip_prefix(absolute(directory)?) else {
-        return Ok(base);
-    };
-    // Not to be taken for a protocol's.
-    let has_colon = name.as_os_str().as_bytes().contains(&b':');
-    Ok(match has_colon {
-        true => Path::new(".").join(name),
-        false => name.to_owned(),
-    })
 }
 
 /// What is left of a disk whose image could not be kept.

@@ -1,9 +1,9 @@
 //! What of a disk has changed since somebody looked.
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::Watcher;
+use crate::granules::Granules;
 use crate::{Disk, Error, Result};
 
 /// The smallest unit that is told apart, in bytes; a multiple of it is a multiple of any cluster, once
@@ -16,8 +16,8 @@ const MAX_GRANULES: u64 = 1 << 20;
 pub(super) struct Changes {
     size: u64,
     granule_bits: u32,
-    /// A bit for each granule. The lock of the disk orders what is done to them.
-    bits: Vec<AtomicU64>,
+    /// The lock of the disk orders what is done to them.
+    granules: Granules,
 }
 
 impl Changes {
@@ -25,76 +25,46 @@ impl Changes {
     pub fn new(size: u64, cluster_size: u64) -> Self {
         let granule = MIN_GRANULE.max(cluster_size).max(size / MAX_GRANULES);
         let granule_bits = granule.next_power_of_two().trailing_zeros();
-        let words = (size >> granule_bits) / 64 + 1;
         Self {
             size,
             granule_bits,
-            bits: (0..words).map(|_| AtomicU64::new(0)).collect(),
+            granules: Granules::new(size.div_ceil(1 << granule_bits)),
         }
     }
 
     /// How many bytes of the disk have changed, in whole granules.
     pub fn bytes(&self) -> u64 {
-        let count = |word: &AtomicU64| u64::from(word.load(Ordering::Relaxed).count_ones());
-        self.bits.iter().map(count).sum::<u64>() << self.granule_bits
+        self.granules.count(0..u64::MAX) << self.granule_bits
     }
 
     /// What has changed, and is forgotten here. No request is under way: what changed has changed.
     pub fn take(&self) -> Self {
-        let take = |word: &AtomicU64| AtomicU64::new(word.swap(0, Ordering::Relaxed));
         Self {
-            size: self.size,
-            granule_bits: self.granule_bits,
-            bits: self.bits.iter().map(take).collect(),
+            granules: self.granules.take(),
+            ..*self
         }
     }
 
     /// The first range within `range` that has changed, if `changed`, or has not.
     pub fn next(&self, range: Range<u64>, changed: bool) -> Option<Range<u64>> {
         let end = range.end.min(self.size);
-        let start = self.find(range.start, end, changed)?;
-        let end = self.find(start, end, !changed).unwrap_or(end);
-        Some(start..end)
+        let granules = self.granules_of(range.start, end);
+        let found = match changed {
+            true => self.granules.run(granules)?,
+            false => self.granules.gap(granules)?,
+        };
+        let bytes = found.start << self.granule_bits..found.end << self.granule_bits;
+        Some(bytes.start.max(range.start)..bytes.end.min(end))
     }
 
-    /// The first offset in `start..end` that has changed, if `changed`, or has not.
-    fn find(&self, start: u64, end: u64, changed: bool) -> Option<u64> {
-        let mut at = start;
-        while at < end {
-            let granule = at >> self.granule_bits;
-            let word = self.bits.get((granule / 64) as usize)?;
-            let word = word.load(Ordering::Relaxed);
-            let wanted = if changed { word } else { !word } >> (granule % 64);
-            if wanted & 1 != 0 {
-                return Some(at);
-            }
-            let skipped = match wanted {
-                0 => 64 - granule % 64,
-                _ => u64::from(wanted.trailing_zeros()),
-            };
-            at = (granule + skipped) << self.granule_bits;
-        }
-        None
+    fn granules_of(&self, start: u64, end: u64) -> Range<u64> {
+        start >> self.granule_bits..end.div_ceil(1 << self.granule_bits)
     }
 }
 
 impl Watcher for Changes {
     fn before_change(&self, _: &dyn Disk, offset: u64, len: u64) {
-        let (first, last) = (
-            offset >> self.granule_bits,
-            (offset + len - 1) >> self.granule_bits,
-        );
-        for index in first / 64..=last / 64 {
-            let from = first.saturating_sub(index * 64).min(63);
-            let to = (last - index * 64).min(63);
-            let mask = u64::MAX << from & u64::MAX >> (63 - to);
-            if let Some(word) = self.bits.get(index as usize) {
-                // Most writes find their bit set, and leave the line to all processors then.
-                if word.load(Ordering::Relaxed) & mask != mask {
-                    word.fetch_or(mask, Ordering::Relaxed);
-                }
-            }
-        }
+        self.granules.insert(self.granules_of(offset, offset + len));
     }
 
     fn is_quick(&self, _: u64, _: u64) -> bool {
@@ -151,7 +121,7 @@ mod tests {
     fn takes_little_memory_for_a_large_disk() {
         for size in [0, 512, 64 << 30, 16 << 40, 1 << 60] {
             let record = Changes::new(size, 2 << 20);
-            assert!(record.bits.len() as u64 <= 2 * MAX_GRANULES / 64 + 1);
+            assert!(size >> record.granule_bits <= 2 * MAX_GRANULES);
             assert!(record.granule_bits >= 21);
         }
     }

@@ -16,7 +16,9 @@ use super::chain::{self, ImageRef};
 use super::changes::Changes;
 use super::passes::{Passes, Progress, last_pass};
 use super::{LiveDisk, LiveImage, LiveReport, State};
-use crate::qcow2::{BackingFormat, BackingName, OpenOptions, Part, Qcow2, open_with_base};
+use crate::qcow2::{
+    BackingFormat, BackingName, OpenOptions, Part, Qcow2, name_from, open_with_base,
+};
 use crate::{Disk, Error, Result};
 
 /// Bytes that are zeroed at once.
@@ -68,7 +70,7 @@ impl LiveDisk {
 
     /// Has the image on top keep no stamp of what is below it, for that changes: a crash leaves an image
     /// without one. Returns whether it has kept one.
-    fn end_stamp(&self) -> Result<bool> {
+    pub(super) fn end_stamp(&self) -> Result<bool> {
         self.exclusive(|state| {
             let top = state.writable_qcow2()?;
             let stamped = top.keeps_stamp()?;
@@ -86,8 +88,11 @@ impl LiveDisk {
             let top = state.writable_qcow2()?;
             chain::check_stamps_above(top, options.between)?;
             let old = chain::sole_below(top, options.between)?;
+            // After a commit that failed, what it has still to write must not come behind what is
+            // written from here on.
+            old.freeze()?;
             old.unlock();
-            reopen(top, old, options)
+            reopen(top, options)
         };
         let placed = opened.and_then(|(below, base)| {
             self.exclusive(|state| {
@@ -131,17 +136,18 @@ impl LiveDisk {
     }
 }
 
-/// Opens `old`, whose locks have been given up, for writing, and the images between it and `top` on it.
-fn reopen(
-    top: &Qcow2,
-    old: ImageRef<'_>,
-    options: &CommitOptions,
-) -> Result<(Arc<dyn Disk>, LiveImage)> {
+/// Opens the base, whose locks have been given up, for writing, and the images between it and `top` on it.
+fn reopen(top: &Qcow2, options: &CommitOptions) -> Result<(Arc<dyn Disk>, LiveImage)> {
     let (below, base) = open_with_base(top.path(), &options.open, options.between)?;
-    if !base.as_ref()?.is_same(old) {
-        let path = old.path().display();
-        let reason = format!("'{path}' has been replaced by another file since it was opened");
-        return Err(Error::Option(reason));
+    let old = top.backing().and_then(Disk::as_image);
+    let other = old
+        .zip(below.as_image())
+        .and_then(|(old, now)| old.find_other(now));
+    if let Some(path) = other {
+        let path = path.display();
+        return Err(Error::Option(format!(
+            "'{path}', or what is below it, has been replaced by another file since it was opened"
+        )));
     }
     Ok((below, base))
 }
@@ -199,7 +205,7 @@ fn put_on_base(state: &mut State, base: &Arc<dyn Disk>) -> Result<()> {
         ImageRef::Raw(_) => BackingFormat::Raw,
         ImageRef::Qcow2(_) => BackingFormat::Qcow2,
     };
-    let file = chain::name_from(top.path(), image.path())?;
+    let file = name_from(top.path(), image.path())?;
     let name = BackingName {
         file: file.into_os_string().into_vec(),
         format: format.name().into(),
@@ -209,18 +215,24 @@ fn put_on_base(state: &mut State, base: &Arc<dyn Disk>) -> Result<()> {
     Ok(())
 }
 
-/// Has the disk become `base`, and returns what it was.
-fn pivot(state: &mut State, base: &mut LiveImage) -> Result<LiveImage> {
+/// Has the disk become `base`, and `base` what the disk was, on nothing. The disk is then in use by nobody
+/// else, as any operation on it wants.
+pub(super) fn pivot(state: &mut State, base: &mut LiveImage) -> Result<()> {
     let top = state.image.qcow2_mut().ok_or_else(super::in_use)?;
-    if !top.following_bitmaps()?.is_empty() {
-        // Nobody else has the base then.
-        top.put_on(None);
-        let base_image = base.qcow2_mut().ok_or_else(super::in_use);
-        let moved = base_image.and_then(|base| top.hand_over_bitmaps(base));
+    top.put_on(None);
+    if let Err(error) = hand_bitmaps_over(top, base) {
         top.put_on(Some(base.shared()));
-        moved?;
+        return Err(error);
     }
-    Ok(std::mem::replace(&mut state.image, base.clone()))
+    std::mem::swap(&mut state.image, base);
+    Ok(())
+}
+
+fn hand_bitmaps_over(top: &mut Qcow2, base: &mut LiveImage) -> Result<()> {
+    if top.following_bitmaps()?.is_empty() {
+        return Ok(());
+    }
+    top.hand_over_bitmaps(base.with_bitmaps_mut()?)
 }
 
 /// A commit whose base is open for writing.
@@ -228,9 +240,10 @@ pub(super) struct Commit<'a> {
     disk: &'a LiveDisk,
     options: &'a CommitOptions,
     changes: &'a Arc<Changes>,
+    /// What the disk was, once it is the base.
     base: LiveImage,
     /// Whether the image on top has kept the stamp of what is below it.
-    stamped: bool,
+    pub stamped: bool,
     report: LiveReport,
 }
 
@@ -291,7 +304,7 @@ impl<'a> Commit<'a> {
         Passes::new(self.disk, self.changes, progress).catch_up(self.options.max_last, &step)?;
         self.base.disk().flush()?;
         let (disk, changes) = (self.disk, self.changes);
-        let (top, stopped) = disk.exclusive(|state| {
+        let stopped = disk.exclusive(|state| {
             let begun = Instant::now();
             last_pass(state, changes, &step)?;
             // It has the base.
@@ -301,12 +314,12 @@ impl<'a> Commit<'a> {
             check_bitmaps(top, &self.base)?;
             top.empty_range(0..top.size())?;
             top.flush()?;
-            let top = pivot(state, &mut self.base)?;
+            pivot(state, &mut self.base)?;
             state.unwatch(changes);
-            Ok::<_, Error>((top, begun.elapsed()))
+            Ok::<_, Error>(begun.elapsed())
         })?;
         self.report.stopped = self.report.stopped.max(stopped);
-        self.report.warning = top.disk().close().err();
+        self.report.warning = self.base.disk().close().err();
         Ok(())
     }
 
@@ -377,7 +390,8 @@ impl<'a> Commit<'a> {
             return Ok(self.report);
         }
         let frozen = self.base.as_ref().and_then(ImageRef::freeze);
-        let stamped = match self.stamped {
+        // What could not be written is written later, and changes the stamp.
+        let stamped = match self.stamped && frozen.is_ok() {
             true => self.disk.stamp_below(),
             false => Ok(()),
         };

@@ -4,25 +4,27 @@ use std::io;
 use std::ops::ControlFlow;
 use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use super::commit::Commit;
+use super::commit::{Commit, pivot};
 use super::*;
 use crate::qcow2::{
-    BackingFormat, BackingName, CheckOptions, CreateOptions, OpenOptions, check, create,
+    BackingFormat, BackingName, BitmapAction, CheckOptions, CreateOptions, OpenOptions, check,
+    create, stamp_base,
 };
-use crate::{CacheMode, FileOptions, FileStorage, Storage};
+use crate::{CacheMode, FileOptions, FileStamp, FileStorage, Storage};
 
 const SIZE: u64 = 128 << 10;
 
-/// How many calls may still be made before one fails; none fails if that is 0.
+/// How many calls may still be made before one fails; none fails if that is 0. And whether those behind
+/// it fail, too.
 #[derive(Debug, Default)]
-struct Fuse(AtomicU64);
+struct Fuse(AtomicU64, AtomicBool);
 
 impl Fuse {
     fn burn(&self) -> io::Result<()> {
         let left = self.0.load(Ordering::Relaxed);
-        if left > 0 {
+        if left > 1 || left == 1 && !self.1.load(Ordering::Relaxed) {
             self.0.store(left - 1, Ordering::Relaxed);
         }
         match left {
@@ -93,6 +95,10 @@ impl Storage for Faulty {
     fn fd(&self) -> Option<BorrowedFd<'_>> {
         self.0.fd()
     }
+
+    fn stamp(&self) -> io::Result<Option<FileStamp>> {
+        self.0.stamp()
+    }
 }
 
 fn open_options() -> OpenOptions {
@@ -157,6 +163,18 @@ impl Pair {
 
     fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
+    }
+
+    /// The disk, and its base, which is open for writing.
+    fn on_faulty_base(&self, fuse: &Arc<Fuse>) -> (LiveDisk, LiveImage) {
+        let (base, top) = (self.path("base"), self.path("top"));
+        let storage = Faulty::open(&base, fuse);
+        let base = Qcow2::with_storage(&base, storage, None, &open_options()).unwrap();
+        let base = LiveImage::from(base);
+        let storage = Box::new(FileStorage::open(&top, false).unwrap());
+        let below = Some(base.shared());
+        let top = Qcow2::with_backing(&top, storage, None, below, &open_options()).unwrap();
+        (LiveDisk::new(top), base)
     }
 
     fn check(&self, name: &str) {
@@ -237,51 +255,77 @@ fn a_commit_that_fails() {
     }
 }
 
-/// As the others, and it is the base that fails.
+/// As the others, and it is the base that fails, which may be committed to again then.
 #[test]
 fn a_commit_whose_base_fails() {
+    for (lasts, again) in [(false, false), (true, false), (true, true)] {
+        for n in 1.. {
+            if commit_to_base_failing(n, lasts, again) {
+                assert!(n > 3);
+                break;
+            }
+        }
+    }
+}
+
+/// Has call `n` to the base fail, and those behind it if that `lasts`. Whether there are fewer.
+fn commit_to_base_failing(n: u64, lasts: bool, again: bool) -> bool {
     let options = CommitOptions {
         open: open_options(),
         between: 0,
         pivot: false,
         max_last: None,
     };
-    for n in 1.. {
-        let mut pair = Pair::new();
-        let fuse = Arc::new(Fuse::default());
-        let open = |name: &str| Faulty::open(&pair.path(name), &fuse);
-        let base = Qcow2::with_storage(&pair.path("base"), open("base"), None, &open_options());
-        let base = LiveImage::from(base.unwrap());
-        let top = FileStorage::open(&pair.path("top"), false).unwrap();
-        let top = Qcow2::with_backing(
-            &pair.path("top"),
-            Box::new(top),
-            None,
-            Some(base.shared()),
-            &open_options(),
-        );
-        let disk = LiveDisk::new(top.unwrap());
-        put(&disk, &mut pair.model, 33, 77);
-        fuse.0.store(n, Ordering::Relaxed);
-        let changes = disk.begin_watched("commit").unwrap();
-        let mut commit = Commit::new(&disk, &options, &changes, base);
-        let done = commit.run(&mut go_on);
-        let done = commit.end(done);
-        disk.end_watched(&changes);
-        let is_over = fuse.0.swap(0, Ordering::Relaxed) > 0;
-        assert!(done.is_ok() || !is_over, "{done:?}");
-        shows(&disk, &pair.model, &format!("after call {n}"));
-        put(&disk, &mut pair.model, 200, 78);
-        disk.close().unwrap();
-        drop(disk);
-        pair.check("base");
-        let disk = Qcow2::open(&pair.path("top"), &open_options()).unwrap();
-        shows(&disk, &pair.model, &format!("at last, after call {n}"));
-        if is_over {
-            assert!(n > 3);
-            break;
-        }
+    let mut pair = Pair::new();
+    stamp_base(&pair.path("top"), &open_options()).unwrap();
+    let fuse = Arc::new(Fuse::default());
+    let (disk, base) = pair.on_faulty_base(&fuse);
+    put(&disk, &mut pair.model, 33, 77);
+    let changes = disk.begin_watched("commit").unwrap();
+    let mut commit = Commit::new(&disk, &options, &changes, base);
+    commit.stamped = disk.end_stamp().unwrap();
+    fuse.1.store(lasts, Ordering::Relaxed);
+    fuse.0.store(n, Ordering::Relaxed);
+    let done = commit.run(&mut go_on);
+    let done = commit.end(done);
+    disk.end_watched(&changes);
+    let left = fuse.0.swap(0, Ordering::Relaxed);
+    assert!(done.is_ok() || left <= u64::from(lasts), "{done:?}");
+    shows(&disk, &pair.model, &format!("after call {n}"));
+    put(&disk, &mut pair.model, 200, 78);
+    if again {
+        disk.commit(&options, &mut go_on).unwrap();
+        shows(&disk, &pair.model, &format!("again, after call {n}"));
     }
+    disk.close().unwrap();
+    drop(disk);
+    pair.check("base");
+    let disk = Qcow2::open(&pair.path("top"), &open_options()).unwrap();
+    shows(&disk, &pair.model, &format!("at last, after call {n}"));
+    left > 0 && done.is_ok()
+}
+
+/// While the image that was on top is being closed, others change the bitmaps of the disk, say.
+#[test]
+fn nobody_keeps_a_base_that_has_become_the_disk() {
+    let mut pair = Pair::new();
+    let (disk, mut base) = pair.on_faulty_base(&Arc::default());
+    put(&disk, &mut pair.model, 33, 77);
+    let name = b"bitmap".to_vec();
+    let add = BitmapAction::Add {
+        name: name.clone(),
+        granularity: None,
+        enabled: true,
+    };
+    disk.change_bitmaps(&[add]).unwrap();
+    disk.exclusive(|state| pivot(state, &mut base)).unwrap();
+    assert_eq!(
+        disk.with_image(|image| image.path().to_owned()),
+        pair.path("base")
+    );
+    disk.change_bitmaps(&[BitmapAction::Remove { name }])
+        .unwrap();
+    base.disk().close().unwrap();
 }
 
 #[test]
@@ -307,6 +351,98 @@ fn a_fork_that_fails() {
         })
     });
     assert!(calls > 4);
+}
+
+/// What the guest writes at any stage is there at the end.
+#[test]
+fn a_guest_that_writes_meanwhile() {
+    for operation in ["commit", "pivot", "rebase"] {
+        let mut pair = Pair::new();
+        let disk = LiveDisk::new(Qcow2::open(&pair.path("top"), &open_options()).unwrap());
+        let mut written = 0_u8;
+        let mut write = |_: u64, _: u64| {
+            written += 1;
+            // In a part that is mapped by now, and has been dealt with.
+            put(&disk, &mut pair.model, 33 + u64::from(written % 2), written);
+            ControlFlow::Continue(())
+        };
+        let done = match operation {
+            "rebase" => disk.rebase(
+                &RebaseOptions {
+                    open: open_options(),
+                    backing: None,
+                    max_last: None,
+                },
+                &mut write,
+            ),
+            _ => disk.commit(
+                &CommitOptions {
+                    open: open_options(),
+                    between: 0,
+                    pivot: operation == "pivot",
+                    max_last: None,
+                },
+                &mut write,
+            ),
+        };
+        done.unwrap();
+        shows(&disk, &pair.model, operation);
+        let path = disk.with_image(|image| image.path().to_owned());
+        disk.close().unwrap();
+        drop(disk);
+        for name in [path, pair.path("top")] {
+            let disk = Qcow2::open(&name, &open_options()).unwrap();
+            shows(&disk, &pair.model, operation);
+        }
+        pair.check("top");
+    }
+}
+
+/// What the guest discards reads as zero without a backing file, and would not on the new one.
+#[test]
+fn a_guest_that_discards_during_a_rebase() {
+    let mut pair = Pair::new();
+    let alone = CreateOptions {
+        size: SIZE,
+        cluster_size: 4096,
+        // It has no marks for zeros: what is discarded loses its mapping.
+        version: 2,
+        ..CreateOptions::default()
+    };
+    create(&pair.path("top"), &alone).unwrap();
+    pair.model.fill(0);
+    std::fs::write(pair.path("other"), [9; SIZE as usize]).unwrap();
+    let disk = LiveDisk::new(Qcow2::open(&pair.path("top"), &open_options()).unwrap());
+    let at = SIZE / 2 + 16384;
+    for sector in [at / 512, SIZE / 512 - 8] {
+        put(&disk, &mut pair.model, sector, 7);
+    }
+    let options = RebaseOptions {
+        open: open_options(),
+        backing: Some(BackingName {
+            file: b"other".to_vec(),
+            format: b"raw".to_vec(),
+        }),
+        max_last: None,
+    };
+    let mut discarded = false;
+    let done = disk.rebase(&options, &mut |done, _| {
+        // It has been there already.
+        if done > at && !std::mem::replace(&mut discarded, true) {
+            disk.discard(at, 4096).unwrap();
+        }
+        ControlFlow::Continue(())
+    });
+    done.unwrap();
+    assert!(discarded);
+    pair.model[at as usize..][..4096].fill(0);
+    shows(&disk, &pair.model, "on the new one");
+    disk.close().unwrap();
+    drop(disk);
+    let disk = Qcow2::open(&pair.path("top"), &open_options()).unwrap();
+    shows(&disk, &pair.model, "at last");
+    drop(disk);
+    pair.check("top");
 }
 
 /// What is below the disk is not what it was: nobody knows what it reads.

@@ -9,11 +9,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::chain::{self, Gone};
+use super::chain::Gone;
 use super::{LiveDisk, LiveImage, LiveReport, State};
 use crate::file::{ImageFile, is_at};
 use crate::lock::{Access, Locking};
-use crate::qcow2::{Backing, BackingFormat, CreateOptions, OpenOptions, Qcow2, stamp_base};
+use crate::qcow2::{
+    Backing, BackingFormat, CreateOptions, OpenOptions, Qcow2, name_from, stamp_base,
+};
 use crate::{Disk, Error, FileOptions, FileStorage, NewImage, Result};
 
 /// How to fork a disk in use.
@@ -64,6 +66,7 @@ impl LiveDisk {
         self.flush()?;
         let report = self.exclusive(|state| {
             let begun = Instant::now();
+            state.check_open()?;
             if state.image.disk().size() != size {
                 let reason = "the size of the disk has changed meanwhile";
                 return Err(Error::Option(reason.to_owned()));
@@ -96,7 +99,10 @@ impl LiveDisk {
 /// what could not be stored, and is not needed for the disk.
 fn freeze(state: &mut State, top: &mut Qcow2) -> Result<Option<Error>> {
     let has_bitmaps = match state.image.qcow2() {
-        Some(image) => !image.following_bitmaps()?.is_empty(),
+        Some(image) => {
+            image.check_writable()?;
+            !image.following_bitmaps()?.is_empty()
+        }
         None => false,
     };
     if has_bitmaps {
@@ -140,7 +146,7 @@ impl<'a> New<'a> {
         let create = CreateOptions {
             size: base.disk().size(),
             cluster_size: base.qcow2().map_or(64 << 10, Qcow2::cluster_size),
-            backing_file: Some(chain::name_from(path, base.path())?),
+            backing_file: Some(name_from(path, base.path())?),
             backing_format: Some(match base {
                 LiveImage::Qcow2(_) => BackingFormat::Qcow2,
                 _ => BackingFormat::Raw,
@@ -157,7 +163,7 @@ impl<'a> New<'a> {
             path,
             file: Some(file),
         };
-        // The base can be found from there, and is this one.
+        // The base can be found from there, and is this one, on what it is on now.
         let unlocked = OpenOptions {
             read_only: true,
             data_file: None,
@@ -169,11 +175,16 @@ impl<'a> New<'a> {
             ..open.clone()
         };
         let found = Qcow2::open(path, &unlocked)?;
-        let below = found.backing().and_then(Disk::as_image);
-        if !below.is_some_and(|below| base.as_ref().is_ok_and(|base| base.is_same(below))) {
-            let (path, base) = (path.display(), base.path().display());
+        let disk = base.as_ref()?;
+        let other = match found.backing().and_then(Disk::as_image) {
+            Some(below) => disk.find_other(below),
+            None => Some(disk.path()),
+        };
+        if let Some(other) = other {
+            let (path, other) = (path.display(), other.display());
             return Err(Error::Option(format!(
-                "'{base}' is not the file that the disk has open, and cannot be below '{path}'"
+                "'{path}' would not stand on what the disk does: '{other}', its data file, or what is below \
+                 it would be another"
             )));
         }
         Ok(new)

@@ -13,6 +13,17 @@
 //! | `chain` | the images below one another, and handing their locks over |
 //! | `changes`, `passes` | going through a disk that changes meanwhile, until all of it has been seen |
 //! | `commit`, `rebase`, `fork` | what is done so to the images of a disk |
+//!
+//! # Lock order
+//! A thread that holds one of these takes only ones further down:
+//!
+//! 1. how far the reader of a backup has come (`Backup::reader`);
+//! 2. the disk ([`LiveDisk`]), shared or alone; not twice, for a thread that waits to have it alone
+//!    keeps out those that come to share it;
+//! 3. a range of granules of a backup (`Protection::ranges`), of one backup at a time;
+//! 4. the slots of a scratch file, why a backup has failed, or what it has taken from a bitmap; I/O
+//!    goes on under none of them;
+//! 5. those of the images, from the top down (`crate::qcow2`).
 
 mod bitmaps;
 mod chain;
@@ -56,11 +67,12 @@ pub(crate) struct State {
     pub watchers: Vec<Arc<dyn Watcher>>,
     /// What is being done to the images, if anything is: one thing at a time.
     operation: Option<&'static str>,
+    /// Nothing is done to the disk any more.
+    is_closed: bool,
     pub history: History,
 }
 
-/// What a [`LiveDisk`] consists of.
-#[derive(Clone)]
+/// What a [`LiveDisk`] consists of. Operations on the disk fail while anybody else keeps it.
 pub enum LiveImage {
     /// The file is the disk.
     Raw(Arc<Raw>),
@@ -167,6 +179,7 @@ impl LiveDisk {
             image: image.into(),
             watchers: Vec::new(),
             operation: None,
+            is_closed: false,
             history: History::default(),
         }))
     }
@@ -247,6 +260,7 @@ impl LiveDisk {
 impl State {
     /// Keeps other operations on the images out until [`end`](Self::end).
     fn begin(&mut self, operation: &'static str) -> Result<()> {
+        self.check_open()?;
         if let Some(other) = self.operation {
             let reason = format!("{operation} is not possible during {other} of the same disk");
             return Err(Error::Option(reason));
@@ -257,6 +271,15 @@ impl State {
 
     fn end(&mut self) {
         self.operation = None;
+    }
+
+    /// Fails once the disk has been closed.
+    pub(crate) fn check_open(&self) -> Result<()> {
+        if self.is_closed {
+            let file = self.image.path().to_owned();
+            return Err(Error::Closed { file });
+        }
+        Ok(())
     }
 
     fn unwatch<W: Watcher>(&mut self, watcher: &Arc<W>) {
@@ -275,9 +298,7 @@ impl State {
                 return Err(Error::Option(reason.to_owned()));
             }
         };
-        if image.limits().read_only {
-            return Err(Error::ReadOnly);
-        }
+        image.check_writable()?;
         Ok(image)
     }
 
@@ -411,6 +432,7 @@ impl Disk for LiveDisk {
             for watcher in state.watchers.drain(..) {
                 watcher.close(&mut state.image, &mut state.history);
             }
+            state.is_closed = true;
             state.image.disk().close()
         })
     }

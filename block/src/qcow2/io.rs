@@ -202,7 +202,8 @@ impl Qcow2 {
         }
     }
 
-    pub(super) fn check_writable(&self) -> Result<()> {
+    /// Fails if the image is read-only, closed, or marked as corrupt.
+    pub(crate) fn check_writable(&self) -> Result<()> {
         if self.read_only {
             Err(Error::ReadOnly)
         } else if self.closed.load(Ordering::Relaxed) {

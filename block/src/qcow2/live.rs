@@ -15,6 +15,7 @@ use super::zeroes::Zeroed;
 use super::{BitmapInfo, Qcow2};
 use crate::buffers::Buffers;
 use crate::file::ImageFile;
+use crate::sync::atomic::Ordering;
 use crate::{Disk, Error, ExtentKind, Result, Stamp};
 
 /// Bytes of a backing file that are looked at at once.
@@ -45,12 +46,15 @@ impl Qcow2 {
         self.backing = below;
     }
 
-    /// Stores everything for the last time, while nobody writes: the image is only read from now on.
-    /// Returns what could not be stored, and is not needed for the disk.
+    /// Stores everything for the last time, unless that has been done, while nobody writes: the image is
+    /// only read from now on. Returns what could not be stored, and is not needed for the disk.
     ///
     /// # Errors
     /// What is in memory could not be written back; the image goes on as before.
     pub(crate) fn freeze(&self) -> Result<Option<Error>> {
+        if self.read_only || self.closed.load(Ordering::Relaxed) {
+            return Ok(None);
+        }
         self.write_back()?;
         Ok(self.close().err())
     }
@@ -229,7 +233,8 @@ impl Taking<'_> {
             while done < end {
                 let (from, len) = (at + done as u64, (end - done) as u64);
                 done += match disk.write_held(from, len, &mut buffers)? {
-                    0 => return Ok(done as u64),
+                    // It is mapped, and so taken up.
+                    0 => end - done,
                     written => written as usize,
                 };
             }

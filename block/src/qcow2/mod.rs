@@ -36,19 +36,24 @@
 //! A thread that holds one of these takes only ones further down:
 //!
 //! 1. the right to change the size (`Qcow2::resizing`);
-//! 2. a range of guest clusters (`crate::ranges`), at most one;
-//! 3. the completeness of raw tables (`placement::Passthrough`);
-//! 4. the right to write back (`Qcow2::flushing`);
-//! 5. a set of the slice cache, or the list of new L1 entries;
-//! 6. the refcounts, the clusters of a packed data file, the known hole of a data file
+//! 2. the right to start the bitmaps (`Bitmaps::starting`);
+//! 3. a range of guest clusters (`crate::ranges`), at most one;
+//! 4. the completeness of raw tables (`placement::Passthrough`);
+//! 5. the right to write back (`Qcow2::flushing`);
+//! 6. a set of the slice cache, or the list of new L1 entries;
+//! 7. the refcounts, the clusters of a packed data file, the known hole of a data file
 //!    (`placement::External`), or the retired clusters;
-//! 7. the right to sync a file (`ImageFile::sync_failed`), the list of ranges that are held, or the
-//!    cluster that was decompressed last;
-//! 8. inside a file that is used past the page cache, the range of a write (`Writers`).
+//! 8. the right to sync a file (`ImageFile::sync_failed`) and, behind it, its new name
+//!    (`ImageFile::named_in`), the list of ranges that are held, or the cluster that was decompressed
+//!    last;
+//! 9. inside a file that is used past the page cache, the range of a write (`Writers`).
 //!
 //! I/O may go on under all of them but the lists of ranges and of retired clusters: metadata is read
-//! under 3, 5 and 6, written under 4, 5 (a new L2 table) and 6, synced under 4, and under 6 when the
-//! refcount table moves.
+//! under 2, 4, 6 and 7, written under 2 (the marks of bitmaps), 5, 6 (a new L2 table) and 7, synced
+//! under 2 and 5, and under 7 when the refcount table moves.
+//!
+//! The locks of an image come before those of the images below it, and behind those of a disk in use
+//! (`crate::live`).
 //!
 //! Reads of clusters whose mapping is cached, and writes to them, take none, but for the first request
 //! to each L2 table of a raw disk. A request whose slice is not in the cache takes its set to read it;
@@ -137,6 +142,7 @@ pub(crate) use create::{NewFiles, begin};
 pub use info::Info;
 pub use measure::{bitmaps_size, full_size};
 pub use open::OpenOptions;
+pub(crate) use overlay::name_from;
 pub use overlay::{Base, OverlayOptions, OverlayPlace};
 pub use placement::DataFile;
 pub use policy::Follow;

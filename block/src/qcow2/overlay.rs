@@ -230,7 +230,7 @@ impl Base {
         options: &OverlayOptions,
     ) -> Result<Qcow2> {
         let directory = absolute(directory_of(path))?;
-        let backing_file = literal(&relative_to(&directory, self.path.clone()));
+        let backing_file = name_from(path, &self.path)?;
         let data_name = match data_file {
             Some(data_file) => {
                 let file_name = data_file.file_name().unwrap_or_default();
@@ -337,7 +337,13 @@ fn default_directory() -> PathBuf {
 }
 
 fn absolute(path: &Path) -> Result<PathBuf> {
-    path.canonicalize().map_err(|e| Error::io(path, "open", e))
+    path.canonicalize().map_err(|e| Error::io(path, "find", e))
+}
+
+/// The name of the file `backing` in an image that will be at `path`.
+pub(crate) fn name_from(path: &Path, backing: &Path) -> Result<PathBuf> {
+    let directory = absolute(directory_of(path))?;
+    Ok(literal(&relative_to(&directory, absolute(backing)?)))
 }
 
 /// How an image in `directory` names the file at `path`, so that both can be moved together.

@@ -130,7 +130,6 @@ impl Qcow2 {
     /// # Errors
     /// Those of [`check_backing_name`](Self::check_backing_name); [`Error::ReadOnly`].
     pub fn set_backing_name(self, name: Option<&BackingName>) -> Result<()> {
-        self.check_writable()?;
         self.name_backing(name, None)?;
         self.close()
     }
@@ -142,6 +141,7 @@ impl Qcow2 {
         name: Option<&BackingName>,
         new: Option<&dyn Disk>,
     ) -> Result<()> {
+        self.check_writable()?;
         self.flush()?;
         let mut header = Header::read(&*self.image.storage, &self.image.path)?;
         let new = new.filter(|_| header.extensions.base_stamp.is_some());

@@ -1,7 +1,7 @@
 //! From the source to the target: one thread reads while another one writes the part before.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{self, Receiver, SyncSender};
 
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
@@ -28,11 +28,18 @@ pub enum Stop {
 pub struct Signals(Arc<AtomicUsize>);
 
 impl Signals {
-    /// Waits for those that end a program.
+    /// Waits for those that end a program. A second one does so at once: the first one is not seen while a
+    /// pipe is full whose reader has stopped.
     pub fn new() -> Self {
         let signal = Arc::new(AtomicUsize::new(0));
+        let is_second = Arc::new(AtomicBool::new(false));
         for number in [SIGINT, SIGTERM, SIGHUP] {
-            // Without it the signal ends the program at once.
+            // Without them the signal ends the program at once. They are called in this order.
+            drop(flag::register_conditional_default(
+                number,
+                is_second.clone(),
+            ));
+            drop(flag::register(number, is_second.clone()));
             drop(flag::register_usize(
                 number,
                 signal.clone(),

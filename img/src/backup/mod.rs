@@ -129,7 +129,8 @@ pub fn command() -> Command {
         .args(target)
         .after_help(
             "The guest goes on meanwhile: what it is about to change is copied to a scratch file first. \
-             When that is full, the backup fails, and the guest does not notice.\n\
+             When that is full, the backup fails, and the guest does not notice. `tandem run` needs --allow-dir \
+             with its directory.\n\
              TARGET takes its name, and the place of a file that is there, when it is complete and on disk; - \
              is standard output, for streams. If the backup does not succeed, the bitmap is as it was before.\n\
              A backing file is recorded, and not read. `tandem-img restore` reads streams.\n\n\

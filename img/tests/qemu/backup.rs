@@ -280,11 +280,12 @@ fn streams_that_do_not_fit() {
     );
     assert!(fs::read(place.path("out")).unwrap() == expected);
     quietly(&place, "restore -q 0 1 2 out");
-    let shown = place.run(&words("restore -p 0 out"));
-    assert!(
-        shown.stdout.ends_with("(100.00/100%)\r\n"),
-        "{}",
-        shown.stdout
-    );
+    for line in ["-p 0 out", "-p -n 1 base.raw"] {
+        let shown = place.run(&words(&format!("restore {line}"))).stdout;
+        assert!(shown.ends_with("(100.00/100%)\r\n"), "{shown}");
+        // What is read beforehand is no progress.
+        let steps = shown.matches("(100.00/100%)").count();
+        assert!(steps <= 2, "{shown}");
+    }
     assert!(bitmaps(&place, "disk").contains("name: b"));
 }

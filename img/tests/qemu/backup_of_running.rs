@@ -345,3 +345,36 @@ fn a_backup_that_is_interrupted() {
         }
     }
 }
+
+/// Who does not read holds up the first signal, and not the second one.
+#[test]
+fn a_backup_that_is_interrupted_while_nobody_reads_it() {
+    let monitor = Monitor::start();
+    let line = "backup --control socket -O stream vda -";
+    let mut command = Command::new("env");
+    command.args(["--default-signal", env!("CARGO_BIN_EXE_tandem-img")]);
+    command.args(words(line)).stdout(Stdio::piped());
+    let mut child = command.current_dir(monitor.place.path("")).spawn().unwrap();
+    let start = Instant::now();
+    let wait = || {
+        assert!(start.elapsed() < Duration::from_secs(20));
+        thread::sleep(Duration::from_millis(2));
+    };
+    // The first part is being written then, and the second one waits.
+    while monitor.asked.lock().unwrap().len() < 4 {
+        wait();
+    }
+    let status = loop {
+        let id = child.id().to_string();
+        let sent = Command::new("kill").args(["-TERM", &id]).status();
+        assert!(sent.unwrap().success());
+        if let Some(status) = child.try_wait().unwrap() {
+            break status;
+        }
+        wait();
+    };
+    assert_eq!(
+        std::os::unix::process::ExitStatusExt::signal(&status),
+        Some(15)
+    );
+}

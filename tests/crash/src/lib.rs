@@ -21,6 +21,7 @@ pub mod commits;
 pub mod explore;
 pub mod faults;
 pub mod judge;
+pub mod killed;
 pub mod linear;
 pub mod model;
 #[cfg(mutate)]

@@ -3,12 +3,12 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use crate::power::Run;
-use crate::{commits, operations, rewrites};
+use crate::{commits, killed, operations, rewrites};
 
 /// Explores an operation; a violation panics.
 pub type Scenario = fn(&mut Run);
 
-pub const SCENARIOS: [(&str, Scenario); 16] = [
+pub const SCENARIOS: [(&str, Scenario); 17] = [
     ("taking-a-snapshot", operations::taking_a_snapshot),
     ("applying-a-snapshot", operations::applying_a_snapshot),
     ("deleting-a-snapshot", operations::deleting_a_snapshot),
@@ -29,6 +29,7 @@ pub const SCENARIOS: [(&str, Scenario); 16] = [
     ("amending-an-image", rewrites::amending_an_image),
     ("committing", commits::committing),
     ("emptying-a-data-file", commits::emptying_a_data_file),
+    ("forking", killed::forking),
     ("growing-with-space", rewrites::growing_with_space),
     (
         "growing-after-an-interrupted-shrink",

@@ -77,9 +77,61 @@ const HELD: [i64; 11] = [
     libc::SYS_copy_file_range,
 ];
 
+/// Calls that change names of files.
+const NAMES: [i64; 5] = [
+    libc::SYS_linkat,
+    libc::SYS_renameat,
+    libc::SYS_renameat2,
+    libc::SYS_unlink,
+    libc::SYS_unlinkat,
+];
+
+/// What becomes of a call: it returns so much or fails, or is carried out.
+type Outcome = Option<Result<i64, i32>>;
+
 /// Runs `f` on a thread of its own, in which a call fails as planned. Returns what it returns, and the
 /// call that has failed, if there were that many.
 pub fn with_fault<T: Send>(plan: Plan, f: impl FnOnce() -> T + Send) -> (T, Option<Call>) {
+    let mut left = plan.after;
+    let mut failed = None;
+    let result = hold(&HELD, f, |held| {
+        let call = Call {
+            number: i64::from(held.nr),
+            file: std::fs::read_link(format!("/proc/self/fd/{}", held.args[0])).unwrap_or_default(),
+        };
+        if failed.is_some() || !call.can(plan.fault) {
+            return None;
+        }
+        if left > 0 {
+            left -= 1;
+            return None;
+        }
+        let outcome = match plan.fault {
+            Fault::Error(errno) => Some(Err(errno)),
+            Fault::Short => transfer_part(held).map(Ok),
+        };
+        failed = outcome.is_some().then_some(call);
+        outcome
+    });
+    (result, failed)
+}
+
+/// Runs `f` on a thread of its own, and `each` before each of its calls that changes a file or the name
+/// of one, while it waits: what a process that is killed there leaves.
+pub fn at_each_call<T: Send>(f: impl FnOnce() -> T + Send, mut each: impl FnMut()) -> T {
+    hold(&[&HELD[..], &NAMES].concat(), f, |_| {
+        each();
+        None
+    })
+}
+
+/// Runs `f` on a thread of its own, where `decide` is asked what becomes of each call with one of the
+/// `numbers`.
+fn hold<T: Send>(
+    numbers: &[i64],
+    f: impl FnOnce() -> T + Send,
+    mut decide: impl FnMut(&libc::seccomp_data) -> Outcome,
+) -> T {
     thread::scope(|scope| {
         let (sender, receiver) = mpsc::channel();
         #[cfg(mutate)]
@@ -87,39 +139,21 @@ pub fn with_fault<T: Send>(plan: Plan, f: impl FnOnce() -> T + Send) -> (T, Opti
         let worker = scope.spawn(move || {
             #[cfg(mutate)]
             tandem_block::mutate::set(mutation);
-            let listener = hold_calls().expect("the kernel holds system calls");
+            let listener = hold_calls(numbers).expect("the kernel holds system calls");
             sender.send(listener).expect("the other thread waits");
             f()
         });
         let listener = receiver.recv().expect("the other thread sends");
-        let mut left = plan.after;
-        let mut failed = None;
         while let Some(held) = receive(&listener) {
-            let call = Call {
-                number: i64::from(held.data.nr),
-                file: std::fs::read_link(format!("/proc/self/fd/{}", held.data.args[0]))
-                    .unwrap_or_default(),
-            };
-            let mut outcome = None;
-            if failed.is_none() && call.can(plan.fault) {
-                if left == 0 {
-                    outcome = match plan.fault {
-                        Fault::Error(errno) => Some(Err(errno)),
-                        Fault::Short => transfer_part(&held.data).map(Ok),
-                    };
-                    failed = outcome.is_some().then_some(call);
-                } else {
-                    left -= 1;
-                }
-            }
+            let outcome = decide(&held.data);
             answer(&listener, &held, outcome);
         }
-        (worker.join().expect("it does not panic"), failed)
+        worker.join().expect("it does not panic")
     })
 }
 
-/// Has the kernel hold the calls that this thread makes from now on.
-fn hold_calls() -> io::Result<OwnedFd> {
+/// Has the kernel hold the calls with these numbers that this thread makes from now on.
+fn hold_calls(numbers: &[i64]) -> io::Result<OwnedFd> {
     let statement = |code: u32, k: u32| libc::sock_filter {
         code: code as u16,
         jt: 0,
@@ -127,12 +161,12 @@ fn hold_calls() -> io::Result<OwnedFd> {
         k,
     };
     let mut filter = vec![statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0)];
-    for (i, number) in (0..).zip(HELD) {
+    for (i, number) in (0..).zip(numbers) {
         filter.push(libc::sock_filter {
             code: (libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K) as u16,
-            jt: HELD.len() as u8 - i,
+            jt: numbers.len() as u8 - i,
             jf: 0,
-            k: number as u32,
+            k: *number as u32,
         });
     }
     filter.push(statement(
@@ -190,8 +224,8 @@ fn receive(listener: &OwnedFd) -> Option<libc::seccomp_notif> {
     }
 }
 
-/// Tells what becomes of a call: it returns so much or fails, or is carried out.
-fn answer(listener: &OwnedFd, held: &libc::seccomp_notif, outcome: Option<Result<i64, i32>>) {
+/// Tells what becomes of a call.
+fn answer(listener: &OwnedFd, held: &libc::seccomp_notif, outcome: Outcome) {
     const SEND: u64 = 0xc018_2101;
     let mut response = libc::seccomp_notif_resp {
         id: held.id,

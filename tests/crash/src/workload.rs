@@ -1,13 +1,15 @@
 //! Random requests of a guest, and operations between them.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use tandem_block::qcow2::{AmendOptions, BitmapAction, OpenOptions, Qcow2};
-use tandem_block::{Disk, LiveDisk, Result};
+use tandem_block::{Backup, BackupOptions, Disk, Error, LiveDisk, Result};
+use tempfile::TempDir;
 use vm_memory::VolatileSlice;
 
 use crate::random::Random;
-use crate::setup::{BITMAP, Kind, Operations, SNAPSHOT, Setup};
+use crate::setup::{BITMAP, Kind, Operations, SNAPSHOT, Setup, scratch};
 use crate::storage::{Memory, SECTOR, sector_bytes};
 
 /// Name of a bitmap that comes and goes.
@@ -60,6 +62,8 @@ pub enum Op {
     /// Another bitmap is added or removed.
     AddBitmap,
     RemoveBitmap,
+    /// A backup begins, or is read and ends.
+    Backup,
 }
 
 /// What of the header is amended.
@@ -193,7 +197,8 @@ impl<'a> Maker<'a> {
             let i = random.below(self.snapshots.len() as u64);
             self.snapshots[i as usize].0
         };
-        match (self.setup.operations, random.below(4)) {
+        match (self.setup.operations, random.below(5)) {
+            (_, 4) => Op::Backup,
             (Operations::Snapshots, 1) if few => Op::Take {
                 snapshot: self.stamp,
             },
@@ -324,7 +329,10 @@ pub struct Session<'a> {
     options: &'a OpenOptions,
     image: Memory,
     data: Memory,
-    disk: Option<LiveDisk>,
+    disk: Option<Arc<LiveDisk>>,
+    /// A backup, and what the disk held when it began.
+    backup: Option<(Backup, Vec<u8>)>,
+    scratch: TempDir,
 }
 
 impl<'a> Session<'a> {
@@ -340,8 +348,10 @@ impl<'a> Session<'a> {
             image,
             data,
             disk: None,
+            backup: None,
+            scratch: scratch(),
         };
-        session.disk = Some(LiveDisk::new(session.qcow2()?));
+        session.disk = Some(Arc::new(LiveDisk::new(session.qcow2()?)));
         Ok(session)
     }
 
@@ -356,6 +366,17 @@ impl<'a> Session<'a> {
 
     /// Carries out `op`.
     pub fn perform(&mut self, op: &Op) -> Result<()> {
+        if matches!(op, Op::Backup) && self.backup.is_none() {
+            return self.begin_backup();
+        }
+        // A backup is not told of what is done to the image by those who know that it is one.
+        let ends_backup = matches!(op, Op::Backup | Op::Resize { .. } | Op::Compress { .. });
+        if op.is_exclusive() || ends_backup {
+            self.end_backup()?;
+        }
+        if matches!(op, Op::Backup) {
+            return Ok(());
+        }
         if !op.is_exclusive() {
             return request(self.disk(), op);
         }
@@ -371,9 +392,52 @@ impl<'a> Session<'a> {
             }
             _ => {}
         }
-        self.disk = Some(LiveDisk::new(self.qcow2()?));
+        self.disk = Some(Arc::new(LiveDisk::new(self.qcow2()?)));
         Ok(())
     }
+
+    /// A backup of all of the disk begins.
+    fn begin_backup(&mut self) -> Result<()> {
+        let options = BackupOptions {
+            scratch_dir: Some(self.scratch.path().to_owned()),
+            ..BackupOptions::default()
+        };
+        let content = content(self.disk())?;
+        let disk = self.disk.as_ref().unwrap();
+        self.backup = Some((LiveDisk::begin_backup(disk, &options)?, content));
+        Ok(())
+    }
+
+    /// The backup ends, if there is one, after it has been read.
+    fn end_backup(&mut self) -> Result<()> {
+        let Some((backup, expected)) = self.backup.take() else {
+            return Ok(());
+        };
+        let mut found = vec![0; expected.len()];
+        let mut buffer = vec![0; 1 << 20];
+        let mut at = 0;
+        while at < backup.size() {
+            let chunk = backup.read(at, &mut buffer)?;
+            let mut bytes = &buffer[..chunk.bytes];
+            for extent in chunk.extents.iter().filter(|extent| !extent.is_zero) {
+                let (data, rest) = bytes.split_at(extent.len as usize);
+                found[extent.offset as usize..][..data.len()].copy_from_slice(data);
+                bytes = rest;
+            }
+            at = chunk.next;
+            backup.release(at)?;
+        }
+        if found != expected {
+            return Err(Error::Option("the backup is wrong".to_owned()));
+        }
+        backup.finish()
+    }
+}
+
+fn content(disk: &dyn Disk) -> Result<Vec<u8>> {
+    let mut bytes = vec![0; disk.size() as usize];
+    disk.read_at(&[VolatileSlice::from(&mut bytes[..])], 0)?;
+    Ok(bytes)
 }
 
 /// Carries out `op`, which a guest asks for.

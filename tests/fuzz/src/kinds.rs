@@ -1,7 +1,7 @@
 //! Valid images of all kinds.
 
 use std::path::Path;
-use std::sync::LazyLock;
+use std::sync::{Arc, LazyLock};
 
 use tandem_block::qcow2::{
     AmendOptions, BackingFormat, BitmapEditor, CompressionType, CreateOptions, DataFileLayout,
@@ -43,7 +43,7 @@ pub static KINDS: LazyLock<Vec<Kind>> = LazyLock::new(|| {
     vec![
         make(&plain, &[compress, snapshot, bitmaps]),
         make(&with(&|o| o.version = 2), &[compress, snapshot]),
-        make(&plain, &[]),
+        make(&with(&|o| o.cluster_size = 2048), &[]),
         make(
             &with(&|o| {
                 o.compression_type = CompressionType::Zstd;
@@ -106,9 +106,9 @@ pub static BELOW: LazyLock<Vec<u8>> =
     LazyLock::new(|| (0..BACKING_LEN).map(|n| (n >> 9) as u8 | 1).collect());
 
 /// What the images that have a backing file lie on.
-pub fn below() -> Box<dyn Disk> {
+pub fn below() -> Arc<dyn Disk> {
     let storage = Box::new(Memory::new(BELOW.clone()));
-    Box::new(Raw::with_storage(Path::new("below"), storage, true).unwrap())
+    Arc::new(Raw::with_storage(Path::new("below"), storage, true).unwrap())
 }
 
 /// An image in use.

@@ -46,10 +46,10 @@ pub struct BackupInfo {
     pub scratch_peak: u64,
     /// The most that there may be.
     pub scratch_size: u64,
-    /// Whether it is `active`, or has `failed`.
+    /// Whether it is `running`, or has `failed`.
     pub state: &'static str,
     /// Why it has failed.
-    pub failure: Option<String>,
+    pub error: Option<String>,
 }
 
 impl Control {
@@ -153,10 +153,10 @@ impl Running {
             scratch_peak: status.scratch_peak,
             scratch_size: status.scratch_size,
             state: match status.state {
-                BackupState::Active => "active",
+                BackupState::Active => "running",
                 BackupState::Failed => "failed",
             },
-            failure: status.failure,
+            error: status.failure,
         }
     }
 }

@@ -3,13 +3,15 @@
 use std::io::{self, BufRead, BufReader, Read};
 use std::mem;
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use rustix::io::Errno;
 use rustix::net::{SendFlags, send, sockopt};
 use rustix::process::geteuid;
 
 use super::protocol::{self, MAX_LINE, RequestError};
-use super::{Control, VmState, lock};
+use super::{Control, lock};
 
 /// How long a client may take to make room for an answer, before it is given up.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -17,15 +19,24 @@ const PATIENCE: Duration = Duration::from_secs(1);
 /// How long a client may take no byte of what follows an answer.
 const PAYLOAD_PATIENCE: Duration = Duration::from_secs(30);
 
-/// Serves a client until it has gone, cannot be understood any more, or takes no answers.
-pub(super) fn serve(control: &Control, stream: &UnixStream) -> io::Result<()> {
+/// Most bytes that are sent at once: of more, the system waits for each part as long as for the whole.
+const PIECE: usize = 32 << 10;
+
+/// Serves a client until it has gone, cannot be understood any more, or takes no answers, or the socket
+/// `is_over`.
+pub(super) fn serve(
+    control: &Control,
+    stream: &UnixStream,
+    is_over: &AtomicBool,
+) -> io::Result<()> {
     if !is_permitted(stream)? {
         return write(stream, &RequestError::NotPermitted.answer(None));
     }
     let mut reader = BufReader::new(stream);
     let mut line = Vec::new();
     let mut payload = Payload::take(control);
-    loop {
+    // Requests that have been sent already do not hold up the end.
+    while !is_over.load(Ordering::Acquire) {
         line.clear();
         // One byte more than there may be, and the end of the line.
         let limit = MAX_LINE as u64 + 2;
@@ -40,9 +51,10 @@ pub(super) fn serve(control: &Control, stream: &UnixStream) -> io::Result<()> {
         }
         if !text.is_empty() {
             write(stream, &protocol::answer(control, text, &mut payload.bytes))?;
-            write_payload(control, stream, &payload.bytes)?;
+            write_payload(stream, &payload.bytes, is_over)?;
         }
     }
+    Ok(())
 }
 
 /// Room for what follows answers. Clients use it one after another: an allocator keeps what a thread has
@@ -76,45 +88,88 @@ fn is_permitted(stream: &UnixStream) -> io::Result<bool> {
 
 /// Sends a whole line. A client that has gone is an error, not a signal.
 pub(super) fn write(stream: &UnixStream, line: &str) -> io::Result<()> {
+    write_soon(stream, line.as_bytes())
+}
+
+/// Sends all of `bytes`, for which the client has [`PATIENCE`] in all.
+fn write_soon(stream: &UnixStream, bytes: &[u8]) -> io::Result<()> {
     let end = Instant::now() + PATIENCE;
-    let mut rest = line.as_bytes();
+    let mut rest = bytes;
     while !rest.is_empty() {
         let patience = end.saturating_duration_since(Instant::now());
         // None left is an error.
         stream.set_write_timeout(Some(patience))?;
-        match send(stream, rest, SendFlags::NOSIGNAL) {
-            Ok(count) => rest = &rest[count..],
-            Err(rustix::io::Errno::INTR) => {}
+        rest = &rest[send_piece(stream, rest)?..];
+    }
+    Ok(())
+}
+
+/// Sends what follows an answer. A client may take its time for it, unless the socket `is_over`.
+fn write_payload(stream: &UnixStream, bytes: &[u8], is_over: &AtomicBool) -> io::Result<()> {
+    let mut rest = bytes;
+    let mut end = Instant::now() + PAYLOAD_PATIENCE;
+    stream.set_write_timeout(Some(PATIENCE))?;
+    while !rest.is_empty() {
+        if is_over.load(Ordering::Acquire) {
+            return write_soon(stream, rest);
+        }
+        match send_piece(stream, rest) {
+            Ok(count) => {
+                rest = &rest[count..];
+                end = Instant::now() + PAYLOAD_PATIENCE;
+            }
+            Err(Errno::AGAIN) if Instant::now() < end => {}
             Err(error) => return Err(error.into()),
         }
     }
     Ok(())
 }
 
-/// Sends what follows an answer. A client may take its time for it, unless the VM ends.
-fn write_payload(control: &Control, stream: &UnixStream, bytes: &[u8]) -> io::Result<()> {
-    let mut rest = bytes;
-    let mut end = Instant::now() + PAYLOAD_PATIENCE;
-    stream.set_write_timeout(Some(PATIENCE))?;
-    while !rest.is_empty() {
-        match send(stream, rest, SendFlags::NOSIGNAL) {
-            Ok(count) => {
-                rest = &rest[count..];
-                end = Instant::now() + PAYLOAD_PATIENCE;
-            }
-            Err(rustix::io::Errno::INTR) => {}
-            Err(rustix::io::Errno::AGAIN)
-                if Instant::now() < end && control.state() != VmState::Ended => {}
-            Err(error) => return Err(error.into()),
-        }
-    }
-    Ok(())
+/// Sends some of `bytes`, and returns how many.
+fn send_piece(stream: &UnixStream, bytes: &[u8]) -> rustix::io::Result<usize> {
+    let piece = &bytes[..bytes.len().min(PIECE)];
+    rustix::io::retry_on_intr(|| send(stream, piece, SendFlags::NOSIGNAL))
 }
 
 #[cfg(test)]
 mod tests {
     use super::super::test_common::control;
     use super::*;
+    use std::thread;
+
+    const BYTES: usize = 8 << 20;
+
+    /// Whether `send` gives up a client that takes a little now and then, however long that would take.
+    fn gives_up(send: impl Fn(&UnixStream) -> io::Result<()>) -> bool {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let slow = thread::spawn(move || {
+            let mut buffer = vec![0; 16 << 10];
+            let mut taken = 0;
+            loop {
+                match (&theirs).read(&mut buffer).unwrap() {
+                    0 => return taken,
+                    count => taken += count,
+                }
+                thread::sleep(Duration::from_millis(10));
+            }
+        });
+        let sent = send(&ours);
+        drop(ours);
+        sent.is_err() && slow.join().unwrap() < BYTES
+    }
+
+    #[test]
+    fn an_answer_is_taken_soon() {
+        let line = "x".repeat(BYTES);
+        assert!(gives_up(|stream| write(stream, &line)));
+    }
+
+    #[test]
+    fn who_reads_slowly_does_not_hold_up_the_end() {
+        let payload = vec![0; BYTES];
+        let is_over = AtomicBool::new(true);
+        assert!(gives_up(|stream| write_payload(stream, &payload, &is_over)));
+    }
 
     #[test]
     fn the_next_client_uses_the_memory_of_the_last_one() {

@@ -1,7 +1,7 @@
 //! Why an operation on a VM failed.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::sandbox::hint;
 
@@ -40,12 +40,21 @@ pub enum ControlError {
     NeedsSize,
 
     /// The disk could not do it.
-    #[error("disk '{}': {source}{}", path.display(), hint(source))]
+    #[error("{}{source}{}", named(path, source), hint(source))]
     Disk {
         /// The image.
         path: PathBuf,
         /// Why.
         source: tandem_block::Error,
+    },
+
+    /// A job is under way on the disk.
+    #[error("job {job} is under way on disk {disk}: wait for its end, or have it cancelled")]
+    Busy {
+        /// What the guest calls the disk.
+        disk: String,
+        /// The job.
+        job: u64,
     },
 
     /// There is no such job.
@@ -60,4 +69,13 @@ pub enum ControlError {
         /// The system's answer.
         source: io::Error,
     },
+}
+
+/// What a message about `error` of the image at `path` begins with, unless it names the image anyway.
+fn named(path: &Path, error: &tandem_block::Error) -> String {
+    let image = format!("'{}'", path.display());
+    match error.to_string().contains(&image) {
+        true => String::new(),
+        false => format!("disk {image}: "),
+    }
 }

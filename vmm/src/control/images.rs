@@ -24,8 +24,8 @@ impl Control {
     /// guest's requests wait. Returns the number of the [job](Self::jobs).
     ///
     /// # Errors
-    /// [`ControlError::NoSuchDisk`], [`ControlError::Ended`], [`ControlError::Disk`],
-    /// [`ControlError::Host`]. What goes wrong later is told by the job; the disk goes on as it was.
+    /// [`ControlError::NoSuchDisk`], [`ControlError::Ended`], [`ControlError::Busy`],
+    /// [`ControlError::Disk`], [`ControlError::Host`]. What goes wrong later is told by the job; the disk goes on as it was.
     pub fn commit(
         &self,
         index: usize,

@@ -12,7 +12,7 @@ use tandem_block::{LiveReport, Progress};
 use super::{Control, ControlError, lock};
 use crate::sandbox::hint;
 
-/// Most jobs that are remembered, unless more go on.
+/// Most jobs that are remembered, unless more go on: one on each disk.
 const REMEMBERED: usize = 16;
 
 /// What jobs there are.
@@ -64,13 +64,10 @@ pub struct JobInfo {
     /// How many there are, as far as is known: more when the guest writes.
     pub total: u64,
     /// Microseconds that the guest's requests had to wait for it at a stretch, at most.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub stopped_us: Option<u64>,
     /// What has gone wrong that is not needed for the disk as it is now.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub warning: Option<String>,
     /// Why it has failed.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
 }
 
@@ -149,8 +146,12 @@ impl Jobs {
         }
     }
 
-    fn add(&self, kind: &'static str, disk: String) -> Arc<Job> {
+    fn add(&self, kind: &'static str, disk: String) -> Result<Arc<Job>, ControlError> {
         let mut state = lock(&self.0);
+        let is_in_its_way = |job: &&Arc<Job>| job.disk == disk && !job.is_over();
+        if let Some(job) = state.jobs.iter().find(is_in_its_way) {
+            return Err(ControlError::Busy { disk, job: job.id });
+        }
         state.last += 1;
         let job = Arc::new(Job {
             id: state.last,
@@ -167,7 +168,7 @@ impl Jobs {
             state.jobs.remove(oldest);
         }
         state.jobs.push_back(job.clone());
-        job
+        Ok(job)
     }
 }
 
@@ -199,7 +200,7 @@ impl Control {
         operation: impl FnOnce(Progress<'_>) -> tandem_block::Result<LiveReport> + Send + 'static,
     ) -> Result<u64, ControlError> {
         let _operation = self.begin()?;
-        let job = self.0.jobs.add(kind, disk);
+        let job = self.0.jobs.add(kind, disk)?;
         let (control, run) = (self.clone(), job.clone());
         let body = move || {
             // The end of the VM waits for this.

@@ -53,6 +53,7 @@ impl RequestError {
             Self::Control(error) => match error {
                 ControlError::NoSuchDisk(_) => "no-such-disk",
                 ControlError::NoSuchJob(_) => "no-such-job",
+                ControlError::Busy { .. } => "busy",
                 ControlError::NoSuchBackup(_) => "no-such-backup",
                 ControlError::Ended => "ended",
                 ControlError::WouldShrink { .. } => "would-shrink",

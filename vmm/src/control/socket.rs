@@ -75,14 +75,14 @@ struct Client {
 }
 
 /// Lets clients in until it is over, and then waits for their requests under way.
-fn accept(listener: &UnixListener, control: &Control, is_over: &AtomicBool) {
+fn accept(listener: &UnixListener, control: &Control, is_over: &Arc<AtomicBool>) {
     let mut clients: Vec<Client> = Vec::new();
     while !is_over.load(Ordering::Acquire) {
         match listener.accept() {
             Ok((stream, _)) => {
                 clients.retain(|client| !client.thread.is_finished());
                 if clients.len() < MAX_CLIENTS {
-                    clients.extend(start(control.clone(), stream));
+                    clients.extend(start(control.clone(), stream, is_over.clone()));
                 } else {
                     refuse(&stream);
                 }
@@ -102,12 +102,12 @@ fn accept(listener: &UnixListener, control: &Control, is_over: &AtomicBool) {
     }
 }
 
-fn start(control: Control, stream: UnixStream) -> Option<Client> {
+fn start(control: Control, stream: UnixStream, is_over: Arc<AtomicBool>) -> Option<Client> {
     let stream = Arc::new(stream);
     let served = stream.clone();
     let body = move || {
         // An error means that the client has gone, or is given up.
-        let _ = client::serve(&control, &served);
+        let _ = client::serve(&control, &served, &is_over);
         let _ = served.shutdown(Shutdown::Both);
     };
     let thread = Builder::new().name("control-client".to_owned()).spawn(body);

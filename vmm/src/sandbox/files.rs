@@ -72,11 +72,16 @@ pub fn confine_files(rules: &FileRules) -> Result<Enforced> {
     Ok(enforced)
 }
 
+/// How the system calls `EACCES`.
+const DENIED: &str = "Permission denied";
+
 /// What a message about `error` is to end with, if that may be due to [`confine_files`].
 pub(crate) fn hint(error: &(dyn StdError + 'static)) -> &'static str {
     let mut causes = successors(Some(error), |error| (**error).source());
     let is_refused = causes.any(|cause| cause.downcast_ref().is_some_and(is_refusal));
-    match is_refused && IS_CONFINED.load(Ordering::Relaxed) {
+    // Of an image that is below another one, the message tells in words alone.
+    let is_told = error.to_string().contains(DENIED);
+    match (is_refused || is_told) && IS_CONFINED.load(Ordering::Relaxed) {
         true => "; the sandbox allows only files below the directories of --allow-dir",
         false => "",
     }

@@ -117,12 +117,14 @@ Metrics and control:
   error), and at the end. A reader that is too slow loses lines, and never holds up the VM.
   Programs of the same user, and root, send requests to the socket of --control, a JSON object on each
   line: {{\"command\":\"pause\"}}. The commands are status, disks, metrics, flush, pause, resume, resize,
-  shutdown, and those for bitmaps and backups. README.md describes both.
+  shutdown, and those for bitmaps, for backups, and for the images of a disk (fork, commit, rebase, and jobs).
+  README.md describes both.
 
 Sandbox:
   Once its files are open, and before the guest runs, tandem keeps itself to the system calls that each
   thread needs (seccomp), and from all other files (Landlock). Requests to the socket of --control may name
-  files below the directories of --allow-dir. A forbidden system call ends it, and one line says which it was.
+  files below the directories of --allow-dir: new images, the base of a commit, and where a backup has its
+  scratch file. A forbidden system call ends it, and one line says which it was.
 
 Exit status:
   0      The guest powered off or restarted (also after a panic), or Ctrl-A X was typed
@@ -140,6 +142,10 @@ Examples:
   Four CPUs, 2 GiB of memory, a second disk that is raw, console into a file:
     tandem run --kernel vmlinuz --initrd initrd.img --memory 2G --cpus 4 \\
         --disk root.qcow2,serial=root --disk scratch.raw,format=raw --serial file=console.log
+
+  A machine whose disk is backed up, forked and committed while it runs (--allow-dir: in its directory):
+    tandem run --kernel vmlinuz --initrd initrd.img \\
+        --disk /vm/root.qcow2 --control /run/vm/socket --allow-dir /vm
 
   An image whose data file has moved, not to be written:
     tandem run --kernel vmlinuz --initrd initrd.img \\

@@ -49,11 +49,16 @@ Front ends:
   shared. The disk is flushed when a front end disconnects. A socket that is there already and that
   nobody listens on is replaced.
 
+Sandbox:
+  Once the disk and the socket are there, tandem keeps itself to the system calls that it needs (seccomp), and
+  from all other files (Landlock). A forbidden system call ends it, and one line says which it was.
+
 Exit status:
   1      The disk or the socket could not be opened, or the disk could not be flushed at the end
   2      The command line is wrong
   Killed by SIGTERM, SIGINT, SIGHUP or SIGQUIT (a shell shows 128 + number): the same, after requests under
-  way have been completed, the disk has been flushed and closed, and the socket has been removed
+  way have been completed, the disk has been flushed and closed, and the socket has been removed; by SIGSYS:
+  the sandbox has forbidden something
   A front end that breaks the protocol loses its connection, and one line tells of it; the next one is
   served.
 

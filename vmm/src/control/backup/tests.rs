@@ -84,8 +84,13 @@ fn a_backup_is_read_over_the_socket() {
         write(&control, index, SIZE - 4096, 9);
         let mut content = vec![0xee; SIZE as usize];
         let read = |from: u64, max: u64| json!({"command": "backup-read", "backup": id, "from": from, "max": max});
-        let next = client.read(&read(0, 1000), &mut content);
-        assert_eq!(next, 1000);
+        let (kind, message) = client.refused(&read(0, 0));
+        assert_eq!(
+            (&*kind, &*message),
+            ("bad-argument", "max: there is nothing in 0 bytes")
+        );
+        let some = json!({"command": "backup-read", "backup": id, "from": 0, "max": "1K"});
+        assert_eq!(client.read(&some, &mut content), 1024);
         drop(client);
         content[500..].fill(0xee);
         let mut client = Client::new(&path);
@@ -108,8 +113,8 @@ fn a_backup_is_read_over_the_socket() {
             panic!("{list}");
         };
         assert_eq!(
-            (&listed["state"], &listed["failure"]),
-            (&json!("active"), &Value::Null)
+            (&listed["state"], &listed["error"]),
+            (&json!("running"), &Value::Null)
         );
         assert_eq!(listed["scratch_peak"], 2 * 65536);
         let end = json!({"command": "backup-end", "backup": id});

@@ -1,3 +1,4 @@
+use std::sync::{Arc, Barrier};
 use std::thread;
 use std::time::Duration;
 
@@ -69,6 +70,7 @@ fn disks_are_forked_and_committed() {
             json!({"command": "fork", "disk": disk, "overlay": path(".1"), "fork": path(".2")});
         let answer = ask(&control, request.clone());
         assert!(answer["ok"]["stopped_us"].is_u64(), "{answer}");
+        assert_eq!(answer["ok"].get("warning"), Some(&Value::Null));
         let info = ask(&control, json!({"command": "disks"}))["ok"]["disks"][disk].clone();
         let told = json!([path(".1"), "qcow2", "internal", null, SIZE, false]);
         let found = ["path", "format", "kind", "data_file", "size", "read_only"];
@@ -101,6 +103,9 @@ fn disks_are_forked_and_committed() {
                 done["stopped_us"].is_u64() && done["done"] == done["total"],
                 "{done}"
             );
+            // What there is nothing to tell of is there all the same, as everywhere.
+            let none = ["warning", "error"].map(|key| done.get(key));
+            assert_eq!(none, [Some(&Value::Null); 2]);
             assert_eq!(shown(&control, disk), 2);
         }
         let done = job(
@@ -229,6 +234,41 @@ fn what_cannot_be_is_refused() {
     control.shut_down();
     let ended = error(&control, json!({"command": "commit", "disk": 1}));
     assert!(ended.contains("has ended"), "{ended}");
+}
+
+/// However many a client asks for, there is one thread for each disk.
+#[test]
+fn a_disk_has_one_job_at_a_time() {
+    let (control, _dir) = control();
+    let (started, go_on) = (Barrier::new(2), Barrier::new(2));
+    let [started, go_on] = [started, go_on].map(Arc::new);
+    let waits = [started.clone(), go_on.clone()];
+    let operation = move |_: tandem_block::Progress<'_>| {
+        for barrier in &waits {
+            barrier.wait();
+        }
+        Err(tandem_block::Error::Cancelled)
+    };
+    control
+        .start_job("commit", "vda".to_owned(), operation)
+        .unwrap();
+    started.wait();
+    let rebase = |disk: usize| json!({"command": "rebase", "disk": disk, "backing": ""});
+    let busy = ask(&control, rebase(0))["error"].take();
+    assert_eq!(busy["kind"], "busy");
+    let message = busy["message"].as_str().unwrap();
+    assert!(
+        message.starts_with("job 1 is under way on disk vda"),
+        "{message}"
+    );
+    assert_eq!(control.jobs().len(), 1);
+    assert_eq!(job(&control, rebase(1))["state"], "done");
+    go_on.wait();
+    while control.jobs()[0].state == "running" {
+        thread::yield_now();
+    }
+    assert_eq!(control.jobs()[0].state, "cancelled");
+    assert_eq!(job(&control, rebase(0))["job"], 3);
 }
 
 #[test]

@@ -29,7 +29,7 @@ pub(super) struct Begin {
 pub(super) struct Read {
     backup: String,
     from: u64,
-    max: Option<u64>,
+    max: Option<Value>,
     release: Option<u64>,
 }
 
@@ -82,9 +82,18 @@ pub(super) fn read(
     payload: &mut Vec<u8>,
 ) -> Result<Value, RequestError> {
     let id = id(&arguments.backup)?;
-    let max = arguments.max.map_or(DEFAULT_PAYLOAD, |max| {
-        usize::try_from(max).unwrap_or(MAX_PAYLOAD).min(MAX_PAYLOAD)
-    });
+    let max = match &arguments.max {
+        None => DEFAULT_PAYLOAD,
+        Some(max) => match bytes("max", max)? {
+            // Whoever asked again and again would not come further.
+            0 => {
+                return Err(RequestError::Argument(
+                    "max: there is nothing in 0 bytes".to_owned(),
+                ));
+            }
+            max => usize::try_from(max).unwrap_or(MAX_PAYLOAD).min(MAX_PAYLOAD),
+        },
+    };
     let release = arguments.release.unwrap_or(arguments.from);
     payload.resize(max, 0);
     let chunk = control.read_backup(id, arguments.from, release, payload);

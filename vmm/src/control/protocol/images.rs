@@ -110,11 +110,8 @@ fn rebase(control: &Control, arguments: RebaseArguments) -> Result<Value, Reques
 fn fork(control: &Control, arguments: ForkArguments) -> Result<Value, RequestError> {
     let index = find(control, &arguments.disk)?;
     let report = control.fork(index, arguments.overlay, arguments.fork)?;
-    let mut answer = json!({"stopped_us": micros(&report)});
-    if let Some(warning) = &report.warning {
-        answer["warning"] = json!(warning.to_string());
-    }
-    Ok(answer)
+    let warning = report.warning.as_ref().map(ToString::to_string);
+    Ok(json!({"stopped_us": micros(&report), "warning": warning}))
 }
 
 fn cancel(control: &Control, arguments: JobArguments) -> Result<Value, RequestError> {

@@ -173,6 +173,11 @@ fn mistakes() {
         let (found, text) = error(&control, &request);
         assert_eq!(found, kind, "{request}: {text}");
         assert!(text.contains(message), "{request}: {text}");
+        // Which image it is, once.
+        let image = dir.path().join("b").display().to_string();
+        let is_named = kind == "disk" && request.contains("\"disk\":1");
+        let names = text.matches(&image).count();
+        assert_eq!(names, usize::from(is_named), "{request}: {text}");
     }
     assert!(std::fs::read(dir.path().join("b")).unwrap() == before);
     control.shut_down();

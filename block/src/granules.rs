@@ -9,7 +9,7 @@ const WORD_BITS: u64 = u64::BITS as u64;
 
 /// A set of granules, which are numbered from 0. It takes memory for those parts of the disk in which
 /// there was ever one.
-pub(super) struct Granules {
+pub(crate) struct Granules {
     words: Words,
     count: u64,
 }
@@ -26,8 +26,24 @@ impl Granules {
     /// Adds those of `range`.
     pub fn insert(&self, range: Range<u64>) {
         for (index, mask) in self.masks(range) {
-            self.words.make(index).fetch_or(mask, Ordering::Relaxed);
+            let word = self.words.make(index);
+            // One that is there already leaves the line to all processors.
+            if word.load(Ordering::Relaxed) & mask != mask {
+                word.fetch_or(mask, Ordering::Relaxed);
+            }
         }
+    }
+
+    /// Takes all of them out, into a set of their own. Nobody adds any meanwhile.
+    pub fn take(&self) -> Self {
+        let taken = Self::new(self.count);
+        for index in self.words.indices(0) {
+            match self.words.make(index).swap(0, Ordering::Relaxed) {
+                0 => {}
+                word => taken.words.make(index).store(word, Ordering::Relaxed),
+            }
+        }
+        taken
     }
 
     /// Takes out those of `range`. Whoever finds that they are gone sees what was done before.
@@ -57,6 +73,14 @@ impl Granules {
     pub fn run(&self, range: Range<u64>) -> Option<Range<u64>> {
         let start = self.first(range.clone(), |word| word)?;
         let end = self.first(start..range.end, |word| !word);
+        Some(start..end.unwrap_or(range.end))
+    }
+
+    /// The first ones in `range` that follow each other and are not in the set.
+    pub fn gap(&self, range: Range<u64>) -> Option<Range<u64>> {
+        let range = range.start..range.end.min(self.count);
+        let start = self.first(range.clone(), |word| !word)?;
+        let end = self.first(start..range.end, |word| word);
         Some(start..end.unwrap_or(range.end))
     }
 
@@ -114,6 +138,14 @@ mod tests {
         assert_eq!(granules.run(4..1000), Some(60..64));
         assert_eq!(granules.run(64..1000), Some(128..200));
         assert!(granules.any(63..64) && granules.any(0..1000));
+        assert_eq!(granules.gap(0..1000), Some(0..3));
+        assert_eq!(granules.gap(60..1000), Some(64..128));
+        assert_eq!(granules.gap(200..u64::MAX), Some(200..990));
+        assert_eq!(granules.gap(990..u64::MAX), None);
+        let taken = granules.take();
+        assert_eq!((granules.count(0..1000), taken.count(0..1000)), (0, 87));
+        assert_eq!(taken.run(4..1000), Some(60..64));
+        let granules = taken;
         assert!(!granules.any(64..128) && !granules.any(5..5) && !granules.any(1000..1001));
     }
 }

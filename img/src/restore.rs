@@ -370,13 +370,27 @@ fn apply_one(
     let header = reader.header().clone();
     let is_first = !header.is_incremental && header.start == 0;
     sink.begin(header.size).map_err(Broken::Sink)?;
+    let mut end = header.start;
     let mut data = Vec::new();
-    while let Some(extent) = reader.next(&mut data).map_err(Broken::Stream)? {
+    loop {
+        let extent = reader.next(&mut data).map_err(Broken::Stream)?;
+        let offset = extent.map_or(header.size, |extent| extent.offset);
+        // What a full backup does not tell is zero.
+        if !header.is_incremental && offset > end {
+            let gap = ChunkExtent {
+                offset: end,
+                len: offset - end,
+                is_zero: true,
+            };
+            let written = sink.write(gap, &mut [], is_first);
+            written.map_err(Broken::Sink)?;
+        }
+        let Some(extent) = extent else { return Ok(()) };
         let written = sink.write(extent, &mut data, is_first);
         written.map_err(Broken::Sink)?;
+        end = extent.offset + extent.len;
         if let Some(progress) = progress {
-            progress.set(extent.offset + extent.len, header.size);
+            progress.set(end, header.size);
         }
     }
-    Ok(())
 }

@@ -2,6 +2,8 @@
 
 use std::fs;
 
+use tandem_block::backup_stream::{Header, StreamWriter};
+
 use crate::run::{Place, words};
 
 /// Runs `tandem-img`, which must succeed and say nothing.
@@ -288,4 +290,30 @@ fn streams_that_do_not_fit() {
         assert!(steps <= 2, "{shown}");
     }
     assert!(bitmaps(&place, "disk").contains("name: b"));
+}
+
+/// What no record of a full backup tells is zero, whatever the target held.
+#[test]
+fn what_a_full_backup_does_not_tell_is_zero() {
+    let place = Place::tandem();
+    let header = Header {
+        id: [1; 16].into(),
+        is_incremental: false,
+        base: None,
+        size: 1 << 20,
+        granularity: 65536,
+        start: 0,
+        bitmap: Vec::new(),
+    };
+    let mut stream = StreamWriter::new(Vec::new(), &header).unwrap();
+    stream.data(65536, &[1; 65536]).unwrap();
+    fs::write(place.path("stream"), stream.finish().unwrap()).unwrap();
+    let mut expected = vec![0; 1 << 20];
+    expected[65536..131_072].fill(1);
+    fs::write(place.path("old"), [2; 1 << 20]).unwrap();
+    quietly(&place, "restore -n stream old");
+    quietly(&place, "restore stream new");
+    for name in ["old", "new"] {
+        assert!(fs::read(place.path(name)).unwrap() == expected, "{name}");
+    }
 }

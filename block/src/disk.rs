@@ -263,7 +263,7 @@ pub trait Disk: Send + Sync {
     ///
     /// # Errors
     /// Those of `flush`. What could not be stored is marked as such in the image: it is not wrong, but
-    /// of no use any more.
+    /// of no use any more. Then another call fails, too.
     fn close(&self) -> Result<()> {
         self.flush()
     }

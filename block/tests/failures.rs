@@ -278,3 +278,20 @@ fn two_flushes_at_once() {
         }
     });
 }
+
+/// Nobody takes what a failed close has lost for stored because closing it again does nothing.
+#[test]
+fn a_close_that_failed_does_not_succeed_later() {
+    let (_dir, path, _) = image(false);
+    let faults = Arc::new(Faults::default());
+    let disk = open(&path, None, &faults);
+    write(&disk, 0).unwrap();
+    faults.syncs.store(true, Ordering::Relaxed);
+    assert!(disk.close().is_err());
+    faults.syncs.store(false, Ordering::Relaxed);
+    assert!(matches!(disk.close(), Err(Error::Closed { .. })));
+    drop(disk);
+    let disk = open(&path, None, &faults);
+    disk.close().unwrap();
+    disk.close().unwrap();
+}

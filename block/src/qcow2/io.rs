@@ -184,11 +184,20 @@ impl Disk for Qcow2 {
     }
 
     fn close(&self) -> Result<()> {
-        if self.read_only || self.closed.swap(true, Ordering::AcqRel) {
-            Ok(())
-        } else {
-            self.store_all()
+        if self.read_only {
+            return Ok(());
         }
+        if !self.closed.swap(true, Ordering::AcqRel) {
+            let stored = self.store_all();
+            self.is_lost.store(stored.is_err(), Ordering::Release);
+            return stored;
+        }
+        if self.is_lost.load(Ordering::Acquire) {
+            // What could not be stored then is not stored now.
+            let file = self.image.path.clone();
+            return Err(Error::Closed { file });
+        }
+        Ok(())
     }
 }
 

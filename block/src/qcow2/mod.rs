@@ -191,6 +191,8 @@ pub struct Qcow2 {
     corrupt: AtomicBool,
     /// Everything has been stored for the last time.
     closed: AtomicBool,
+    /// That has failed.
+    is_lost: AtomicBool,
     /// `None` in an image that is open read-only.
     bitmaps: Option<Bitmaps>,
     /// `None` in an image that is open read-only.

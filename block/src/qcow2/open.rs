@@ -259,6 +259,7 @@ impl Qcow2 {
             decompressed: Mutex::default(),
             corrupt: AtomicBool::new(false),
             closed: AtomicBool::new(false),
+            is_lost: AtomicBool::new(false),
             bitmaps,
             refcounts,
             ranges: RangeLocks::default(),

@@ -8,7 +8,6 @@ use alloc::vec::Vec;
 use crate::cases::{Outcome, filled};
 use crate::content;
 use crate::disk::{Direction, Disk, Transfer, transfer};
-use crate::println;
 
 /// `start` is different for each start of the guest.
 pub fn run(start: &str, disks: &mut [Disk]) -> Outcome {

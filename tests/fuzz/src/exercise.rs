@@ -60,6 +60,11 @@ impl Files {
         )
     }
 
+    /// Whether a call on one of them has failed; who drops a disk is not told.
+    fn have_failed(&self) -> bool {
+        self.image.has_failed() || self.data.as_ref().is_some_and(Memory::has_failed)
+    }
+
     fn check(&self, repair: Repair) -> Result<Checked> {
         let mut findings = String::new();
         let report = check_storage(
@@ -230,6 +235,7 @@ impl<'f> Session<'f> {
         if !self.is_trusted {
             return;
         }
+        self.is_sane &= !self.files.have_failed();
         match self.files.check(Repair::Nothing) {
             Ok(report) if !self.is_sane => assert!(report.is_sound(), "{report:?}"),
             Ok(report) => assert!(report.is_clean(), "{report:?}"),
@@ -241,6 +247,7 @@ impl<'f> Session<'f> {
     fn note<T>(&mut self, result: Result<T>) -> bool {
         feedback::note(&[self.last, usize::from(result.is_ok())]);
         match &result {
+            _ if self.files.have_failed() => self.is_sane = false,
             Err(Error::Io { .. }) => self.is_sane = false,
             // There may be more references than can be counted.
             Err(Error::Invalid { reason, .. }) if reason.contains("cannot become larger") => {

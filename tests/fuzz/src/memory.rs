@@ -14,7 +14,7 @@ const ROOM: u64 = 1 << 20;
 #[derive(Clone, Debug, Default)]
 pub struct Memory {
     bytes: Arc<Mutex<Vec<u8>>>,
-    is_changed: Arc<AtomicBool>,
+    has_failed: Arc<AtomicBool>,
 }
 
 impl Memory {
@@ -29,16 +29,18 @@ impl Memory {
         self.bytes.lock().unwrap()
     }
 
-    /// Whether there have been changes since the last call.
-    pub fn take_changed(&self) -> bool {
-        self.is_changed.swap(false, Ordering::Relaxed)
+    /// Whether something did not fit.
+    pub fn has_failed(&self) -> bool {
+        self.has_failed.load(Ordering::Relaxed)
     }
 
     /// The bytes, with room for `len` at `offset`.
     fn grown(&self, offset: u64, len: u64) -> io::Result<MutexGuard<'_, Vec<u8>>> {
-        self.is_changed.store(true, Ordering::Relaxed);
-        let end = offset.checked_add(len).filter(|end| *end <= ROOM);
-        let end = end.ok_or(io::ErrorKind::StorageFull)? as usize;
+        let Some(end) = offset.checked_add(len).filter(|end| *end <= ROOM) else {
+            self.has_failed.store(true, Ordering::Relaxed);
+            return Err(io::ErrorKind::StorageFull.into());
+        };
+        let end = end as usize;
         let mut bytes = self.bytes();
         if end > bytes.len() {
             bytes.resize(end, 0);
@@ -102,7 +104,6 @@ impl Storage for Memory {
     }
 
     fn write_zeroes(&self, offset: u64, len: u64, _: bool) -> io::Result<()> {
-        self.is_changed.store(true, Ordering::Relaxed);
         let mut bytes = self.bytes();
         let size = bytes.len() as u64;
         let end = offset.checked_add(len).ok_or(io::ErrorKind::InvalidInput)?;

@@ -11,8 +11,8 @@ use std::path::Path;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use tandem_block::Disk;
 use tandem_block::qcow2::{CreateOptions, DataFileLayout, OpenOptions, Qcow2, create};
+use tandem_block::{CacheMode, Disk, FileOptions};
 use vm_memory::VolatileSlice;
 
 /// The system's allocator, and how many bytes it has given out.
@@ -54,6 +54,11 @@ const MARGIN: usize = 1 << 20;
 fn stays_within_its_limit(path: &Path, writes: u64) {
     let options = OpenOptions {
         l2_cache_size: LIMIT,
+        // Memory is what this is about, and each table that has to go would wait for a sync.
+        files: FileOptions {
+            cache: CacheMode::Unsafe,
+            ..FileOptions::default()
+        },
         ..OpenOptions::default()
     };
     let mut buffer = [7; 512];

@@ -325,7 +325,8 @@ fn judge(table: &[Sample]) -> Result<()> {
     };
     // Half against half: a leak is not a spread around one value.
     let (early, late) = settled.split_at(settled.len() / 2);
-    let most = |samples: &[Sample], of: fn(&Sample) -> u64| samples.iter().map(of).max();
+    let most =
+        |samples: &[Sample], of: fn(&Sample) -> u64| samples.iter().map(of).max().unwrap_or(0);
     for (what, of, limit) in [
         (
             "KiB of memory",
@@ -338,9 +339,9 @@ fn judge(table: &[Sample]) -> Result<()> {
         ("threads", |s| s.threads as u64, 8),
     ] {
         let (before, after) = (most(early, of), most(late, of));
-        let grown = after.unwrap_or(0).saturating_sub(before.unwrap_or(0));
+        let grown = after.saturating_sub(before);
         println!(
-            "{what}: at most {before:?}, then {after:?}; spread {}",
+            "{what}: at most {before}, then {after}; spread {}",
             spread(of)
         );
         if grown > limit {

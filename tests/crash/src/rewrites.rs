@@ -535,3 +535,25 @@ fn compress_at(files: &mut Files, offset: u64) {
     drop(disk);
     *files = Files::of(&image, &data);
 }
+
+/// A raw disk has one of its sizes, and the last one when that has been made; what it gains is zero.
+pub fn resizing_a_raw_disk(run: &mut Run) {
+    let start = Files {
+        image: Vec::new(),
+        data: vec![7; SIZE],
+    };
+    let sizes = [SIZE, SIZE + 5120, SIZE / 2];
+    let resize = |_, data| {
+        let disk = Raw::with_storage(Path::new("raw"), Box::new(data), false).unwrap();
+        for size in sizes {
+            disk.resize(size as u64).unwrap();
+        }
+    };
+    let synced = run.explore(&start, 0, resize, |state, what| {
+        let data = state.data;
+        assert!(sizes.contains(&data.len()), "{what}: {}", data.len());
+        let has = |(i, byte): (usize, &u8)| *byte == if i < SIZE { 7 } else { 0 };
+        assert!(data.iter().enumerate().all(has), "{what}");
+    });
+    assert_eq!(synced.data.len(), SIZE / 2);
+}

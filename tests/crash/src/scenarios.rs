@@ -8,7 +8,7 @@ use crate::{commits, killed, operations, rewrites};
 /// Explores an operation; a violation panics.
 pub type Scenario = fn(&mut Run);
 
-pub const SCENARIOS: [(&str, Scenario); 17] = [
+pub const SCENARIOS: [(&str, Scenario); 18] = [
     ("taking-a-snapshot", operations::taking_a_snapshot),
     ("applying-a-snapshot", operations::applying_a_snapshot),
     ("deleting-a-snapshot", operations::deleting_a_snapshot),
@@ -29,6 +29,7 @@ pub const SCENARIOS: [(&str, Scenario); 17] = [
     ("amending-an-image", rewrites::amending_an_image),
     ("committing", commits::committing),
     ("emptying-a-data-file", commits::emptying_a_data_file),
+    ("resizing-a-raw-disk", rewrites::resizing_a_raw_disk),
     ("forking", killed::forking),
     ("growing-with-space", rewrites::growing_with_space),
     (

@@ -57,7 +57,7 @@ enum Task {
 
 impl Args {
     fn seeds(&self) -> u64 {
-        self.seeds.unwrap_or(if self.long { 160 } else { 6 })
+        self.seeds.unwrap_or(if self.long { 90 } else { 6 })
     }
 
     fn effort(&self) -> Effort {

@@ -130,6 +130,22 @@ fn reopened(image: Vec<u8>, what: &str) -> (Vec<u8>, Arc<Mutex<Vec<u8>>>) {
     (shown, image)
 }
 
+/// Each snapshot that there is in `image` holds what the disk had: `contents`, or `before` the operation.
+fn expect_snapshots(image: &[u8], before: &[u8], contents: &[Vec<u8>], what: &str) {
+    for snapshot in open(plain(image)).unwrap().snapshots().unwrap() {
+        let image = Arc::new(Mutex::new(image.to_vec()));
+        let disk = open(Memory::plain(Which::Image, &image)).unwrap();
+        disk.apply_snapshot(&snapshot.name).unwrap();
+        let shown = content(&open(Memory::plain(Which::Image, &image)).unwrap());
+        let expected = match &snapshot.name[..] {
+            b"s0" => &contents[0],
+            b"s1" => &contents[1],
+            _ => before,
+        };
+        assert!(shown == *expected, "{what}: a snapshot");
+    }
+}
+
 /// Whatever a failure leaves of `change`, the disk holds `before` or `after` it, and each snapshot what
 /// it should, if it is there.
 fn snapshot_operation(
@@ -162,19 +178,7 @@ fn snapshot_operation(
                 let mut image = image.lock().unwrap().clone();
                 // A bitmap that is marked as in use keeps snapshots from being applied.
                 image[AUTOCLEAR] &= !1;
-                let listed = open(plain(&image)).unwrap().snapshots().unwrap();
-                for snapshot in listed {
-                    let image = Arc::new(Mutex::new(image.clone()));
-                    let disk = open(Memory::plain(Which::Image, &image)).unwrap();
-                    disk.apply_snapshot(&snapshot.name).unwrap();
-                    let shown = content(&open(Memory::plain(Which::Image, &image)).unwrap());
-                    let expected = match &snapshot.name[..] {
-                        b"s0" => &contents[0],
-                        b"s1" => &contents[1],
-                        _ => &before,
-                    };
-                    assert!(shown == *expected, "{what}: a snapshot");
-                }
+                expect_snapshots(&image, &before, &contents, what);
             },
         );
     }
@@ -206,21 +210,9 @@ pub fn operations_without_a_dirty_bit(run: &mut Run) {
                     fill(&disk, 0, SIZE, 0xf0 + round);
                     disk.flush().unwrap();
                 }
-                let listed = disk.snapshots().unwrap();
                 drop(disk);
                 let image = image.lock().unwrap().clone();
-                for snapshot in listed {
-                    let image = Arc::new(Mutex::new(image.clone()));
-                    let disk = open(Memory::plain(Which::Image, &image)).unwrap();
-                    disk.apply_snapshot(&snapshot.name).unwrap();
-                    let shown = content(&open(Memory::plain(Which::Image, &image)).unwrap());
-                    let expected = match &snapshot.name[..] {
-                        b"s0" => &contents[0],
-                        b"s1" => &contents[1],
-                        _ => &before,
-                    };
-                    assert!(shown == *expected, "{what}: a snapshot");
-                }
+                expect_snapshots(&image, &before, &contents, what);
             },
         );
     }

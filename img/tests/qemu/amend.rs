@@ -338,7 +338,8 @@ fn refuses_what_would_be_lost() {
 fn random_changes_read_the_same() {
     for seed in 0..chains::seeds() {
         let mut random = Random::new(seed ^ 0xa3e);
-        let both = Both::new(|place| chains::make(place, &mut Random::new(seed + 500), "image", 1));
+        let both =
+            Both::in_memory(|place| chains::make(place, &mut Random::new(seed + 500), "image", 1));
         for _ in 0..4 {
             // QEMU takes long for smaller ones.
             let bits = 8 << random.below(4);

@@ -111,7 +111,7 @@ fn sound(place: &Place, image: &str) {
 
 #[test]
 fn what_qemu_reads() {
-    let both = Both::new(images);
+    let both = Both::in_memory(images);
     for (image, _) in KINDS {
         for line in [
             format!("--add -f qcow2 {image} a"),
@@ -159,7 +159,7 @@ fn what_qemu_reads() {
 /// Tables and bits are shorter than their clusters, which have held other things.
 #[test]
 fn large_clusters_that_are_used_again() {
-    let both = Both::new(|place| {
+    let both = Both::in_memory(|place| {
         place.make("create -q -f qcow2 -o cluster_size=2M image 16M");
         place.qemu_io_as("qcow2", "image", &["write 0 16M", "discard 0 16M"]);
         // What lies behind the header and the tables is free, and holds anything.
@@ -187,7 +187,7 @@ fn large_clusters_that_are_used_again() {
 /// QEMU keeps up what Tandem has added, and the other way round.
 #[test]
 fn both_follow_changes() {
-    let both = Both::new(images);
+    let both = Both::in_memory(images);
     for (image, _) in KINDS {
         both.tandem
             .run(&["bitmap", "--add", "-g", "4k", image, "a"]);

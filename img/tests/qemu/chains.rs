@@ -97,7 +97,9 @@ pub fn format(place: &Place, image: &str) -> &'static str {
 pub fn content(place: &Place, image: &str) -> Vec<u8> {
     let out = format!("{image}.content");
     let format = format(place, image);
-    let line = ["convert", "-U", "-f", format, "-O", "raw", image, &out];
+    let line = [
+        "convert", "-U", "-t", "unsafe", "-f", format, "-O", "raw", image, &out,
+    ];
     let done = place.qemu_img(&line);
     assert_eq!(done.status, Some(0), "{image}: {}", done.stderr);
     let content = fs::read(place.path(&out)).unwrap();

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use crate::run::{Both, Place, len, words};
+use crate::run::{Both, Place, words};
 
 const KINDS: [&str; 3] = ["", ",data_file=d", ",data_file=d,data_file_raw=on"];
 
@@ -62,21 +62,21 @@ fn image_with_snapshots(place: &Place, cluster_size: u64) {
 fn sound_images() {
     for cluster_size in [512, 65536, 2 << 20] {
         for kind in KINDS {
-            let both = Both::new(|place| image(place, cluster_size, kind));
+            let both = Both::in_memory(|place| image(place, cluster_size, kind));
             for options in ["", "-q", "--output=json", "-q --output=json", "-U -f qcow2"] {
                 both.same(&format!("check {options} t"));
             }
         }
     }
-    let both = Both::new(|place| image_with_snapshots(place, 4096));
+    let both = Both::in_memory(|place| image_with_snapshots(place, 4096));
     both.same("check t");
-    let both = Both::new(|place| image(place, 65536, ",extended_l2=on"));
+    let both = Both::in_memory(|place| image(place, 65536, ",extended_l2=on"));
     both.same("check t");
 }
 
 #[test]
 fn fails_the_same() {
-    let both = Both::new(|place| {
+    let both = Both::in_memory(|place| {
         image(place, 4096, ",data_file=d");
         fs::write(place.path("raw"), [7; 1000]).unwrap();
         place.make("create -q -f qcow2 -o data_file=gone alone 1M");
@@ -106,15 +106,15 @@ fn sound_places() -> Vec<(Both, String)> {
     let mut places = Vec::new();
     for cluster_size in [512, 4096] {
         for kind in KINDS {
-            let both = Both::new(|place| image(place, cluster_size, kind));
+            let both = Both::in_memory(|place| image(place, cluster_size, kind));
             places.push((both, format!("{cluster_size}{kind}")));
         }
-        let both = Both::new(|place| image_with_snapshots(place, cluster_size));
+        let both = Both::in_memory(|place| image_with_snapshots(place, cluster_size));
         places.push((both, format!("{cluster_size} with snapshots")));
     }
-    let both = Both::new(|place| image(place, 16384, ",extended_l2=on"));
+    let both = Both::in_memory(|place| image(place, 16384, ",extended_l2=on"));
     places.push((both, "subclusters".to_owned()));
-    let both = Both::new(|place| {
+    let both = Both::in_memory(|place| {
         image(place, 4096, ",data_file=d");
         place.make("bitmap --add t some");
         place.qemu_io("t", &["write 0 1M"]);
@@ -155,6 +155,10 @@ fn random_damage() {
     });
 }
 
+/// QEMU may take an offset far away for the end of the image, and would count and store refcounts up to
+/// there: such a repair is given up, and not compared.
+const SHORT: u64 = 16 << 20;
+
 /// What a repair leaves is what `qemu-img check` finds then, nothing if it says so, and the guest's
 /// data is as it was.
 #[test]
@@ -170,7 +174,7 @@ fn repairs_of_random_damage() {
             let (by_qemu, is_clean) = std::thread::scope(|scope| {
                 let by_qemu = scope.spawn(|| {
                     fs::write(qemu.path("t"), &damaged).unwrap();
-                    qemu.run(&words("check -q -r all -f qcow2 t"))
+                    qemu.qemu_img_within(SHORT, &words("check -q -r all -f qcow2 t"))
                 });
                 fs::write(tandem.path("t"), &damaged).unwrap();
                 if let Some(data) = &data {
@@ -180,8 +184,8 @@ fn repairs_of_random_damage() {
                 (by_qemu.join().unwrap(), is_clean)
             });
             clean += usize::from(is_clean);
-            // Whatever QEMU makes of it, we find no more than QEMU. It can leave terabytes.
-            if by_qemu.status == Some(0) && len(qemu, "t") < 16 << 20 {
+            // Whatever QEMU makes of it, we find no more than QEMU.
+            if by_qemu.status == Some(0) {
                 let found = fs::copy(qemu.path("t"), tandem.path("t"))
                     .map(|_| tandem.run(&words("check -q -f qcow2 t")).stderr)
                     .unwrap();
@@ -214,7 +218,7 @@ fn repair(place: &Place, mode: &str, what: &str) -> bool {
         assert!(
             content(place) == Some(before),
             "{what}: {:?}",
-            place.qemu_img(&words("convert -f qcow2 -O raw t converted"))
+            place.qemu_img(&words("convert -t unsafe -f qcow2 -O raw t converted"))
         );
     }
     left.status == Some(0)
@@ -222,7 +226,7 @@ fn repair(place: &Place, mode: &str, what: &str) -> bool {
 
 /// The disk as QEMU reads it, if it can.
 fn content(place: &Place) -> Option<Vec<u8>> {
-    let converted = place.qemu_img(&words("convert -f qcow2 -O raw t converted"));
+    let converted = place.qemu_img(&words("convert -t unsafe -f qcow2 -O raw t converted"));
     (converted.status == Some(0)).then(|| fs::read(place.path("converted")).unwrap())
 }
 
@@ -319,7 +323,7 @@ impl Random {
 #[test]
 fn what_is_repaired_is_told_first() {
     for mode in ["leaks", "all"] {
-        let both = Both::new(|place| {
+        let both = Both::in_memory(|place| {
             place.make("create -q -f qcow2 t 1M");
             place.qemu_io("t", &["write 0 256k"]);
             let mut bytes = fs::read(place.path("t")).unwrap();

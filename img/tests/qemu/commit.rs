@@ -215,7 +215,7 @@ fn random_chains_end_up_the_same() {
     for seed in 0..chains::seeds() {
         let mut random = Random::new(seed ^ 0x5eed);
         let top = 1 + random.below(3);
-        let both = Both::new(|place| {
+        let both = Both::in_memory(|place| {
             chains::make(place, &mut Random::new(seed), "image", top as u32);
         });
         let image = format!("image{top}");

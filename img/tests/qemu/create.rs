@@ -63,7 +63,11 @@ fn creates_every_kind() {
                         "create -f qcow2 -o cluster_size={cluster_size},preallocation=\
                          {preallocation}{kind} t {size}"
                     );
-                    let both = Both::empty();
+                    // Clusters of the usual size are for the file system, the others for memory.
+                    let both = match cluster_size {
+                        "64k" => Both::empty(),
+                        _ => Both::in_memory(|_| ()),
+                    };
                     both.same(&line);
                     assert_same_disk(&both, &line);
                 }
@@ -84,20 +88,17 @@ fn creates_large_images() {
         "create -f qcow2 -o cluster_size=2M t 2E",
         "create -f qcow2 t 2P",
     ] {
-        let tandem = Place::tandem();
+        let tandem = Place::in_memory();
         assert_eq!(tandem.run(&words(line)).stderr, "", "{line}");
-        let check = tandem.qemu_img(&["check", "t"]);
+        let expected = tandem.qemu_img(&["check", "t"]);
         assert_eq!(
-            check.status,
+            expected.status,
             Some(0),
             "{line}: {}{}",
-            check.stdout,
-            check.stderr
+            expected.stdout,
+            expected.stderr
         );
-        let (expected, found) = (
-            tandem.qemu_img(&["check", "t"]),
-            tandem.run(&["check", "t"]),
-        );
+        let found = tandem.run(&["check", "t"]);
         assert_eq!(found, expected, "{line}");
     }
 }

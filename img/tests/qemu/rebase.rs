@@ -198,7 +198,7 @@ fn formats_are_not_guessed() {
 fn random_chains_read_the_same() {
     for seed in 0..chains::seeds() {
         let mut random = Random::new(seed);
-        let both = Both::new(|place| {
+        let both = Both::in_memory(|place| {
             let mut random = Random::new(seed);
             chains::make(place, &mut random, "old", 3);
             chains::make(place, &mut random, "new", 2);

@@ -25,6 +25,9 @@ pub struct Place {
 const TANDEM: &str = env!("CARGO_BIN_EXE_tandem-img");
 const QEMU: &str = "/usr/bin/qemu-img";
 
+/// What all tests that run at once need in memory, and more.
+const ROOM: u64 = 2 << 30;
+
 impl Place {
     /// An empty directory for `tandem-img`.
     pub fn tandem() -> Self {
@@ -34,12 +37,15 @@ impl Place {
         }
     }
 
-    /// An empty directory for `tandem-img` in memory, where there is no waiting for disks.
+    /// An empty directory for `tandem-img` in memory, where there is no waiting for disks, if there is
+    /// room enough: in a container, `/dev/shm` may be small.
     pub fn in_memory() -> Self {
         let memory = Path::new("/dev/shm");
-        let dir = match memory.is_dir() {
-            true => tempfile::tempdir_in(memory),
-            false => tempfile::tempdir(),
+        let dir = match rustix::fs::statvfs(memory) {
+            Ok(it) if it.f_bavail.saturating_mul(it.f_frsize) >= ROOM => {
+                tempfile::tempdir_in(memory)
+            }
+            _ => tempfile::tempdir(),
         };
         Self {
             dir: dir.unwrap(),
@@ -72,6 +78,12 @@ impl Place {
     /// Runs QEMU's own program in this place, whatever the place is for.
     pub fn qemu_img(&self, args: &[&str]) -> Run {
         self.run_program(QEMU, args)
+    }
+
+    /// As [`qemu_img`](Self::qemu_img), ended by a signal where a file would become longer than `limit`.
+    pub fn qemu_img_within(&self, limit: u64, args: &[&str]) -> Run {
+        let limit = format!("--fsize={limit}");
+        self.run_program("prlimit", &[&[&limit, QEMU], args].concat())
     }
 
     /// The program of this place under the name `qemu-img`, not run yet.
@@ -201,6 +213,19 @@ impl Both {
         let both = Self {
             qemu: Place::qemu(),
             tandem: Place::tandem(),
+        };
+        both.each(prepare);
+        both
+    }
+
+    /// As [`new`](Self::new), in memory: for what no file system decides about.
+    pub fn in_memory(prepare: impl Fn(&Place) + Sync) -> Self {
+        let both = Self {
+            qemu: Place {
+                program: QEMU,
+                ..Place::in_memory()
+            },
+            tandem: Place::in_memory(),
         };
         both.each(prepare);
         both

@@ -28,6 +28,7 @@
 //! | [`control`] | a client of the control socket, and a reader of the metrics |
 //! | [`cases`] | the cases of the guest suite |
 //! | [`suite`] | the runner |
+//! | [`scratch`] | directories for tests |
 
 pub mod cases;
 pub mod control;
@@ -37,5 +38,6 @@ pub mod error;
 pub mod guest;
 pub mod lab;
 pub mod process;
+pub mod scratch;
 pub mod suite;
 pub mod tree;

@@ -58,7 +58,7 @@ fn by_tandem(image: &Image) {
 #[test]
 fn the_disk_is_the_same_as_after_qemu() {
     for kind in KINDS {
-        let images = [kind; 2].map(|kind| Image::create(kind, CLUSTER, SIZE));
+        let images = [kind; 2].map(|kind| Image::on_disk(kind, CLUSTER, SIZE));
         by_qemu(&images[0]);
         by_tandem(&images[1]);
         let [expected, found] = [&images[0], &images[1]].map(Image::read_by_qemu);

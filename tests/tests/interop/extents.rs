@@ -65,7 +65,7 @@ fn of_images() {
     for kind in KINDS {
         for cluster in [512, 4096, 65536, 2 << 20] {
             let size = (40 << 20) + 512;
-            let image = Image::create(kind, cluster, size);
+            let image = Image::on_disk(kind, cluster, size);
             image.qemu_io(&[
                 "write 3M 5M".into(),
                 "write 100k 300k".into(),

@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use tandem_block::qcow2::{CreateOptions, OpenOptions, Qcow2, create};
 use tandem_block::{CommitOptions, Disk, ForkOptions, LiveDisk, Raw, RebaseOptions};
+use tandem_tests::scratch;
 
 use crate::qemu::{at_once, command, qemu_img, read_all, run, write};
 
@@ -90,7 +91,7 @@ fn path_of(disk: &LiveDisk) -> PathBuf {
 #[test]
 fn qemu_finds_what_the_disk_had() {
     at_once(["raw", "qcow2", "data_file"], |kind| {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = scratch::in_memory();
         let path = |name: &str| dir.path().join(name);
         let base = path("base");
         let disk = if kind == "raw" {
@@ -211,7 +212,7 @@ fn kill(dir: &Path, patience: Duration) -> Vec<String> {
 #[test]
 fn what_was_flushed_is_there_when_the_process_is_killed() {
     at_once(0..4, |round| {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = scratch::in_memory();
         let options = CreateOptions {
             size: SIZE,
             cluster_size: 4096,

@@ -5,6 +5,7 @@ use std::process::{Command, Output};
 
 use tandem_block::qcow2::{OpenOptions, Qcow2};
 use tandem_block::{Disk, Result};
+use tandem_tests::scratch;
 use tempfile::TempDir;
 use vm_memory::VolatileSlice;
 
@@ -26,7 +27,7 @@ pub struct Image {
 }
 
 impl Image {
-    /// An image made by `qemu-img create`.
+    /// An image made by `qemu-img create`, in memory.
     pub fn create(kind: Kind, cluster_size: u64, size: u64) -> Self {
         Self::with_options(kind, cluster_size, size, "")
     }
@@ -34,6 +35,13 @@ impl Image {
     /// As [`create`](Self::create), with more options, each behind a comma.
     pub fn with_options(kind: Kind, cluster_size: u64, size: u64, more: &str) -> Self {
         Self::prepared(kind, cluster_size, size, |_| more.to_owned())
+    }
+
+    /// As [`create`](Self::create), on a disk: its file system may have what one in memory has not, such
+    /// as ranges that are zeroed and keep their space.
+    pub fn on_disk(kind: Kind, cluster_size: u64, size: u64) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        Self::create_in(dir, kind, cluster_size, size, |_| String::new())
     }
 
     /// As [`with_options`](Self::with_options), with the options that `prepare` returns after it has
@@ -44,7 +52,16 @@ impl Image {
         size: u64,
         prepare: impl FnOnce(&Path) -> String,
     ) -> Self {
-        let dir = tempfile::tempdir().unwrap();
+        Self::create_in(scratch::in_memory(), kind, cluster_size, size, prepare)
+    }
+
+    fn create_in(
+        dir: TempDir,
+        kind: Kind,
+        cluster_size: u64,
+        size: u64,
+        prepare: impl FnOnce(&Path) -> String,
+    ) -> Self {
         let more = prepare(dir.path());
         let data = dir.path().join("disk.raw");
         let mut options = format!("cluster_size={cluster_size}{more}");
@@ -146,7 +163,11 @@ impl Image {
         let files = [image.to_str().unwrap(), raw.to_str().unwrap()];
         run(
             "qemu-img",
-            &[&["convert", "-f", "qcow2", "-O", "raw"], &files[..]].concat(),
+            &[
+                &["convert", "-t", "unsafe", "-f", "qcow2", "-O", "raw"],
+                &files[..],
+            ]
+            .concat(),
         );
         std::fs::read(raw).unwrap()
     }
@@ -178,7 +199,7 @@ impl Image {
     /// As [`qemu_io`](Self::qemu_io), with further options.
     pub fn qemu_io_with(&self, options: &[&str], commands: &[String]) {
         let mut args = options.to_vec();
-        args.extend(["-f", "qcow2", self.path_str()]);
+        args.extend(["-t", "unsafe", "-f", "qcow2", self.path_str()]);
         for command in commands {
             args.extend(["-c", command]);
         }
@@ -269,17 +290,22 @@ pub fn write(disk: &dyn Disk, offset: u64, len: usize, byte: u8) {
 
 pub fn read(disk: &dyn Disk, offset: u64, len: usize) -> Vec<u8> {
     let mut memory = vec![0xee; len];
-    let (a, b) = memory.split_at_mut(len / 2);
+    read_into(disk, offset, &mut memory);
+    memory
+}
+
+fn read_into(disk: &dyn Disk, offset: u64, memory: &mut [u8]) {
+    let (a, b) = memory.split_at_mut(memory.len() / 2);
     disk.read_at(&[VolatileSlice::from(a), VolatileSlice::from(b)], offset)
         .unwrap();
-    memory
 }
 
 /// Reads the whole disk through the engine in pieces of an odd size.
 pub fn read_all(disk: &dyn Disk) -> Vec<u8> {
-    const PIECE: u64 = 1_000_003;
-    let size = disk.size();
-    (0..size.div_ceil(PIECE))
-        .flat_map(|i| read(disk, i * PIECE, PIECE.min(size - i * PIECE) as usize))
-        .collect()
+    const PIECE: usize = 1_000_003;
+    let mut memory = vec![0xee; disk.size() as usize];
+    for (offset, piece) in (0..).step_by(PIECE).zip(memory.chunks_mut(PIECE)) {
+        read_into(disk, offset, piece);
+    }
+    memory
 }

@@ -1,9 +1,10 @@
 //! The images, and what is found on them.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 
+use tandem_tests::scratch;
 use tempfile::TempDir;
 
 use crate::program;
@@ -95,12 +96,7 @@ pub struct Image {
 
 impl Image {
     pub fn create(kind: Kind) -> Self {
-        let memory = Path::new("/dev/shm");
-        let directory = match memory.is_dir() {
-            true => tempfile::tempdir_in(memory),
-            false => tempfile::tempdir(),
-        };
-        let directory = directory.unwrap();
+        let directory = scratch::in_memory();
         let image = Self { directory, kind };
         let size = (SECTORS * 512).to_string();
         for line in kind.prepare {

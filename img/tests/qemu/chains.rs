@@ -95,32 +95,47 @@ pub fn format(place: &Place, image: &str) -> &'static str {
 
 /// What the disk of an image reads, as QEMU sees it.
 pub fn content(place: &Place, image: &str) -> Vec<u8> {
-    let out = format!("{image}.content");
-    let format = format(place, image);
-    let line = [
-        "convert", "-U", "-t", "unsafe", "-f", format, "-O", "raw", image, &out,
-    ];
-    let done = place.qemu_img(&line);
-    assert_eq!(done.status, Some(0), "{image}: {}", done.stderr);
-    let content = fs::read(place.path(&out)).unwrap();
-    fs::remove_file(place.path(&out)).unwrap();
+    contents(place, format(place, image), &[image])
+}
+
+/// What the disks of images of this format read, one behind the other.
+fn contents(place: &Place, format: &str, images: &[&str]) -> Vec<u8> {
+    let out = "content";
+    let options = ["convert", "-U", "-t", "unsafe", "-f", format, "-O", "raw"];
+    let done = place.qemu_img(&[&options, images, &[out]].concat());
+    assert_eq!(done.status, Some(0), "{images:?}: {}", done.stderr);
+    let content = fs::read(place.path(out)).unwrap();
+    fs::remove_file(place.path(out)).unwrap();
     content
 }
 
 /// Fails unless `image` reads the same in both places and is sound.
 pub fn same_content(both: &Both, image: &str) {
-    let [expected, found] = both.each(|place| content(place, image));
-    assert!(found == expected, "{image} reads differently");
-    if format(&both.tandem, image) == "qcow2" {
-        let check = both.tandem.qemu_img(&["check", image]);
-        assert_eq!(
-            check.status,
-            Some(0),
-            "{image}: {}{}",
-            check.stdout,
-            check.stderr
-        );
-        let check = both.tandem.run(&["check", image]);
+    same_contents(both, &[image]);
+}
+
+/// Fails unless each of `images` reads the same in both places and is sound.
+pub fn same_contents(both: &Both, images: &[&str]) {
+    for wanted in ["qcow2", "raw"] {
+        let mut images = images.to_vec();
+        images.retain(|image| format(&both.tandem, image) == wanted);
+        if images.is_empty() {
+            continue;
+        }
+        let [expected, found] = both.each(|place| contents(place, wanted, &images));
+        assert!(found == expected, "one of {images:?} reads differently");
+        if wanted == "qcow2" {
+            images.iter().for_each(|image| sound(&both.tandem, image));
+        }
+    }
+}
+
+/// Fails unless both programs find nothing wrong.
+fn sound(place: &Place, image: &str) {
+    for check in [
+        place.qemu_img(&["check", image]),
+        place.run(&["check", image]),
+    ] {
         assert_eq!(
             check.status,
             Some(0),

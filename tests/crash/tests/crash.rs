@@ -1,6 +1,7 @@
 //! A part of what the command explores, which takes seconds.
 
 use std::cell::Cell;
+use std::thread;
 
 use tandem_crash::explore::Explorer;
 use tandem_crash::power::{Effort, Run, Tally};
@@ -16,13 +17,21 @@ const EFFORT: Effort = Effort {
 
 #[test]
 fn promises_hold_after_power_failures() {
-    let mut tally = Tally::default();
-    for setup in SETUPS {
-        for seed in 0..3 {
+    let of_seed = |seed| {
+        let mut tally = Tally::default();
+        for setup in SETUPS {
             let explored = Explorer::new(setup, seed, EFFORT).run_and_shrink(&mut tally);
             explored.unwrap_or_else(|found| panic!("{setup}, seed {seed}: {found}"));
         }
-    }
+        tally
+    };
+    let mut tally = Tally::default();
+    thread::scope(|scope| {
+        let seeds = [0, 1, 2].map(|seed| scope.spawn(move || of_seed(seed)));
+        for explored in seeds {
+            tally += explored.join().unwrap();
+        }
+    });
     println!("{tally:?}");
     assert!(tally.states > 10_000 && tally.by_qemu > 20);
 }

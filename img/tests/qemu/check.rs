@@ -156,7 +156,7 @@ fn random_damage() {
 }
 
 /// QEMU may take an offset far away for the end of the image, and would count and store refcounts up to
-/// there: such a repair is given up, and not compared.
+/// there: an image must not become so long, and a repair that fails for that is not compared.
 const SHORT: u64 = 16 << 20;
 
 /// What a repair leaves is what `qemu-img check` finds then, nothing if it says so, and the guest's

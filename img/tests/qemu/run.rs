@@ -80,7 +80,8 @@ impl Place {
         self.run_program(QEMU, args)
     }
 
-    /// As [`qemu_img`](Self::qemu_img), ended by a signal where a file would become longer than `limit`.
+    /// As [`qemu_img`](Self::qemu_img), with files of at most `limit` bytes: what would make one longer
+    /// fails, or ends the program where it does not ignore `SIGXFSZ`.
     pub fn qemu_img_within(&self, limit: u64, args: &[&str]) -> Run {
         let limit = format!("--fsize={limit}");
         self.run_program("prlimit", &[&[&limit, QEMU], args].concat())

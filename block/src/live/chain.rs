@@ -155,11 +155,8 @@ pub(super) fn sole_below(top: &Qcow2, depth: usize) -> Result<ImageRef<'_>> {
 }
 
 impl LiveImage {
-    /// How many images are between this one and the one below it that is the file at `path`.
-    ///
-    /// # Errors
-    /// [`Error::Option`] if it is none of those; [`Error::Io`].
-    pub fn find_below(&self, path: &Path) -> Result<usize> {
+    /// As [`ImageView::find_below`](super::ImageView::find_below).
+    pub(super) fn find_below(&self, path: &Path) -> Result<usize> {
         let file = path.metadata().map_err(|e| Error::io(path, "find", e))?;
         let id = (file.dev(), file.ino());
         let mut below = self.disk().backing();

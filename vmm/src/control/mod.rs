@@ -5,11 +5,15 @@ mod backup;
 mod bitmaps;
 mod client;
 mod error;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod growth;
 mod images;
 mod jobs;
 mod protocol;
 mod socket;
+#[cfg(any(test, fuzzing))]
+mod without_vm;
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -35,11 +35,12 @@ impl<'a> ImageRef<'a> {
         &self.files().0.path
     }
 
-    /// Whether both are the same files.
+    /// Whether both are the same files in the same format: in another one they show something else.
     fn is_same(self, other: ImageRef<'_>) -> bool {
         let ids = |image: ImageRef<'_>| {
+            let is_raw = matches!(image, ImageRef::Raw(_));
             let (image, data) = image.files();
-            Some((image.id()?, data.map(ImageFile::id)))
+            Some((is_raw, image.id()?, data.map(ImageFile::id)))
         };
         ids(self).is_some_and(|own| ids(other) == Some(own))
     }

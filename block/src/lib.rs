@@ -78,7 +78,7 @@ pub use error::{Error, Result};
 pub use file::FileOptions;
 pub use hints::FileHints;
 pub use live::{
-    CommitOptions, ForkOptions, LiveBitmap, LiveDisk, LiveImage, LiveReport, Progress,
+    CommitOptions, ForkOptions, ImageView, LiveBitmap, LiveDisk, LiveImage, LiveReport, Progress,
     RebaseOptions,
 };
 pub use lock::Locking;

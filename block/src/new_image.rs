@@ -75,14 +75,19 @@ impl NewImage {
         let mut image = NewFile::begin(path)?;
         image.hint(hints, warn);
         image.with_data(size, preallocation)?;
-        Ok(Self {
+        Ok(Self::alone(image))
+    }
+
+    /// One that is all there is of a disk.
+    fn alone(image: NewFile) -> Self {
+        Self {
             files: NewFiles {
                 image,
                 data: None,
                 kept: None,
             },
             is_mapped: true,
-        })
+        }
     }
 
     /// A qcow2 image, and its data file if there is to be one.
@@ -123,14 +128,7 @@ impl NewImage {
             let source = std::io::ErrorKind::AlreadyExists.into();
             return Err(Error::io(path, "replace", source));
         }
-        Ok(Self {
-            files: NewFiles {
-                image,
-                data: None,
-                kept: None,
-            },
-            is_mapped: true,
-        })
+        Ok(Self::alone(image))
     }
 
     /// The file that has no name yet.

@@ -418,6 +418,28 @@ fn a_rebase_changes_nothing_that_is_read() {
     }
 }
 
+/// What the disk is on shows something else when it is taken for raw.
+#[test]
+fn a_rebase_onto_the_same_file_in_another_format() {
+    let mut chain = Chain::new(&[(Kind::Internal, SIZE), (Kind::Internal, SIZE)], 1);
+    let disk = chain.live();
+    let options = RebaseOptions {
+        open: unsynced(),
+        backing: Some(BackingName {
+            file: b"base".to_vec(),
+            format: b"raw".to_vec(),
+        }),
+        max_last: None,
+    };
+    chain.during(&disk, 1, || {
+        disk.rebase(&options, &mut |_, _| ControlFlow::Continue(()))
+            .unwrap()
+    });
+    disk.close().unwrap();
+    drop(disk);
+    chain.verify("top");
+}
+
 #[test]
 fn a_closed_disk_is_left_alone() {
     let chain = Chain::new(&[(Kind::Raw, SIZE), (Kind::Internal, SIZE)], 1);

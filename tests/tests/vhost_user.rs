@@ -1,6 +1,9 @@
 //! A disk served to the client library of libblkio, the crate `virtio-driver`, with many requests in
 //! flight.
 
+#[path = "common/vhost_client.rs"]
+mod vhost_client;
+
 use std::collections::HashSet;
 use std::os::fd::AsRawFd;
 use std::path::Path;
@@ -8,10 +11,8 @@ use std::process::Command;
 use std::thread;
 
 use tandem_vmm::{DiskConfig, ExitReason, Server};
-use virtio_driver::{
-    VhostUser, VirtioBlkFeatureFlags, VirtioBlkQueue, VirtioBlkTransport, VirtioFeatureFlags,
-};
-use vm_memory::{FileOffset, MmapRegion};
+use vhost_client::Connection;
+use virtio_driver::{VirtioBlkFeatureFlags, VirtioFeatureFlags};
 
 const BLOCK: usize = 4096;
 /// Blocks of the disk.
@@ -45,12 +46,9 @@ struct Request {
     expected: Option<u8>,
 }
 
-/// The client: its queues, and memory for each of their requests.
+/// The client, and what it knows of the disk.
 struct Client {
-    transport: Box<VirtioBlkTransport>,
-    queues: Vec<VirtioBlkQueue<'static, Request>>,
-    memory: MmapRegion<()>,
-    free: Vec<Vec<usize>>,
+    connection: Connection<Request>,
     /// Blocks that requests are under way for.
     busy: HashSet<usize>,
     /// What each block is filled with.
@@ -60,33 +58,13 @@ struct Client {
 
 impl Client {
     fn connect(socket: &Path) -> Self {
-        let features = VirtioFeatureFlags::VERSION_1
-            | VirtioFeatureFlags::RING_EVENT_IDX
-            | VirtioFeatureFlags::RING_INDIRECT_DESC;
-        let block = VirtioBlkFeatureFlags::MQ
-            | VirtioBlkFeatureFlags::FLUSH
-            | VirtioBlkFeatureFlags::WRITE_ZEROES;
-        let features = features.bits() | block.bits();
-        let link = VhostUser::new(socket.to_str().unwrap(), features).unwrap();
-        let mut transport: Box<VirtioBlkTransport> = Box::new(link);
-        let config = transport.get_config().unwrap();
+        let block = VirtioBlkFeatureFlags::FLUSH | VirtioBlkFeatureFlags::WRITE_ZEROES;
+        let indirect = VirtioFeatureFlags::RING_INDIRECT_DESC;
+        let connection = Connection::open(socket, indirect, block, QUEUES, DEPTH, BLOCK).unwrap();
+        let config = connection.transport.get_config().unwrap();
         assert_eq!(u64::from(config.capacity), (BLOCKS * BLOCK / 512) as u64);
-        let mut queues = VirtioBlkQueue::setup_queues(&mut *transport, QUEUES, 128).unwrap();
-        let wants_interrupts = |queue: &mut VirtioBlkQueue<_>| queue.set_used_notif_enabled(true);
-        queues.iter_mut().for_each(wants_interrupts);
-        let file = tempfile::tempfile().unwrap();
-        let len = QUEUES * DEPTH * BLOCK;
-        file.set_len(len as u64).unwrap();
-        let fd = file.as_raw_fd();
-        let memory = MmapRegion::from_file(FileOffset::new(file, 0), len).unwrap();
-        let address = memory.as_ptr() as usize;
-        transport.map_mem_region(address, len, fd, 0).unwrap();
-        let places = |queue| (queue * DEPTH..(queue + 1) * DEPTH).collect();
         Self {
-            transport,
-            queues,
-            memory,
-            free: (0..QUEUES).map(places).collect(),
+            connection,
             busy: HashSet::new(),
             content: vec![0; BLOCKS],
             state: 0x9e37_79b9_7f4a_7c15,
@@ -95,7 +73,7 @@ impl Client {
 
     /// Submits a request to `queue` for a block that no other is under way for.
     fn submit(&mut self, queue: usize) {
-        let Some(place) = self.free[queue].pop() else {
+        let Some(place) = self.connection.free[queue].pop() else {
             return;
         };
         let block = loop {
@@ -106,7 +84,7 @@ impl Client {
         };
         let (offset, len) = ((block * BLOCK) as u64, BLOCK as u64);
         // SAFETY: places lie in the memory, one behind another.
-        let data = unsafe { self.memory.as_ptr().add(place * BLOCK) };
+        let data = unsafe { self.connection.memory.as_ptr().add(place * BLOCK) };
         let mut request = Request {
             place,
             block,
@@ -114,7 +92,7 @@ impl Client {
         };
         let fill = (xorshift(&mut self.state) % 255) as u8 + 1;
         let kind = xorshift(&mut self.state) % 16;
-        let target = &mut self.queues[queue];
+        let target = &mut self.connection.queues[queue];
         match kind {
             0 => target.flush(request),
             1 => {
@@ -139,7 +117,7 @@ impl Client {
 
     /// Takes what has been completed, and returns how much that was.
     fn complete(&mut self, queue: usize) -> usize {
-        let completed: Vec<_> = self.queues[queue].completions().collect();
+        let completed: Vec<_> = self.connection.queues[queue].completions().collect();
         for completion in &completed {
             assert_eq!(completion.ret, 0);
             let Request {
@@ -150,12 +128,15 @@ impl Client {
             if let Some(fill) = expected {
                 // SAFETY: the place lies in the memory, and its request is complete.
                 let data = unsafe {
-                    std::slice::from_raw_parts(self.memory.as_ptr().add(place * BLOCK), BLOCK)
+                    std::slice::from_raw_parts(
+                        self.connection.memory.as_ptr().add(place * BLOCK),
+                        BLOCK,
+                    )
                 };
                 assert!(data.iter().all(|byte| *byte == fill), "block {block}");
             }
             self.busy.remove(&block);
-            self.free[queue].push(place);
+            self.connection.free[queue].push(place);
         }
         completed.len()
     }
@@ -163,7 +144,7 @@ impl Client {
     /// Waits for an interrupt of any queue.
     fn wait(&self) {
         let events: Vec<_> = (0..QUEUES)
-            .map(|n| self.transport.get_completion_fd(n))
+            .map(|n| self.connection.transport.get_completion_fd(n))
             .collect();
         let mut fds: Vec<_> = events
             .iter()
@@ -185,11 +166,12 @@ impl Client {
         let (mut submitted, mut completed) = (0, 0);
         while completed < REQUESTS {
             for queue in 0..QUEUES {
-                while submitted < REQUESTS && !self.free[queue].is_empty() {
+                while submitted < REQUESTS && !self.connection.free[queue].is_empty() {
                     self.submit(queue);
                     submitted += 1;
                 }
-                self.transport
+                self.connection
+                    .transport
                     .get_submission_notifier(queue)
                     .notify()
                     .unwrap();
@@ -200,15 +182,19 @@ impl Client {
                 self.wait();
             }
         }
-        self.queues[0]
+        self.connection.queues[0]
             .flush(Request {
                 place: 0,
                 block: 0,
                 expected: None,
             })
             .unwrap();
-        self.transport.get_submission_notifier(0).notify().unwrap();
-        while self.queues[0].completions().next().is_none() {
+        self.connection
+            .transport
+            .get_submission_notifier(0)
+            .notify()
+            .unwrap();
+        while self.connection.queues[0].completions().next().is_none() {
             self.wait();
         }
     }

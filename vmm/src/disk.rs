@@ -7,7 +7,7 @@ use kvm_ioctls::VmFd;
 use tandem_block::qcow2::{
     BackingFormat, Base, DataFileLayout, OpenOptions, OverlayOptions, OverlayPlace, Qcow2,
 };
-use tandem_block::{CacheMode, Disk, LiveDisk, LiveImage, Locking, Raw};
+use tandem_block::{CacheMode, Disk, ImageView, LiveDisk, LiveImage, Locking, Raw};
 use tandem_devices::GuestMemory;
 use tandem_devices::bus::Bus;
 use tandem_devices::virtio::block::{Block, Handle, Options};
@@ -60,16 +60,16 @@ impl Image {
 }
 
 /// Tells what `image` is.
-pub fn describe(image: &LiveImage) -> Description {
-    let data_file = image.qcow2().and_then(Qcow2::data_file);
-    let (format, kind) = match (image.qcow2(), &data_file) {
-        (None, _) => (DiskFormat::Raw, "raw"),
-        (Some(_), None) => (DiskFormat::Qcow2, "internal"),
-        (Some(_), Some(file)) if file.layout == DataFileLayout::Packed => {
+pub fn describe(image: ImageView<'_>) -> Description {
+    let data_file = image.data_file();
+    let (format, kind) = match (image.is_qcow2(), &data_file) {
+        (false, _) => (DiskFormat::Raw, "raw"),
+        (true, None) => (DiskFormat::Qcow2, "internal"),
+        (true, Some(file)) if file.layout == DataFileLayout::Packed => {
             (DiskFormat::Qcow2, "packed")
         }
-        (Some(_), Some(file)) if file.is_raw => (DiskFormat::Qcow2, "external-raw"),
-        (Some(_), Some(_)) => (DiskFormat::Qcow2, "external"),
+        (true, Some(file)) if file.is_raw => (DiskFormat::Qcow2, "external-raw"),
+        (true, Some(_)) => (DiskFormat::Qcow2, "external"),
     };
     Description {
         path: image.path().to_owned(),

@@ -59,10 +59,11 @@ impl Chunk {
 }
 
 impl Backup {
-    /// Reads what the backup has from offset `from` on, as much as there is room for in `buffer`.
+    /// Reads what the backup has from offset `from` on, as much as there is room for in `buffer`, but at
+    /// least a byte of the disk, unless `from` is its end.
     ///
     /// # Errors
-    /// [`Error::Backup`] if it has failed, or `from` is not one of the offsets from what has been
+    /// [`Error::Backup`] if it has failed, there is no room at all, or `from` is not one of the offsets from what has been
     /// released up to the end; [`Error::Io`] and others of the disk. The content of `buffer` is
     /// unspecified then.
     pub fn read(&self, from: u64, buffer: &mut [u8]) -> Result<Chunk> {
@@ -74,6 +75,11 @@ impl Backup {
                 "offset {from} is not one of {start}, up to which the backup has been released, to \
                  {size}, its end"
             )));
+        }
+        if buffer.is_empty() {
+            // Whoever asked again and again would not come further.
+            let reason = "a backup cannot be read into a buffer of 0 bytes".to_owned();
+            return Err(Error::Backup(reason));
         }
         let chunk = self.read_chunk(&reader, from, buffer);
         self.protection.check()?;
@@ -88,7 +94,10 @@ impl Backup {
             bytes: 0,
             next: from,
         };
-        while let Some(run) = self.next_run(reader, chunk.next) {
+        // The disk may end within a granule that it has.
+        while chunk.next < self.size()
+            && let Some(run) = self.next_run(reader, chunk.next)
+        {
             chunk.next = run.start;
             let room = &mut buffer[chunk.bytes..];
             let granule = self.protection.granule_end(run.start + 1) - run.start;
@@ -97,9 +106,6 @@ impl Backup {
                 return Ok(chunk);
             }
             let (is_zero, len) = self.read_run(run.clone(), room)?;
-            if len == 0 {
-                return Ok(chunk);
-            }
             chunk.push(run.start, len, is_zero);
             chunk.next += len;
             if !is_zero {

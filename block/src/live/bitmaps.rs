@@ -22,19 +22,18 @@ impl LiveDisk {
     /// # Errors
     /// [`Error::Bitmap`] for a raw disk; otherwise as [`Qcow2::bitmaps`] and [`Qcow2::dirty_bytes`].
     pub fn bitmaps(&self) -> Result<Vec<LiveBitmap>> {
-        self.with_image(|image| {
-            let disk = image.with_bitmaps()?;
-            let live = |info: BitmapInfo| {
-                let dirty = match disk.dirty_bytes(&info.name) {
-                    Ok(dirty) => Some(dirty),
-                    Err(Error::Bitmap { .. } | Error::ReadOnly) => None,
-                    Err(error) => return Err(error),
-                };
-                Ok(LiveBitmap { info, dirty })
+        let state = self.shared();
+        let disk = state.image.with_bitmaps()?;
+        let live = |info: BitmapInfo| {
+            let dirty = match disk.dirty_bytes(&info.name) {
+                Ok(dirty) => Some(dirty),
+                Err(Error::Bitmap { .. } | Error::ReadOnly) => None,
+                Err(error) => return Err(error),
             };
-            let bitmaps = disk.bitmaps()?.unwrap_or_default();
-            bitmaps.into_iter().map(live).collect()
-        })
+            Ok(LiveBitmap { info, dirty })
+        };
+        let bitmaps = disk.bitmaps()?.unwrap_or_default();
+        bitmaps.into_iter().map(live).collect()
     }
 
     /// Changes the bitmaps at one instant: a write is in those that followed changes before, or in
@@ -57,7 +56,7 @@ impl LiveDisk {
     /// # Errors
     /// [`Error::Bitmap`] for a raw disk; otherwise as [`Qcow2::read_bitmap`].
     pub fn read_bitmap(&self, name: &[u8]) -> Result<DirtyBits> {
-        self.with_image(|image| image.with_bitmaps()?.read_bitmap(name))
+        self.shared().image.with_bitmaps()?.read_bitmap(name)
     }
 }
 

@@ -35,11 +35,12 @@ impl<'a> ImageRef<'a> {
         &self.files().0.path
     }
 
-    /// Whether both are the same files.
+    /// Whether both are the same files in the same format: in another one they show something else.
     fn is_same(self, other: ImageRef<'_>) -> bool {
         let ids = |image: ImageRef<'_>| {
+            let is_raw = matches!(image, ImageRef::Raw(_));
             let (image, data) = image.files();
-            Some((image.id()?, data.map(ImageFile::id)))
+            Some((is_raw, image.id()?, data.map(ImageFile::id)))
         };
         ids(self).is_some_and(|own| ids(other) == Some(own))
     }
@@ -155,11 +156,8 @@ pub(super) fn sole_below(top: &Qcow2, depth: usize) -> Result<ImageRef<'_>> {
 }
 
 impl LiveImage {
-    /// How many images are between this one and the one below it that is the file at `path`.
-    ///
-    /// # Errors
-    /// [`Error::Option`] if it is none of those; [`Error::Io`].
-    pub fn find_below(&self, path: &Path) -> Result<usize> {
+    /// As [`ImageView::find_below`](super::ImageView::find_below).
+    pub(super) fn find_below(&self, path: &Path) -> Result<usize> {
         let file = path.metadata().map_err(|e| Error::io(path, "find", e))?;
         let id = (file.dev(), file.ino());
         let mut below = self.disk().backing();

@@ -51,21 +51,19 @@ impl LiveDisk {
     /// in another operation, for bitmaps that cannot go with the disk, and if the guest writes too fast for
     /// [`max_last`](CommitOptions::max_last). The disk reads as before, and goes on as it was.
     pub fn commit(&self, options: &CommitOptions, progress: Progress<'_>) -> Result<LiveReport> {
-        let changes = self.begin_watched("commit")?;
-        let done = self.end_stamp().and_then(|stamped| {
+        let watched = self.begin_watched("commit")?;
+        self.end_stamp().and_then(|stamped| {
             let base = self.open_base(options).inspect_err(|_| {
                 if stamped {
                     // Without one it is as good.
                     drop(self.stamp_below());
                 }
             })?;
-            let mut commit = Commit::new(self, options, &changes, base);
+            let mut commit = Commit::new(self, options, &watched.changes, base);
             commit.stamped = stamped;
             let done = commit.run(progress);
             commit.end(done)
-        });
-        self.end_watched(&changes);
-        done
+        })
     }
 
     /// Has the image on top keep no stamp of what is below it, for that changes: a crash leaves an image

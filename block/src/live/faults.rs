@@ -281,14 +281,14 @@ fn commit_to_base_failing(n: u64, lasts: bool, again: bool) -> bool {
     let fuse = Arc::new(Fuse::default());
     let (disk, base) = pair.on_faulty_base(&fuse);
     put(&disk, &mut pair.model, 33, 77);
-    let changes = disk.begin_watched("commit").unwrap();
-    let mut commit = Commit::new(&disk, &options, &changes, base);
+    let watched = disk.begin_watched("commit").unwrap();
+    let mut commit = Commit::new(&disk, &options, &watched.changes, base);
     commit.stamped = disk.end_stamp().unwrap();
     fuse.1.store(lasts, Ordering::Relaxed);
     fuse.0.store(n, Ordering::Relaxed);
     let done = commit.run(&mut go_on);
     let done = commit.end(done);
-    disk.end_watched(&changes);
+    drop(watched);
     let left = fuse.0.swap(0, Ordering::Relaxed);
     assert!(done.is_ok() || left <= u64::from(lasts), "{done:?}");
     shows(&disk, &pair.model, &format!("after call {n}"));

@@ -13,6 +13,7 @@
 //! | `chain` | the images below one another, and handing their locks over |
 //! | `changes`, `passes` | going through a disk that changes meanwhile, until all of it has been seen |
 //! | `commit`, `rebase`, `fork` | what is done so to the images of a disk |
+//! | `view` | what others may see of the image |
 //!
 //! # Lock order
 //! A thread that holds one of these takes only ones further down:
@@ -32,10 +33,12 @@ mod commit;
 mod fork;
 mod passes;
 mod rebase;
+mod view;
 
 use std::os::fd::BorrowedFd;
 use std::path::Path;
 use std::sync::{Arc, PoisonError, TryLockError};
+use std::thread::panicking;
 use std::time::Duration;
 
 use crossbeam_utils::sync::{ShardedLock, ShardedLockReadGuard};
@@ -54,6 +57,7 @@ pub use commit::CommitOptions;
 pub use fork::ForkOptions;
 pub use passes::Progress;
 pub use rebase::RebaseOptions;
+pub use view::ImageView;
 
 /// A [`Raw`] or [`Qcow2`] disk that can be operated on while it is used.
 ///
@@ -185,8 +189,27 @@ impl LiveDisk {
     }
 
     /// Has `look` look at the image as it is now. Operations wait for its end.
-    pub fn with_image<T>(&self, look: impl FnOnce(&LiveImage) -> T) -> T {
-        look(&self.shared().image)
+    pub fn with_image<T>(&self, look: impl FnOnce(ImageView<'_>) -> T) -> T {
+        look(ImageView(&self.shared().image))
+    }
+
+    /// As [`Qcow2::compress`] and [`Qcow2::write_compressed`].
+    ///
+    /// # Errors
+    /// Those of both; [`Error::Option`] for a raw disk.
+    pub fn write_compressed(&self, data: Vec<u8>, offset: u64) -> Result<()> {
+        let (state, len) = (self.shared(), data.len() as u64);
+        let image = match &state.image {
+            LiveImage::Qcow2(image) => image,
+            LiveImage::Gone(gone) => return Err(gone.error()),
+            LiveImage::Raw(_) => {
+                let reason = "a raw disk has no compressed clusters";
+                return Err(Error::Option(reason.to_owned()));
+            }
+        };
+        let packed = image.compress(data)?;
+        state.announce(&**image, offset, len);
+        image.write_compressed(packed, offset)
     }
 
     /// Carries out `operation` at an instant at which no request is under way.
@@ -197,15 +220,18 @@ impl LiveDisk {
     }
 
     /// Begins an operation on the qcow2 image of the disk, which keeps its size, and takes down its
-    /// changes, until [`end_watched`](Self::end_watched).
-    fn begin_watched(&self, operation: &'static str) -> Result<Arc<Changes>> {
+    /// changes, until what is returned is dropped.
+    fn begin_watched(&self, operation: &'static str) -> Result<Watched<'_>> {
         self.exclusive(|state| {
             let top = state.writable_qcow2()?;
             state.image.as_ref()?.check_named()?;
             let changes = Arc::new(Changes::new(top.size(), top.cluster_size()));
             state.begin(operation)?;
             state.watchers.push(changes.clone());
-            Ok(changes)
+            Ok(Watched {
+                disk: self,
+                changes,
+            })
         })
     }
 
@@ -220,13 +246,6 @@ impl LiveDisk {
         let stamp = Stamp::of(&*below)?;
         drop(below);
         self.exclusive(|state| state.writable_qcow2()?.keep_stamp(stamp))
-    }
-
-    fn end_watched(&self, changes: &Arc<Changes>) {
-        self.exclusive(|state| {
-            state.unwatch(changes);
-            state.end();
-        });
     }
 
     /// Keeps operations out while what is returned is held.
@@ -254,6 +273,24 @@ impl LiveDisk {
         let disk = state.image.disk();
         state.announce(disk, offset, len);
         change(disk)
+    }
+}
+
+/// An operation under way, and what changes meanwhile.
+struct Watched<'a> {
+    disk: &'a LiveDisk,
+    changes: Arc<Changes>,
+}
+
+impl Drop for Watched<'_> {
+    fn drop(&mut self) {
+        self.disk.exclusive(|state| {
+            state.unwatch(&self.changes);
+            // Nobody knows how far one has come that panics: the guest goes on, and no other begins.
+            if !panicking() {
+                state.end();
+            }
+        });
     }
 }
 

@@ -34,10 +34,8 @@ impl LiveDisk {
     /// As [`Qcow2::rebase`](crate::qcow2::Qcow2::rebase), and as [`commit`](LiveDisk::commit). The disk
     /// reads as before, on what it has been on.
     pub fn rebase(&self, options: &RebaseOptions, progress: Progress<'_>) -> Result<LiveReport> {
-        let changes = self.begin_watched("rebase")?;
-        let done = self.rebase_watched(options, &changes, progress);
-        self.end_watched(&changes);
-        done
+        let watched = self.begin_watched("rebase")?;
+        self.rebase_watched(options, &watched.changes, progress)
     }
 
     fn rebase_watched(

@@ -66,6 +66,35 @@ fn watchers_are_told_before_changes() {
     assert!(disk.shared().watchers.is_empty());
 }
 
+/// What is written is neither held up nor taken down any more, and nobody begins where it has stopped.
+#[test]
+fn an_operation_that_panics_leaves_the_disk_to_the_guest() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("disk");
+    let create = crate::qcow2::CreateOptions {
+        size: 4096,
+        ..Default::default()
+    };
+    crate::qcow2::create(&path, &create).unwrap();
+    let disk = LiveDisk::new(Qcow2::open(&path, &Default::default()).unwrap());
+    let rebase = RebaseOptions {
+        open: Default::default(),
+        backing: None,
+        max_last: None,
+    };
+    let panics: Progress<'_> = &mut |_, _| panic!("as it is meant to");
+    let attempt = std::panic::AssertUnwindSafe(|| disk.rebase(&rebase, panics));
+    assert!(std::panic::catch_unwind(attempt).is_err());
+    disk.exclusive(|state| assert!(state.watchers.is_empty()));
+    let go_on: Progress<'_> = &mut |_, _| std::ops::ControlFlow::Continue(());
+    let refused = disk.rebase(&rebase, go_on).unwrap_err().to_string();
+    assert!(refused.contains("during rebase"), "{refused}");
+    let mut data = [7; 512];
+    disk.write_at(&[VolatileSlice::from(&mut data[..])], 0)
+        .unwrap();
+    disk.close().unwrap();
+}
+
 #[test]
 fn operations_find_no_request_under_way() {
     let disk = raw(1 << 20);

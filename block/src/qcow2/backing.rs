@@ -205,10 +205,9 @@ fn open_chain(top: &Found, options: &OpenOptions, base: Option<Base>) -> Result<
         backing: Backing::Named,
         ..options.clone()
     };
-    let mut forced = None;
-    match given {
-        Backing::Named => {}
-        Backing::NamedAs(format) => forced = Some(*format),
+    let forced = match given {
+        Backing::Named => None,
+        Backing::NamedAs(format) => Some(*format),
         Backing::Nothing => return Ok(Chain::default()),
         Backing::File { .. } if base.is_some() => {
             let reason = "only a backing file that the image names can be written";
@@ -225,16 +224,37 @@ fn open_chain(top: &Found, options: &OpenOptions, base: Option<Base>) -> Result<
                 ..Chain::default()
             });
         }
-    }
-    let mut images: Vec<Found> = Vec::new();
-    // From the image whose backing file could not be opened up to the top one.
-    let failed = |above: &[Found], reason: String| {
-        let above = above.iter().rev().chain([top]);
-        above.fold(Error::Option(reason), |error, image| Error::BackingFile {
-            file: image.image.path.clone(),
-            reason: error.reason(),
-        })
     };
+    let (mut images, mut chain) = descend(top, &options, forced, base)?;
+    let stamped = |image: &&Found| image.header.extensions.base_stamp.is_some();
+    let stamped = images.iter().rev().chain([top]).filter(stamped);
+    chain.stamped = stamped.map(|image| image.image.path.clone()).collect();
+    while let Some(image) = images.pop() {
+        let opened = Qcow2::from_found(image, &options, chain.below.take());
+        let opened = opened.map_err(|e| failed_below(top, &images, e.reason()))?;
+        chain.below = Some(Arc::new(opened));
+    }
+    Ok(chain)
+}
+
+/// What has gone wrong with the backing file of the last of `above`, for each image up to `top`, which is on
+/// the first one.
+fn failed_below(top: &Found, above: &[Found], reason: String) -> Error {
+    let above = above.iter().rev().chain([top]);
+    above.fold(Error::Option(reason), |error, image| Error::BackingFile {
+        file: image.image.path.clone(),
+        reason: error.reason(),
+    })
+}
+
+/// Finds the images below `top` that are on others, from the top down, and opens what they are all on.
+fn descend(
+    top: &Found,
+    options: &OpenOptions,
+    mut forced: Option<BackingFormat>,
+    base: Option<Base>,
+) -> Result<(Vec<Found>, Chain)> {
+    let mut images: Vec<Found> = Vec::new();
     let mut ids = Vec::new();
     let mut chain = Chain::default();
     while let Some(name) = &images.last().unwrap_or(top).header.backing_file {
@@ -248,7 +268,7 @@ fn open_chain(top: &Found, options: &OpenOptions, base: Option<Base>) -> Result<
         let wrapped = |error: Error| match error {
             // Which others may share with a reader, but not with a writer.
             Error::Locked { shared: false, .. } if is_base => error,
-            error => failed(&images, error.reason()),
+            error => failed_below(top, &images, error.reason()),
         };
         match find(above, name, forced.take(), &options, &mut ids).map_err(wrapped)? {
             next if is_base => {
@@ -269,14 +289,7 @@ fn open_chain(top: &Found, options: &OpenOptions, base: Option<Base>) -> Result<
             Next::Image(image) => images.push(*image),
         }
     }
-    let stamped = |image: &&Found| image.header.extensions.base_stamp.is_some();
-    let stamped = images.iter().rev().chain([top]).filter(stamped);
-    chain.stamped = stamped.map(|image| image.image.path.clone()).collect();
-    while let Some(image) = images.pop() {
-        let opened = Qcow2::from_found(image, &options, chain.below.take());
-        chain.below = Some(Arc::new(opened.map_err(|e| failed(&images, e.reason()))?));
-    }
-    Ok(chain)
+    Ok((images, chain))
 }
 
 /// A disk that is not there.

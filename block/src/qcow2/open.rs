@@ -213,16 +213,12 @@ impl Qcow2 {
         let placement = match data {
             None => Placement::Internal,
             Some(file) if header.data_file_layout() == Some(DataFileLayout::Packed) => {
-                Placement::Packed(if read_only {
-                    Packed::read_only(file)
-                } else {
-                    Packed::open(file, &image, geometry, &l1)?
+                Placement::Packed(match read_only {
+                    true => Packed::read_only(file),
+                    false => Packed::open(file, &image, geometry, &l1)?,
                 })
             }
-            Some(file) if header.data_file_is_raw() => {
-                Placement::Raw(External::new(file), Passthrough::new())
-            }
-            Some(file) => Placement::External(External::new(file)),
+            Some(file) => outside(file, &header),
         };
         let bitmaps = if read_only {
             None
@@ -270,6 +266,15 @@ impl Qcow2 {
             resizing: Mutex::default(),
             flushing: Mutex::default(),
         })
+    }
+}
+
+/// How the clusters of an image with `header` lie in the data file `file`, each at its guest offset.
+fn outside(file: ImageFile, header: &Header) -> Placement {
+    let external = External::new(file);
+    match header.data_file_is_raw() {
+        true => Placement::Raw(external, Passthrough::new()),
+        false => Placement::External(external),
     }
 }
 

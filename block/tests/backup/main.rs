@@ -150,7 +150,9 @@ fn begin(disk: &Arc<LiveDisk>, options: &BackupOptions) -> Backup {
 
 /// Bytes that the bitmap `b` has as dirty; `None` without one.
 fn dirty(disk: &LiveDisk) -> Option<u64> {
-    disk.with_image(|image| image.qcow2().unwrap().dirty_bytes(b"b").ok())
+    let bitmaps = disk.bitmaps().unwrap();
+    let found = bitmaps.into_iter().find(|bitmap| bitmap.info.name == b"b");
+    found.and_then(|bitmap| bitmap.dirty)
 }
 
 fn all(disk: &dyn Disk) -> Vec<u8> {
@@ -191,6 +193,28 @@ fn restore(backup: &Backup, random: &mut Random, content: &mut Vec<u8>) -> Vec<(
         }
     }
     had
+}
+
+/// There is no way to the image that its backups are not told of.
+#[test]
+fn compressed_writes_are_changes_as_well() {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = with_bitmap(dir.path());
+    write(&*disk, 0, SIZE, 1).unwrap();
+    let backup = begin(&disk, &since(false));
+    for n in [1, 3] {
+        disk.write_compressed(vec![2; GRANULE as usize], n * GRANULE)
+            .unwrap();
+    }
+    assert_eq!(dirty(&disk), Some(2 * GRANULE));
+    let mut content = Vec::new();
+    restore(&backup, &mut Random(5), &mut content);
+    assert!(content.iter().all(|byte| *byte == 1));
+    backup.finish().unwrap();
+    assert_eq!(read(&*disk, 3 * GRANULE, 512), [2; 512]);
+    let raw = Memory::new(vec![0; 512]);
+    let raw = live(Raw::with_storage(Path::new("raw"), Box::new(raw), false).unwrap());
+    assert!(raw.write_compressed(vec![2; 512], 0).is_err());
 }
 
 /// Threads change the disk at random while its backup is read.
@@ -495,8 +519,12 @@ fn mistakes_are_told() {
             "{text}"
         );
     }
-    assert_eq!(backup.read(SIZE, &mut []).unwrap().next, SIZE);
-    assert_eq!(backup.read(GRANULE + 1, &mut []).unwrap().bytes, 0);
+    for from in [GRANULE + 1, SIZE] {
+        let text = text(backup.read(from, &mut []).map(drop));
+        assert!(text.contains("a buffer of 0 bytes"), "{text}");
+    }
+    assert_eq!(backup.read(SIZE, &mut [0]).unwrap().next, SIZE);
+    assert!(backup.read(GRANULE + 1, &mut [0]).unwrap().next > GRANULE + 1);
     let disk = live(
         Raw::with_storage(Path::new("raw"), Box::new(Memory::new(vec![0; 512])), false).unwrap(),
     );

@@ -97,7 +97,11 @@ impl Copy<'_> {
                 // At the end nobody wants it.
                 let _ = give_back.send(data);
             }
-            target.complete().map_err(Stop::Target)
+            target.complete().map_err(Stop::Target)?;
+            while !target.has_arrived().map_err(Stop::Target)? {
+                self.signals.check()?;
+            }
+            Ok(())
         })
     }
 

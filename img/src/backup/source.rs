@@ -127,10 +127,7 @@ fn at_end(disk: &LiveDisk, request: &Request<'_>) -> Result<Vec<BitmapAction>, S
     let shown = name.escape_ascii();
     let bitmaps = disk.bitmaps().map_err(|e| e.reason())?;
     let found = bitmaps.iter().find(|bitmap| bitmap.info.name == name);
-    let is_old = disk.with_image(|image| {
-        let bitmaps = image.qcow2().and_then(|disk| disk.bitmaps().ok());
-        bitmaps.flatten().is_none()
-    });
+    let is_old = disk.with_image(|image| !matches!(image.bitmaps(), Ok(Some(_))));
     let name = name.to_vec();
     match found {
         Some(bitmap) if bitmap.info.in_use => Err(format!(

@@ -6,9 +6,12 @@ use std::fs::File;
 use std::io::{self, IsTerminal, Write};
 use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::{Errno, ioctl_fionread};
 use tandem_block::backup_stream::{Header, StreamReader, StreamWriter};
 use tandem_block::qcow2::{CreateOptions, OpenOptions};
 use tandem_block::{
@@ -23,6 +26,12 @@ use crate::image::local_path;
 /// Bytes of a stream that may be lost on their way when it is cut off, in pipes and connections: the backup
 /// keeps what they tell.
 const ON_THE_WAY: u64 = 64 << 20;
+
+/// How long to wait for the reader of a pipe before signals are looked for.
+const MOMENT: Timespec = Timespec {
+    tv_sec: 0,
+    tv_nsec: 5_000_000,
+};
 
 /// What a backup is written to.
 pub trait Target {
@@ -40,6 +49,14 @@ pub trait Target {
     /// # Errors
     /// Those of the file.
     fn complete(&mut self) -> Result<(), String>;
+
+    /// Whether all that has been written has come to its reader, for which this waits a moment.
+    ///
+    /// # Errors
+    /// The reader has gone without it.
+    fn has_arrived(&mut self) -> Result<bool, String> {
+        Ok(true)
+    }
 
     /// Gives it its name.
     ///
@@ -199,6 +216,8 @@ impl Disk for Unread {
 struct Stream {
     /// `None` once it is whole.
     writer: Option<StreamWriter<File>>,
+    /// The pipe in which the end of it still may be.
+    pipe: Option<File>,
     new: Option<NewImage>,
     /// Bytes that have been written.
     written: u64,
@@ -243,11 +262,31 @@ fn stream(
     let writer = StreamWriter::new(file, &header).map_err(|e| e.to_string())?;
     Ok(Box::new(Stream {
         writer: Some(writer),
+        pipe: None,
         new,
         written: 0,
         on_the_way: VecDeque::new(),
         safe: start,
     }))
+}
+
+/// Whether all of `pipe` has been read. If it has not, this waits until its reader has gone, or for a moment.
+fn is_empty(pipe: &File) -> io::Result<bool> {
+    if ioctl_fionread(pipe)? == 0 {
+        return Ok(true);
+    }
+    let is_gone = {
+        let mut watched = [PollFd::new(pipe, PollFlags::empty())];
+        match poll(&mut watched, Some(&MOMENT)) {
+            Ok(_) | Err(Errno::INTR) => watched[0].revents().contains(PollFlags::ERR),
+            Err(error) => return Err(error.into()),
+        }
+    };
+    match ioctl_fionread(pipe)? {
+        0 => Ok(true),
+        _ if is_gone => Err(Errno::PIPE.into()),
+        _ => Ok(false),
+    }
 }
 
 /// The backup in the stream called `name`, which must be that before `info`, as far as that is known.
@@ -297,8 +336,25 @@ impl Target for Stream {
         let Some(writer) = self.writer.take() else {
             return Ok(());
         };
-        let mut file = writer.finish().map_err(|e| e.to_string())?;
-        file.flush().map_err(|e| e.to_string())
+        let failed = |e: io::Error| e.to_string();
+        let mut file = writer.finish().map_err(failed)?;
+        file.flush().map_err(failed)?;
+        if self.new.is_some() {
+            // It is synced when it gets its name.
+            return Ok(());
+        }
+        let kind = file.metadata().map_err(failed)?.file_type();
+        if kind.is_file() {
+            file.sync_all().map_err(failed)?;
+        } else if kind.is_fifo() {
+            self.pipe = Some(file);
+        }
+        Ok(())
+    }
+
+    fn has_arrived(&mut self) -> Result<bool, String> {
+        let pipe = self.pipe.as_ref().map(is_empty);
+        pipe.unwrap_or(Ok(true)).map_err(|e| e.to_string())
     }
 
     fn commit(self: Box<Self>) -> Result<(), String> {

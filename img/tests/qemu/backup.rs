@@ -1,7 +1,11 @@
 //! `backup` and `restore`: by themselves, and next to what QEMU's programs make of the results.
 
 use std::fs;
+use std::process::Stdio;
+use std::thread;
+use std::time::{Duration, Instant};
 
+use rustix::io::ioctl_fionread;
 use tandem_block::backup_stream::{Header, StreamWriter};
 
 use crate::run::{Place, words};
@@ -316,4 +320,30 @@ fn what_a_full_backup_does_not_tell_is_zero() {
     for name in ["old", "new"] {
         assert!(fs::read(place.path(name)).unwrap() == expected, "{name}");
     }
+}
+
+/// All of the stream fits into the pipe, and nobody takes it out.
+#[test]
+fn a_reader_that_goes_behind_the_last_byte_is_missed() {
+    let place = Place::tandem();
+    place.make("create -q -f qcow2 disk 32k");
+    place.qemu_io("disk", &["write -P 5 0 32k"]);
+    quietly(&place, "backup -O stream disk all");
+    let all = fs::metadata(place.path("all")).unwrap().len();
+    let mut child = place.command(&words("backup --track b -O stream disk -"));
+    let child = child.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = child.spawn().unwrap();
+    let pipe = child.stdout.take().unwrap();
+    let start = Instant::now();
+    // The name of the bitmap, of one byte, is in it, too.
+    while ioctl_fionread(&pipe).unwrap() <= all {
+        assert!(start.elapsed() < Duration::from_secs(20));
+        thread::sleep(Duration::from_millis(2));
+    }
+    drop(pipe);
+    let output = child.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("Broken pipe"), "{said}");
+    assert!(!bitmaps(&place, "disk").contains("bitmaps"));
 }

@@ -457,11 +457,10 @@ pub fn request(disk: &LiveDisk, op: &Op) -> Result<()> {
             sector,
             count,
             stamp,
-        } => disk.with_image(|image| {
-            let disk = image.qcow2().unwrap();
+        } => {
             let bytes = sector_bytes(stamp).repeat(count as usize);
-            disk.write_compressed(disk.compress(bytes)?, sector * LEN)
-        }),
+            disk.write_compressed(bytes, sector * LEN)
+        }
         Op::Zero {
             sector,
             count,

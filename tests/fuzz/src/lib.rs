@@ -11,6 +11,8 @@
 //! | `feedback` | what else makes an input worth keeping |
 //! | `files` | a directory of images, and what they must not lead to |
 //! | `driver` | what a guest can do with a block device |
+//! | `machine` | a machine whose disks are operated, and clients that do so |
+//! | `requests` | what clients of the control socket may say |
 
 pub mod driver;
 pub mod exercise;
@@ -19,5 +21,7 @@ pub mod files;
 pub mod input;
 pub mod kinds;
 pub mod limit;
+pub mod machine;
 pub mod memory;
 pub mod places;
+pub mod requests;

@@ -6,14 +6,12 @@ use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::time::Instant;
 
-use virtio_driver::{
-    VhostUser, VirtioBlkFeatureFlags, VirtioBlkQueue, VirtioBlkTransport, VirtioFeatureFlags,
-};
-use vm_memory::{FileOffset, MmapRegion};
+use virtio_driver::{VirtioBlkFeatureFlags, VirtioFeatureFlags};
 
 use crate::Random;
 use crate::history::{self, History, Stamp};
 use crate::image::SECTORS;
+use crate::vhost_client::Connection;
 
 const QUEUES: usize = 2;
 /// Requests in flight on each queue.
@@ -40,10 +38,7 @@ enum Does {
 }
 
 pub struct Client {
-    transport: Box<VirtioBlkTransport>,
-    queues: Vec<VirtioBlkQueue<'static, Request>>,
-    memory: MmapRegion<()>,
-    free: Vec<Vec<usize>>,
+    connection: Connection<Request>,
     /// Sectors of requests that are on their way.
     busy: Vec<bool>,
     /// Whether the disk has a cache that can be flushed.
@@ -53,32 +48,14 @@ pub struct Client {
 impl Client {
     /// `None` while nobody listens.
     pub fn connect(socket: &Path, has_cache: bool) -> Option<Self> {
-        let features = VirtioFeatureFlags::VERSION_1 | VirtioFeatureFlags::RING_EVENT_IDX;
-        let mut block = VirtioBlkFeatureFlags::MQ
-            | VirtioBlkFeatureFlags::DISCARD
-            | VirtioBlkFeatureFlags::WRITE_ZEROES;
+        let mut block = VirtioBlkFeatureFlags::DISCARD | VirtioBlkFeatureFlags::WRITE_ZEROES;
         if has_cache {
             block |= VirtioBlkFeatureFlags::FLUSH;
         }
-        let features = features.bits() | block.bits();
-        let link = VhostUser::new(socket.to_str().unwrap(), features).ok()?;
-        let mut transport: Box<VirtioBlkTransport> = Box::new(link);
-        let mut queues = VirtioBlkQueue::setup_queues(&mut *transport, QUEUES, 128).unwrap();
-        let wants_interrupts = |queue: &mut VirtioBlkQueue<_>| queue.set_used_notif_enabled(true);
-        queues.iter_mut().for_each(wants_interrupts);
-        let file = tempfile::tempfile().unwrap();
-        let len = QUEUES * DEPTH * PLACE;
-        file.set_len(len as u64).unwrap();
-        let fd = file.as_raw_fd();
-        let memory = MmapRegion::from_file(FileOffset::new(file, 0), len).unwrap();
-        let address = memory.as_ptr() as usize;
-        transport.map_mem_region(address, len, fd, 0).unwrap();
-        let places = |queue| (queue * DEPTH..(queue + 1) * DEPTH).collect();
+        let none = VirtioFeatureFlags::empty();
+        let connection = Connection::open(socket, none, block, QUEUES, DEPTH, PLACE)?;
         Some(Self {
-            transport,
-            queues,
-            memory,
-            free: (0..QUEUES).map(places).collect(),
+            connection,
             busy: vec![false; SECTORS as usize],
             has_cache,
         })
@@ -88,10 +65,10 @@ impl Client {
     pub fn write_until(&mut self, end: Instant, history: &mut History, random: &mut Random) {
         while Instant::now() < end {
             for queue in 0..QUEUES {
-                while let Some(place) = self.free[queue].pop() {
+                while let Some(place) = self.connection.free[queue].pop() {
                     self.submit(queue, place, history, random);
                 }
-                let notifier = self.transport.get_submission_notifier(queue);
+                let notifier = self.connection.transport.get_submission_notifier(queue);
                 notifier.notify().unwrap();
             }
             if !self.complete(history) {
@@ -102,7 +79,7 @@ impl Client {
 
     fn submit(&mut self, queue: usize, place: usize, history: &mut History, random: &mut Random) {
         let kind = random.below(16);
-        let target = &mut self.queues[queue];
+        let target = &mut self.connection.queues[queue];
         if kind == 0 && self.has_cache {
             let does = Does::Flush(history.before_flush());
             target.flush(Request { place, does }).unwrap();
@@ -136,7 +113,7 @@ impl Client {
                 // SAFETY: places lie in the memory, one behind another, and this one is in no other
                 // use until its request is complete.
                 let data = unsafe {
-                    let data = self.memory.as_ptr().add(place * PLACE);
+                    let data = self.connection.memory.as_ptr().add(place * PLACE);
                     std::slice::from_raw_parts_mut(data, bytes)
                 };
                 history::fill(data, sectors.start, stamp);
@@ -152,12 +129,12 @@ impl Client {
     pub fn complete(&mut self, history: &mut History) -> bool {
         let mut any = false;
         for queue in 0..QUEUES {
-            let completed: Vec<_> = self.queues[queue].completions().collect();
+            let completed: Vec<_> = self.connection.queues[queue].completions().collect();
             for completion in completed {
                 any = true;
                 assert_eq!(completion.ret, 0);
                 let Request { place, does } = completion.context;
-                self.free[queue].push(place);
+                self.connection.free[queue].push(place);
                 let sectors = match does {
                     Does::Flush(writes) => {
                         history.flushed(writes);
@@ -180,7 +157,7 @@ impl Client {
 
     /// Waits a moment for an interrupt.
     fn wait(&self) {
-        let events = (0..QUEUES).map(|n| self.transport.get_completion_fd(n));
+        let events = (0..QUEUES).map(|n| self.connection.transport.get_completion_fd(n));
         let events: Vec<_> = events.collect();
         let mut fds: Vec<_> = events
             .iter()

@@ -15,6 +15,8 @@ mod history;
 mod image;
 mod run;
 mod serve;
+#[path = "../common/vhost_client.rs"]
+mod vhost_client;
 
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;

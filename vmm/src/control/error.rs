@@ -61,6 +61,15 @@ pub enum ControlError {
     #[error("there is no job {0}")]
     NoSuchJob(u64),
 
+    /// A mistake in this program has ended a job.
+    #[error("a mistake in this program has ended the job on disk {disk}: {message}")]
+    Panic {
+        /// What the guest calls the disk.
+        disk: String,
+        /// What the panic said.
+        message: String,
+    },
+
     /// The host could not do it.
     #[error("could not {action}: {source}")]
     Host {
@@ -69,6 +78,28 @@ pub enum ControlError {
         /// The system's answer.
         source: io::Error,
     },
+}
+
+impl ControlError {
+    /// A word for programs to tell errors by.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::NoSuchDisk(_) => "no-such-disk",
+            Self::NoSuchJob(_) => "no-such-job",
+            Self::Busy { .. } => "busy",
+            Self::NoSuchBackup(_) => "no-such-backup",
+            Self::Ended => "ended",
+            Self::WouldShrink { .. } => "would-shrink",
+            Self::NeedsSize => "needs-size",
+            Self::Disk {
+                source: tandem_block::Error::Backup(_),
+                ..
+            } => "backup",
+            Self::Disk { .. } => "disk",
+            Self::Host { .. } => "host",
+            Self::Panic { .. } => "panic",
+        }
+    }
 }
 
 /// What a message about `error` of the image at `path` begins with, unless it names the image anyway.

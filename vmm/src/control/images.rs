@@ -41,7 +41,7 @@ impl Control {
             max_last,
         };
         let disk = operated.image.disk.clone();
-        self.start_job("commit", super::device_name(index), move |progress| {
+        self.start_job("commit", index, move |progress| {
             disk.commit(&options, progress)
         })
     }
@@ -64,7 +64,7 @@ impl Control {
             max_last,
         };
         let disk = operated.image.disk.clone();
-        self.start_job("rebase", super::device_name(index), move |progress| {
+        self.start_job("rebase", index, move |progress| {
             disk.rebase(&options, progress)
         })
     }

@@ -1,7 +1,9 @@
 //! Operations that take time, beside the requests of clients.
 
+use std::any::Any;
 use std::collections::VecDeque;
 use std::ops::ControlFlow;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::Builder;
@@ -9,8 +11,7 @@ use std::thread::Builder;
 use serde::Serialize;
 use tandem_block::{LiveReport, Progress};
 
-use super::{Control, ControlError, lock};
-use crate::sandbox::hint;
+use super::{Control, ControlError, Operated, device_name, lock};
 
 /// Most jobs that are remembered, unless more go on: one on each disk.
 const REMEMBERED: usize = 16;
@@ -44,7 +45,10 @@ enum Outcome {
         warning: Option<String>,
     },
     Cancelled,
-    Failed(String),
+    Failed {
+        kind: &'static str,
+        message: String,
+    },
 }
 
 /// An operation that takes time.
@@ -69,6 +73,17 @@ pub struct JobInfo {
     pub warning: Option<String>,
     /// Why it has failed.
     pub error: Option<String>,
+    /// The same as a word: the [kind](ControlError::kind) of the error.
+    pub error_kind: Option<&'static str>,
+}
+
+impl From<&ControlError> for Outcome {
+    fn from(error: &ControlError) -> Self {
+        Self::Failed {
+            kind: error.kind(),
+            message: error.to_string(),
+        }
+    }
 }
 
 impl Job {
@@ -83,13 +98,15 @@ impl Job {
             stopped_us: None,
             warning: None,
             error: None,
+            error_kind: None,
         };
         match lock(&self.outcome).clone() {
             None => {}
             Some(Outcome::Cancelled) => info.state = "cancelled",
-            Some(Outcome::Failed(error)) => {
+            Some(Outcome::Failed { kind, message }) => {
                 info.state = "failed";
-                info.error = Some(error);
+                info.error = Some(message);
+                info.error_kind = Some(kind);
             }
             Some(Outcome::Done {
                 stopped_us,
@@ -107,8 +124,12 @@ impl Job {
         lock(&self.outcome).is_some()
     }
 
-    /// Has `operation` done, which asks from time to time whether it is to go on.
-    fn run(&self, operation: impl FnOnce(Progress<'_>) -> tandem_block::Result<LiveReport>) {
+    /// Has `operation` of `disk` done, which asks from time to time whether it is to go on.
+    fn run(
+        &self,
+        disk: &Operated,
+        operation: impl FnOnce(Progress<'_>) -> tandem_block::Result<LiveReport>,
+    ) -> Outcome {
         let report = operation(&mut |done, total| {
             self.done.store(done, Ordering::Relaxed);
             self.total.store(total, Ordering::Relaxed);
@@ -117,7 +138,7 @@ impl Job {
                 false => ControlFlow::Continue(()),
             }
         });
-        let outcome = match report {
+        match report {
             Ok(report) => {
                 let total = self.total.load(Ordering::Relaxed);
                 self.done.store(total, Ordering::Relaxed);
@@ -127,10 +148,16 @@ impl Job {
                 }
             }
             Err(tandem_block::Error::Cancelled) => Outcome::Cancelled,
-            Err(error) => Outcome::Failed(format!("{error}{}", hint(&error))),
-        };
-        *lock(&self.outcome) = Some(outcome);
+            Err(error) => (&disk.error(error)).into(),
+        }
     }
+}
+
+/// What a panic said.
+fn message(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
+    text.unwrap_or("it said nothing").to_owned()
 }
 
 /// How long requests had to wait.
@@ -192,28 +219,38 @@ impl Control {
         Ok(())
     }
 
-    /// Begins `operation`, called `kind`, on the disk called `disk`. Returns its number.
+    /// Begins `operation`, called `kind`, on disk number `index`. Returns its number.
     pub(super) fn start_job(
         &self,
         kind: &'static str,
-        disk: String,
+        index: usize,
         operation: impl FnOnce(Progress<'_>) -> tandem_block::Result<LiveReport> + Send + 'static,
     ) -> Result<u64, ControlError> {
         let _operation = self.begin()?;
-        let job = self.0.jobs.add(kind, disk)?;
+        let job = self.0.jobs.add(kind, device_name(index))?;
         let (control, run) = (self.clone(), job.clone());
         let body = move || {
             // The end of the VM waits for this.
-            match control.begin() {
-                Ok(_operation) => run.run(operation),
-                Err(error) => *lock(&run.outcome) = Some(Outcome::Failed(error.to_string())),
-            }
+            let operation = || match control.begin() {
+                Ok(_operation) => Ok(run.run(control.disk(index)?, operation)),
+                Err(error) => Err(error),
+            };
+            // The disk is as valid as after a request that panics, and the job is not looked at again.
+            let ended = catch_unwind(AssertUnwindSafe(operation));
+            let ended = ended.unwrap_or_else(|panic| {
+                Err(ControlError::Panic {
+                    disk: run.disk.clone(),
+                    message: message(&*panic),
+                })
+            });
+            *lock(&run.outcome) = Some(ended.unwrap_or_else(|error| (&error).into()));
         };
         let thread = Builder::new().name("job".to_owned()).spawn(body);
         thread.map_err(|source| {
             let action = "start the thread of a job";
-            *lock(&job.outcome) = Some(Outcome::Failed(source.to_string()));
-            ControlError::Host { action, source }
+            let error = ControlError::Host { action, source };
+            *lock(&job.outcome) = Some((&error).into());
+            error
         })?;
         Ok(job.id)
     }

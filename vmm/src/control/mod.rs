@@ -5,11 +5,15 @@ mod backup;
 mod bitmaps;
 mod client;
 mod error;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod growth;
 mod images;
 mod jobs;
 mod protocol;
 mod socket;
+#[cfg(any(test, fuzzing))]
+mod without_vm;
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -371,7 +375,7 @@ impl Operated {
     }
 
     fn is_raw(&self) -> bool {
-        self.image.disk.with_image(|image| image.qcow2().is_none())
+        !self.image.disk.with_image(|image| image.is_qcow2())
     }
 
     /// The size of the block device that the disk has its own from.
@@ -389,7 +393,7 @@ impl Operated {
         };
         self.image.disk.with_image(|image| {
             let file = match disk::describe(image).kind {
-                "raw" | "external" | "external-raw" => image.disk().host_file(),
+                "raw" | "external" | "external-raw" => image.host_file(),
                 _ => None,
             };
             let Some(file) = file else { return Ok(None) };

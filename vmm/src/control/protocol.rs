@@ -50,21 +50,7 @@ impl RequestError {
             Self::Argument(_) => "bad-argument",
             Self::TooManyClients => "too-many-clients",
             Self::NotPermitted => "not-permitted",
-            Self::Control(error) => match error {
-                ControlError::NoSuchDisk(_) => "no-such-disk",
-                ControlError::NoSuchJob(_) => "no-such-job",
-                ControlError::Busy { .. } => "busy",
-                ControlError::NoSuchBackup(_) => "no-such-backup",
-                ControlError::Ended => "ended",
-                ControlError::WouldShrink { .. } => "would-shrink",
-                ControlError::NeedsSize => "needs-size",
-                ControlError::Disk {
-                    source: tandem_block::Error::Backup(_),
-                    ..
-                } => "backup",
-                ControlError::Disk { .. } => "disk",
-                ControlError::Host { .. } => "host",
-            },
+            Self::Control(error) => error.kind(),
         }
     }
 

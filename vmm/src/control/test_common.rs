@@ -2,8 +2,6 @@
 
 use super::*;
 use crate::config::DiskConfig;
-use crate::disk;
-use tandem_devices::virtio::block::Block;
 use tempfile::TempDir;
 
 /// Size of the disks.
@@ -21,23 +19,8 @@ pub fn control() -> (Control, TempDir) {
         ..Default::default()
     };
     tandem_block::qcow2::create(&qcow2, &options).unwrap();
-    let operated = [(raw, ",format=raw"), (qcow2, ",queues=3")].map(|(path, keys)| {
-        let config = DiskConfig::parse(format!("{}{keys}", path.display()).as_ref()).unwrap();
-        let image = disk::open(&config).unwrap();
-        let handle = Block::new(
-            image.disk.clone(),
-            disk::options(&config, config.queue_count(2)),
-        )
-        .handle();
-        Operated::new(image, handle)
+    let configs = [(raw, ",format=raw"), (qcow2, ",queues=3")].map(|(path, keys)| {
+        DiskConfig::parse(format!("{}{keys}", path.display()).as_ref()).unwrap()
     });
-    let machine = MachineInfo {
-        cpus: 2,
-        memory: 8 << 20,
-        started: Instant::now(),
-        seccomp: false,
-    };
-    let exit = Arc::new(Exit::new().unwrap());
-    let gate = Arc::new(Gate::new(exit.clone()));
-    (Control::new(machine, operated.into(), exit, gate), dir)
+    (without_vm::control(&configs).unwrap(), dir)
 }

@@ -104,8 +104,8 @@ fn disks_are_forked_and_committed() {
                 "{done}"
             );
             // What there is nothing to tell of is there all the same, as everywhere.
-            let none = ["warning", "error"].map(|key| done.get(key));
-            assert_eq!(none, [Some(&Value::Null); 2]);
+            let none = ["warning", "error", "error_kind"].map(|key| done.get(key));
+            assert_eq!(none, [Some(&Value::Null); 3]);
             assert_eq!(shown(&control, disk), 2);
         }
         let done = job(
@@ -209,6 +209,7 @@ fn what_cannot_be_is_refused() {
     assert!(!path("o").exists());
     let raw = job(&control, json!({"command": "commit", "disk": 0}));
     assert!(raw["error"].as_str().unwrap().contains("raw disk"), "{raw}");
+    assert_eq!(raw["error_kind"], "disk");
     let none = job(&control, json!({"command": "commit", "disk": 1}));
     assert!(
         none["error"].as_str().unwrap().contains("no image below"),
@@ -249,9 +250,7 @@ fn a_disk_has_one_job_at_a_time() {
         }
         Err(tandem_block::Error::Cancelled)
     };
-    control
-        .start_job("commit", "vda".to_owned(), operation)
-        .unwrap();
+    control.start_job("commit", 0, operation).unwrap();
     started.wait();
     let rebase = |disk: usize| json!({"command": "rebase", "disk": disk, "backing": ""});
     let busy = ask(&control, rebase(0))["error"].take();
@@ -269,6 +268,30 @@ fn a_disk_has_one_job_at_a_time() {
     }
     assert_eq!(control.jobs()[0].state, "cancelled");
     assert_eq!(job(&control, rebase(0))["job"], 3);
+}
+
+/// A mistake in the program ends a job, but not what is said about it.
+#[test]
+fn a_job_that_panics_has_failed() {
+    let (control, _dir) = control();
+    for (text, operation) in [
+        (
+            "of all",
+            (|_| panic!("of all")) as fn(tandem_block::Progress<'_>) -> _,
+        ),
+        ("no 7", |_| panic!("no {}", 7)),
+    ] {
+        control.start_job("commit", 0, operation).unwrap();
+        while control.jobs().last().unwrap().state == "running" {
+            thread::yield_now();
+        }
+        let job = control.jobs().pop().unwrap();
+        assert_eq!((job.state, job.error_kind), ("failed", Some("panic")));
+        let said = job.error.unwrap();
+        assert!(said.ends_with(&format!("on disk vda: {text}")), "{said}");
+    }
+    control.shut_down();
+    control.finish();
 }
 
 #[test]

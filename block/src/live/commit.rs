@@ -108,6 +108,7 @@ impl LiveDisk {
                 if options.pivot {
                     check_bitmaps(top, &base)?;
                 }
+                base.as_ref()?.renew_stamps()?;
                 if size > base_size {
                     if let LiveImage::Qcow2(base) = &base {
                         base.clear_behind_end()?;

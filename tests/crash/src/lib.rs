@@ -17,11 +17,13 @@
 //! Beside that there are files that fail ([`faults`]) and threads that meet on one disk ([`stress`]).
 
 pub mod bitmap;
+pub mod chain_model;
+pub mod chains;
 pub mod commits;
+pub mod directory;
 pub mod explore;
 pub mod faults;
 pub mod judge;
-pub mod killed;
 pub mod linear;
 pub mod model;
 #[cfg(mutate)]
@@ -39,4 +41,5 @@ pub mod shrink;
 pub mod storage;
 pub mod stress;
 pub mod syscalls;
+pub mod trace;
 pub mod workload;

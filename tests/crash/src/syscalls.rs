@@ -77,6 +77,19 @@ const HELD: [i64; 11] = [
     libc::SYS_copy_file_range,
 ];
 
+/// Calls that change a file, or make it durable.
+const CHANGES: [i64; 9] = [
+    libc::SYS_pwrite64,
+    libc::SYS_pwritev,
+    libc::SYS_pwritev2,
+    libc::SYS_fallocate,
+    libc::SYS_ftruncate,
+    libc::SYS_fdatasync,
+    libc::SYS_fsync,
+    libc::SYS_copy_file_range,
+    libc::SYS_utimensat,
+];
+
 /// Calls that change names of files.
 const NAMES: [i64; 5] = [
     libc::SYS_linkat,
@@ -117,10 +130,19 @@ pub fn with_fault<T: Send>(plan: Plan, f: impl FnOnce() -> T + Send) -> (T, Opti
 }
 
 /// Runs `f` on a thread of its own, and `each` before each of its calls that changes a file or the name
-/// of one, while it waits: what a process that is killed there leaves.
-pub fn at_each_call<T: Send>(f: impl FnOnce() -> T + Send, mut each: impl FnMut()) -> T {
-    hold(&[&HELD[..], &NAMES].concat(), f, |_| {
-        each();
+/// of one, while it waits: with the number of the call and, unless it is about names, the file.
+pub fn at_each_call<T: Send>(
+    f: impl FnOnce() -> T + Send,
+    mut each: impl FnMut(i64, Option<RawFd>),
+) -> T {
+    hold(&[&CHANGES[..], &NAMES].concat(), f, |held| {
+        let number = i64::from(held.nr);
+        let file = match number {
+            libc::SYS_copy_file_range => Some(held.args[2]),
+            _ if NAMES.contains(&number) => None,
+            _ => Some(held.args[0]),
+        };
+        each(number, file.map(|file| file as RawFd));
         None
     })
 }

@@ -6,6 +6,7 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::panic::resume_unwind;
 use std::path::PathBuf;
 use std::sync::mpsc;
 use std::thread;
@@ -163,14 +164,25 @@ fn hold<T: Send>(
             tandem_block::mutate::set(mutation);
             let listener = hold_calls(numbers).expect("the kernel holds system calls");
             sender.send(listener).expect("the other thread waits");
-            f()
+            let result = f();
+            #[cfg(mutate)]
+            let result = (result, tandem_block::mutate::met());
+            result
         });
         let listener = receiver.recv().expect("the other thread sends");
         while let Some(held) = receive(&listener) {
             let outcome = decide(&held.data);
             answer(&listener, &held, outcome);
         }
-        worker.join().expect("it does not panic")
+        let result = match worker.join() {
+            Ok(result) => result,
+            Err(panic) => resume_unwind(panic),
+        };
+        #[cfg(mutate)]
+        let (result, met) = result;
+        #[cfg(mutate)]
+        tandem_block::mutate::note(met);
+        result
     })
 }
 

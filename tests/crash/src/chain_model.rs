@@ -31,6 +31,8 @@ pub enum Step {
     Coming(Vec<String>),
     /// From now on this file holds what the disk holds now, and is not written.
     Kept(String),
+    /// This one holds something else, and is not written.
+    Beside { name: String, content: Vec<u64> },
     /// These files are about to be written, or lose their meaning. Who stands on them may be refused.
     Changing(Vec<String>),
 }
@@ -111,13 +113,8 @@ impl ChainModel {
                 self.coming.clear();
             }
             Step::Coming(names) => self.coming.clone_from(names),
-            Step::Kept(name) => {
-                let kept = Kept {
-                    content: self.content.clone(),
-                    may_be_refused: false,
-                };
-                self.kept.insert(name.clone(), kept);
-            }
+            Step::Kept(name) => self.keep(name, self.content.clone()),
+            Step::Beside { name, content } => self.keep(name, content.clone()),
             Step::Changing(names) => {
                 self.kept.retain(|name, _| !names.contains(name));
                 self.kept
@@ -126,6 +123,14 @@ impl ChainModel {
             }
         }
         matches!(step, Step::Flushed | Step::Found(_) | Step::Kept(_))
+    }
+
+    fn keep(&mut self, name: &str, content: Vec<u64>) {
+        let kept = Kept {
+            content,
+            may_be_refused: false,
+        };
+        self.kept.insert(name.to_owned(), kept);
     }
 
     /// Judges what is in `dir`, by QEMU's programs too, and by what it is like after more requests.

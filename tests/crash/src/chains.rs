@@ -18,6 +18,7 @@ use tandem_block::{CommitOptions, Disk, Error, ForkOptions, LiveDisk, RebaseOpti
 
 use crate::chain_model::{ChainModel, Step, fill, is_raw, open};
 use crate::directory::{Directory, Outage};
+use crate::judge::read_stamps;
 use crate::power::{Effort, Run};
 use crate::random::Random;
 use crate::setup::{BITMAP, scratch};
@@ -27,7 +28,7 @@ use crate::trace::{Event, Trace};
 /// Sectors of the disks: several units in which live operations see changes, and an end in a cluster.
 const SECTORS: usize = 301;
 /// The other backing file, and the stamp of its sectors.
-const OTHER: (&str, u64) = ("other.raw", 1 << 40);
+pub(crate) const OTHER: (&str, u64) = ("other.raw", 1 << 40);
 
 /// An operation on a disk in use.
 #[derive(Clone, Copy, Debug)]
@@ -51,17 +52,17 @@ enum Op {
 
 /// A chain of images.
 #[derive(Clone, Debug)]
-struct Case<'a> {
+pub(crate) struct Case<'a> {
     /// The cluster size, and the names of the images from the base up.
     cluster_size: u64,
-    names: &'a [&'a str],
+    pub names: &'a [&'a str],
     /// Those that keep a stamp of what is below them.
     stamped: &'a [&'a str],
-    has_bitmap: bool,
+    pub has_bitmap: bool,
 }
 
 impl<'a> Case<'a> {
-    const fn new(cluster_size: u64, names: &'a [&'a str]) -> Self {
+    pub(crate) const fn new(cluster_size: u64, names: &'a [&'a str]) -> Self {
         Self {
             cluster_size,
             names,
@@ -70,11 +71,11 @@ impl<'a> Case<'a> {
         }
     }
 
-    const fn stamped(self, stamped: &'a [&'a str]) -> Self {
+    pub(crate) const fn stamped(self, stamped: &'a [&'a str]) -> Self {
         Self { stamped, ..self }
     }
 
-    const fn with_bitmap(self) -> Self {
+    pub(crate) const fn with_bitmap(self) -> Self {
         Self {
             has_bitmap: true,
             ..self
@@ -82,7 +83,7 @@ impl<'a> Case<'a> {
     }
 
     /// Makes the files in `dir`. Returns what the disk holds.
-    fn create(&self, dir: &Path) -> Vec<u64> {
+    pub(crate) fn create(&self, dir: &Path) -> Vec<u64> {
         let other = sector_bytes(OTHER.1).repeat(100);
         fs::write(dir.join(OTHER.0), other).unwrap();
         let mut content = vec![0; SECTORS];
@@ -397,7 +398,7 @@ pub fn forking(run: &mut Run) {
         Op::Flush,
         Op::Write,
     ];
-    let more = [&ops[..], &[Op::Fork, Op::Write]].concat();
+    let more = [&ops[..], &[Op::Fork, Op::Write, commit(0, true), Op::Write]].concat();
     for (seed, (case, ops)) in run.rounds([
         (Case::new(512, &["image"]), &ops[..]),
         (
@@ -503,6 +504,12 @@ pub fn committing_with_stamps(run: &mut Run) {
                 content
             },
             |dir, trace| {
+                let other = open(dir, "other", true)?;
+                trace.mark(Step::Beside {
+                    name: "other".to_owned(),
+                    content: read_stamps(other.disk()).unwrap(),
+                });
+                drop(other);
                 trace.mark(Step::Found(vec!["top".to_owned()]));
                 let changing = names.iter().map(|name| (*name).to_owned());
                 trace.mark(Step::Changing(changing.collect()));

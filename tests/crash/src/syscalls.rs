@@ -40,6 +40,14 @@ impl Call {
         matches!(self.number, libc::SYS_fdatasync | libc::SYS_fsync)
     }
 
+    pub fn is_open(&self) -> bool {
+        matches!(self.number, libc::SYS_openat | libc::SYS_openat2)
+    }
+
+    pub fn is_about_names(&self) -> bool {
+        NAMES.contains(&self.number)
+    }
+
     fn is_read(&self) -> bool {
         matches!(
             self.number,
@@ -57,25 +65,21 @@ impl Call {
                 matches!(self.number, libc::SYS_pread64 | libc::SYS_preadv) || self.is_write()
             }
             // What reads needs no space.
-            Fault::Error(libc::ENOSPC | libc::EDQUOT) => !self.is_read(),
+            Fault::Error(libc::ENOSPC | libc::EDQUOT) => !self.is_read() && !self.is_open(),
+            // Nobody waits for names.
+            Fault::Error(libc::EINTR) => !self.is_about_names() && !self.is_open(),
             Fault::Error(_) => true,
         }
     }
 }
 
-/// The calls that are held.
-const HELD: [i64; 11] = [
+/// Calls that read a file, or open one.
+const READS: [i64; 5] = [
     libc::SYS_pread64,
     libc::SYS_preadv,
     libc::SYS_preadv2,
-    libc::SYS_pwrite64,
-    libc::SYS_pwritev,
-    libc::SYS_pwritev2,
-    libc::SYS_fallocate,
-    libc::SYS_ftruncate,
-    libc::SYS_fdatasync,
-    libc::SYS_fsync,
-    libc::SYS_copy_file_range,
+    libc::SYS_openat,
+    libc::SYS_openat2,
 ];
 
 /// Calls that change a file, or make it durable.
@@ -108,7 +112,8 @@ type Outcome = Option<Result<i64, i32>>;
 pub fn with_fault<T: Send>(plan: Plan, f: impl FnOnce() -> T + Send) -> (T, Option<Call>) {
     let mut left = plan.after;
     let mut failed = None;
-    let result = hold(&HELD, f, |held| {
+    let all = [&READS[..], &CHANGES, &NAMES].concat();
+    let result = hold(&all, f, |held| {
         let call = Call {
             number: i64::from(held.nr),
             file: std::fs::read_link(format!("/proc/self/fd/{}", held.args[0])).unwrap_or_default(),

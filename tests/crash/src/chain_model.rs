@@ -228,7 +228,7 @@ fn go_on(dir: &Path, name: &str) -> Result<(), String> {
     let text = |e: Error| e.to_string();
     let disk = LiveDisk::new(open(dir, name, false).map_err(text)?);
     let mut stamps = read_stamps(&disk)?;
-    for (i, sectors) in [(0, 3..9), (1, 100..140), (2, 290..300)] {
+    for (i, sectors) in [(0, 3..9), (1, 60..100), (2, 130..139)] {
         fill(&disk, sectors.clone(), AFTERWARDS + i).map_err(text)?;
         stamps[sectors].fill(AFTERWARDS + i);
     }

@@ -26,7 +26,7 @@ use crate::storage::{SECTOR, sector_bytes};
 use crate::trace::{Event, Trace};
 
 /// Sectors of the disks: several units in which live operations see changes, and an end in a cluster.
-const SECTORS: usize = 301;
+const SECTORS: usize = 141;
 /// The other backing file, and the stamp of its sectors.
 pub(crate) const OTHER: (&str, u64) = ("other.raw", 1 << 40);
 
@@ -92,7 +92,7 @@ impl<'a> Case<'a> {
             self.create_one(dir, name, below.replace(*name));
             let disk = open(dir, name, false).unwrap();
             // Some of it, so that the ones below show.
-            for sectors in [10 + 20 * i..90 - 10 * i, 200..240 - 10 * i, 296..SECTORS] {
+            for sectors in [10 + 15 * i..80 - 10 * i, 95..120 - 5 * i, 137..SECTORS] {
                 content[sectors.clone()].fill(1 << 48 | (i as u64));
                 fill(disk.disk(), sectors, 1 << 48 | (i as u64)).unwrap();
             }
@@ -346,11 +346,10 @@ fn explore(
             let goes_on = random.below(3) == 0;
             let judged = model.judge(left.path(), by_qemu, goes_on);
             judged.unwrap_or_else(|e| {
-                let marks = log[..=point].iter().filter_map(|event| match event {
+                let last = log[..=point].iter().rev().find_map(|event| match event {
                     Event::Mark(step) => Some(step),
                     _ => None,
                 });
-                let last = marks.last();
                 panic!(
                     "{name}, seed {seed}, after event {point} of {}, {last:?}: {e}",
                     log.len()

@@ -142,12 +142,6 @@ fn opportunities() -> BTreeMap<Mutation, Vec<usize>> {
             all.entry(mutation).or_default().push(subject);
         }
     }
-    // What a kind of workload has not met yet it may meet later.
-    for subjects in all.values_mut() {
-        let others = (SCENARIOS.len()..SUBJECTS).filter(|subject| !subjects.contains(subject));
-        let others: Vec<_> = others.collect();
-        subjects.extend(others);
-    }
     // This one is made by another thread.
     let forgiven = Mutation::Mistake(mutate::SYNC_FORGIVEN);
     all.insert(forgiven, vec![FAULTS]);

@@ -8,7 +8,7 @@ use crate::{chains, commits, operations, rewrites};
 /// Explores an operation; a violation panics.
 pub type Scenario = fn(&mut Run);
 
-pub const SCENARIOS: [(&str, Scenario); 23] = [
+pub const SCENARIOS: [(&str, Scenario); 24] = [
     ("taking-a-snapshot", operations::taking_a_snapshot),
     ("applying-a-snapshot", operations::applying_a_snapshot),
     ("deleting-a-snapshot", operations::deleting_a_snapshot),
@@ -17,6 +17,10 @@ pub const SCENARIOS: [(&str, Scenario); 23] = [
         operations::operations_without_a_dirty_bit,
     ),
     ("rebasing", operations::rebasing),
+    (
+        "linking-refcount-blocks",
+        operations::linking_refcount_blocks,
+    ),
     ("repairing", operations::repairing),
     (
         "following-changes-in-a-bitmap",

@@ -252,6 +252,14 @@ impl Storage for Direct {
         self.file.stamp()
     }
 
+    fn sync_stamp(&self) -> io::Result<()> {
+        self.file.sync_stamp()
+    }
+
+    fn renew_stamp(&self) -> io::Result<()> {
+        self.file.renew_stamp()
+    }
+
     fn units(&self) -> Units {
         let units = self.file.units();
         // A smaller write reads the rest of its block.

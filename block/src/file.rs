@@ -318,6 +318,28 @@ impl ImageFile {
         }))
     }
 
+    /// As [`Storage::sync_stamp`].
+    #[cfg_attr(mutate, track_caller)]
+    pub fn sync_stamp(&self) -> Result<()> {
+        #[cfg(mutate)]
+        if crate::mutate::leaves_out(std::panic::Location::caller()) {
+            return Ok(());
+        }
+        let synced = self.storage.sync_stamp();
+        synced.map_err(|e| Error::io(&self.path, "sync", e))
+    }
+
+    /// As [`Storage::renew_stamp`].
+    #[cfg_attr(mutate, track_caller)]
+    pub fn renew_stamp(&self) -> Result<()> {
+        #[cfg(mutate)]
+        if crate::mutate::leaves_out(std::panic::Location::caller()) {
+            return Ok(());
+        }
+        let renewed = self.storage.renew_stamp();
+        renewed.map_err(|e| Error::io(&self.path, "change the time of", e))
+    }
+
     pub fn size(&self) -> Result<u64> {
         self.storage
             .size()

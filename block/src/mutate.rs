@@ -28,17 +28,23 @@ pub const STORED_LATE: &str = "bitmaps are not marked any more before their bits
 pub const ONE_WRITE: &str = "a header of several sectors changes in one write";
 /// The disk's new size is written first.
 pub const GROWN_EARLY: &str = "a disk grows before what is behind its end is cleared";
+/// A bitmap begins anew for a backup that does not succeed.
+pub const NOT_GIVEN_BACK: &str = "a bitmap does not get back what a backup has taken";
+/// What is committed is removed at once.
+pub const EMPTIED_EARLY: &str = "an image is emptied before the base is durable";
 /// The failure of a sync is told once.
 pub const SYNC_FORGIVEN: &str = "a sync succeeds after one has failed";
 
 /// What each [`Mutation::Mistake`] can be.
-pub const MISTAKES: [&str; 7] = [
+pub const MISTAKES: [&str; 9] = [
     MAPPING_FIRST,
     REUSED_EARLY,
     NOT_MARKED,
     STORED_LATE,
     ONE_WRITE,
     GROWN_EARLY,
+    NOT_GIVEN_BACK,
+    EMPTIED_EARLY,
     SYNC_FORGIVEN,
 ];
 
@@ -60,6 +66,11 @@ pub fn active() -> Option<Mutation> {
 /// The mistakes that this thread has had an opportunity for since this was asked last.
 pub fn met() -> BTreeSet<Mutation> {
     MET.take()
+}
+
+/// This thread has had these opportunities, too: another one has, for it.
+pub fn note(met: BTreeSet<Mutation>) {
+    MET.with_borrow_mut(|all| all.extend(met));
 }
 
 /// Whether what is at `place` is to be left out.

@@ -45,7 +45,8 @@ pub struct Modified {
 }
 
 impl Stamp {
-    /// The stamp of `disk`, such that any later write makes another one; `None` if it cannot be told.
+    /// The stamp of `disk`, such that any later write makes another one; `None` if it cannot be told. It is
+    /// durable, so that what keeps it is not refused after a failure of power.
     ///
     /// Writes within one tick of the clock, of some milliseconds, leave the same time. So a disk that
     /// has been written just now is waited for.
@@ -54,6 +55,9 @@ impl Stamp {
     /// [`Error::Io`](crate::Error::Io).
     pub fn of(disk: &dyn Disk) -> Result<Option<Self>> {
         let stamp = disk.stamp()?;
+        if let Some(image) = disk.as_image() {
+            image.sync_stamps()?;
+        }
         let is_of_now = |stamp: &Self| stamp.files.iter().any(FileStamp::is_of_now);
         while stamp.as_ref().is_some_and(is_of_now) {
             sleep(TICK / 10);

@@ -110,6 +110,17 @@ pub trait Storage: Debug + Send + Sync {
         Ok(None)
     }
 
+    /// Makes the [`stamp`](Storage::stamp) durable: a [`sync`](Storage::sync) leaves the time of the last
+    /// write to the system.
+    fn sync_stamp(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    /// Gives it another [`stamp`](Storage::stamp), which is durable, before it is written.
+    fn renew_stamp(&self) -> io::Result<()> {
+        Ok(())
+    }
+
     /// In which units it works best.
     fn units(&self) -> Units {
         Units::default()

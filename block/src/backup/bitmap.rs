@@ -170,6 +170,10 @@ impl Taken {
     pub fn give_back(self, image: &mut LiveImage, history: &mut History) -> Result<()> {
         history.forget(&self);
         let name = self.name;
+        #[cfg(mutate)]
+        if crate::mutate::is(crate::mutate::NOT_GIVEN_BACK) {
+            return Ok(());
+        }
         match self.bits {
             Some(bits) => image.with_bitmaps()?.put_back_bitmap(&name, &bits),
             // There is nothing that it could go on from.

@@ -64,6 +64,27 @@ impl<'a> ImageRef<'a> {
         }
     }
 
+    /// Makes the stamps of its files, and of those below it, durable.
+    pub(crate) fn sync_stamps(self) -> Result<()> {
+        let (image, data) = self.files();
+        image.sync_stamp()?;
+        if let Some(data) = data {
+            data.sync_stamp()?;
+        }
+        match self.lower().and_then(Disk::as_image) {
+            Some(below) => below.sync_stamps(),
+            None => Ok(()),
+        }
+    }
+
+    /// Gives its files other stamps, durably, before it is written: whoever keeps one of it sees that,
+    /// though power fails.
+    pub(crate) fn renew_stamps(self) -> Result<()> {
+        let (image, data) = self.files();
+        image.renew_stamp()?;
+        data.map_or(Ok(()), ImageFile::renew_stamp)
+    }
+
     fn lower(self) -> Option<&'a dyn Disk> {
         match self {
             Self::Raw(_) => None,

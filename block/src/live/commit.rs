@@ -106,6 +106,7 @@ impl LiveDisk {
                 if options.pivot {
                     check_bitmaps(top, &base)?;
                 }
+                base.as_ref()?.renew_stamps()?;
                 if size > base_size {
                     if let LiveImage::Qcow2(base) = &base {
                         base.clear_behind_end()?;
@@ -167,6 +168,15 @@ fn copy(top: &dyn Disk, base: &dyn Disk, between: usize, range: Range<u64>) -> R
     top.read_at(&data, part.offset)?;
     base.write_at(&data, part.offset)?;
     Ok(part.len)
+}
+
+/// Makes durable what has been copied to `base`.
+fn settle(base: &dyn Disk) -> Result<()> {
+    #[cfg(mutate)]
+    if crate::mutate::is(crate::mutate::EMPTIED_EARLY) {
+        return Ok(());
+    }
+    base.flush()
 }
 
 /// Refuses to leave an image whose bitmaps follow the disk if they cannot go with it.
@@ -274,13 +284,13 @@ impl<'a> Commit<'a> {
         } = *self.options;
         let base = self.base.shared();
         let step = |state: &State, range| copy(state.image.disk(), &*base, between, range);
-        let flush = || base.flush();
+        let flush = || settle(&*base);
         Passes::new(self.disk, self.changes, &mut *progress, &flush).run(max_last, &step)?;
         // What the image on top has again once it has been emptied.
         let left = Arc::new(self.changes.empty());
         self.exclusive(|state, changes| {
             last_pass(state, changes, &step)?;
-            base.flush()?;
+            settle(&*base)?;
             if pivot && between > 0 {
                 put_on_base(state, &base)?;
             }

@@ -16,7 +16,7 @@ use crate::lock::{Access, Locking};
 use crate::qcow2::{
     Backing, BackingFormat, CreateOptions, OpenOptions, Qcow2, name_from, stamp_base,
 };
-use crate::{Disk, Error, FileOptions, FileStorage, NewImage, Result};
+use crate::{Disk, Error, FileOptions, NewImage, Result};
 
 /// How to fork a disk in use.
 #[derive(Clone, Debug)]
@@ -157,8 +157,9 @@ impl<'a> New<'a> {
         if image.replaces() {
             return Err(exists());
         }
+        // Which is known before it has a name, so that it goes whatever fails.
+        let file = image.file()?;
         image.commit()?;
-        let file = FileStorage::open_file(path, true).map_err(|e| Error::io(path, "open", e))?;
         let new = Self {
             path,
             file: Some(file),

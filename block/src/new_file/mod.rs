@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 
-use self::names::{Placed, create_unnamed, exchange, link_beside, replace};
+use self::names::{Placed, create_unnamed, exchange, link_beside, replace, sync_content};
 pub(crate) use self::names::{create_temporary, directory_of, sync_directory};
 use crate::hints::FileHints;
 use crate::lock::{self, Access, Locking};
@@ -237,7 +237,7 @@ impl NewFile {
     pub fn commit(mut files: Vec<Self>) -> Result<()> {
         // What needs space comes first, block devices, which keep nothing, come last.
         for file in &mut files {
-            file.io("sync", file.file.sync_all())?;
+            file.io("sync", sync_content(&file.file))?;
             let named = file.name_temporarily();
             file.io("name", named)?;
         }

@@ -55,8 +55,23 @@ pub(crate) fn create_temporary(directory: &Path) -> io::Result<File> {
     Ok(file)
 }
 
+/// Makes a file durable, but for its name.
+#[cfg_attr(mutate, track_caller)]
+pub(super) fn sync_content(file: &File) -> io::Result<()> {
+    #[cfg(mutate)]
+    if crate::mutate::leaves_out(std::panic::Location::caller()) {
+        return Ok(());
+    }
+    file.sync_all()
+}
+
 /// Makes the names in a directory durable.
+#[cfg_attr(mutate, track_caller)]
 pub(crate) fn sync_directory(directory: &File) -> io::Result<()> {
+    #[cfg(mutate)]
+    if crate::mutate::leaves_out(std::panic::Location::caller()) {
+        return Ok(());
+    }
     match directory.sync_all() {
         // The file system does not sync directories.
         Err(e) if e.raw_os_error() == Some(libc::EINVAL) => Ok(()),

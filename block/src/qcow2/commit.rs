@@ -86,8 +86,13 @@ impl Commit {
             }
             Ok(())
         })?;
-        // The images stay as good as they are if this is broken off.
-        self.stamped.iter().try_for_each(|path| stamp::end(path))?;
+        // The images stay as good as they are if this is broken off. From the top down: to end the stamp
+        // of an image changes that of the one above it.
+        let mut stamped = self.stamped.iter().rev();
+        stamped.try_for_each(|path| stamp::end(path))?;
+        if let Some(base) = self.base.as_image() {
+            base.renew_stamps()?;
+        }
         let size = self.top.size();
         if size > self.base.size() {
             self.base.resize(size)?;

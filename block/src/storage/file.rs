@@ -7,7 +7,7 @@ use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use rustix::fs::{FallocateFlags, SeekFrom};
+use rustix::fs::{FallocateFlags, SeekFrom, Timespec, Timestamps, UTIME_NOW};
 use rustix::io::Errno;
 use vm_memory::VolatileSlice;
 
@@ -343,6 +343,33 @@ impl Storage for FileStorage {
             len: self.size()?,
             modified: (!self.is_block_device).then_some(modified),
         }))
+    }
+
+    fn sync_stamp(&self) -> io::Result<()> {
+        if self.is_block_device {
+            return Ok(());
+        }
+        let _blocking = self.nowait.block();
+        match rustix::io::retry_on_intr(|| rustix::fs::fsync(&self.file)) {
+            // A file system that is never written.
+            Err(Errno::INVAL | Errno::ROFS) => Ok(()),
+            synced => Ok(synced?),
+        }
+    }
+
+    fn renew_stamp(&self) -> io::Result<()> {
+        let now = Timespec {
+            tv_sec: 0,
+            tv_nsec: UTIME_NOW,
+        };
+        let now = Timestamps {
+            last_access: now,
+            last_modification: now,
+        };
+        if !self.is_block_device {
+            rustix::io::retry_on_intr(|| rustix::fs::futimens(&self.file, &now))?;
+        }
+        self.sync_stamp()
     }
 
     fn units(&self) -> Units {

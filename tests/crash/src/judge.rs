@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use tandem_block::qcow2::{Finding, FindingKind, OpenOptions, Qcow2, Repair, check_storage};
-use tandem_block::{Disk, LiveDisk};
+use tandem_block::{BackupKind, BackupOptions, Disk, LiveDisk};
 use vm_memory::VolatileSlice;
 
 use crate::bitmap;
@@ -13,8 +13,8 @@ use crate::model::{Model, note};
 use crate::power::Files;
 use crate::random::Random;
 use crate::setup::{BITMAP, Kind, Setup};
-use crate::storage::{Memory, SECTOR, Which, stamp_of};
-use crate::workload::{Maker, request, snapshot_name};
+use crate::storage::{Memory, SECTOR, Which, sector_bytes, stamp_of};
+use crate::workload::{Maker, request, restore, snapshot_name};
 
 /// Stamps of what is written after the failure begin here.
 const AFTERWARDS: u64 = 1 << 32;
@@ -145,7 +145,44 @@ impl Judge<'_> {
             return Ok(true);
         }
         let has = |sector: usize| stored.has((sector * SECTOR) as u64) == Some(true);
-        model.check_bitmap(shown, has).map(|()| false)
+        model.check_bitmap(shown, has)?;
+        self.check_restored(state, shown, model).map(|()| false)
+    }
+
+    /// What has been restored of the disk is whole again with what the bitmap tells.
+    fn check_restored(
+        &self,
+        state: &State,
+        shown: &[u64],
+        model: &Model<'_>,
+    ) -> Result<(), String> {
+        let wrong = |e: tandem_block::Error| format!("backup: {e}");
+        let disk = self.open(&state.copy()).map_err(wrong)?;
+        let options = BackupOptions {
+            kind: BackupKind::Since {
+                bitmap: BITMAP.to_vec(),
+                keep: true,
+            },
+            scratch_dir: Some(std::env::temp_dir()),
+            ..BackupOptions::default()
+        };
+        let disk = Arc::new(LiveDisk::new(disk));
+        let bytes = |stamps: &[u64]| -> Vec<u8> {
+            stamps
+                .iter()
+                .flat_map(|stamp| sector_bytes(*stamp))
+                .collect()
+        };
+        let shown = bytes(shown);
+        for base in model.restored() {
+            let mut restored = bytes(base);
+            let backup = LiveDisk::begin_backup(&disk, &options).map_err(wrong)?;
+            restore(&backup, &mut restored).map_err(wrong)?;
+            if restored == shown {
+                return Ok(());
+            }
+        }
+        Err("the backups do not restore the disk".to_owned())
     }
 
     /// The snapshots that should be there are, and hold what they should. Returns their numbers.

@@ -13,16 +13,21 @@
 //! 6. a sample: `qemu-img check` finds leaks at most, and `qemu-img` and `qemu-io` read the same.
 //!
 //! The same is done with operations on images that no guest uses: `operations`, `rewrites`, `commits`.
+//! Disks in use that are forked, committed or put on other images are explored as files in a directory
+//! ([`chains`]), where names and times are durable or not, too.
 //!
-//! Beside that there are files that fail ([`faults`]) and threads that meet on one disk ([`stress`]).
+//! Beside that there are files that fail ([`faults`], [`live_faults`]) and threads that meet on one disk ([`stress`]).
 
 pub mod bitmap;
+pub mod chain_model;
+pub mod chains;
 pub mod commits;
+pub mod directory;
 pub mod explore;
 pub mod faults;
 pub mod judge;
-pub mod killed;
 pub mod linear;
+pub mod live_faults;
 pub mod model;
 #[cfg(mutate)]
 pub mod mutants;
@@ -39,4 +44,5 @@ pub mod shrink;
 pub mod storage;
 pub mod stress;
 pub mod syscalls;
+pub mod trace;
 pub mod workload;

@@ -13,7 +13,7 @@ use tandem_crash::faults::{self, Injected};
 use tandem_crash::power::{Effort, Run, Tally};
 use tandem_crash::scenarios::{self, SCENARIOS, Scenario};
 use tandem_crash::setup::{SETUPS, Setup};
-use tandem_crash::{queues, report, stress};
+use tandem_crash::{live_faults, queues, report, stress};
 
 /// Builds states that a power failure could leave, and judges each. Ends with status 1 if one of them
 /// breaks a promise.
@@ -125,6 +125,13 @@ fn inject_faults() -> ExitCode {
         println!("{setup}: {injected}");
         all += injected;
     }
+    let mut injected = Injected::default();
+    if let Err(problem) = live_faults::explore(1, &mut injected) {
+        println!("VIOLATION: {problem}");
+        return ExitCode::FAILURE;
+    }
+    println!("disks in use: {injected}");
+    all += injected;
     println!("all: {all}");
     ExitCode::SUCCESS
 }

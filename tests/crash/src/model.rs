@@ -46,6 +46,9 @@ pub struct Model<'a> {
     other: Option<Vec<u64>>,
     /// What the bitmap may tell: since when it follows changes.
     bitmaps: Vec<Followed>,
+    /// What it tells once the backup under way has succeeded.
+    backup: Option<Followed>,
+    has_bitmap: bool,
 }
 
 /// A bitmap that follows changes.
@@ -55,6 +58,13 @@ struct Followed {
     base: Vec<u64>,
     /// Sectors that may have changed since.
     touched: Vec<bool>,
+}
+
+impl Followed {
+    fn new(base: Vec<u64>, sectors: usize) -> Self {
+        let touched = vec![false; sectors];
+        Self { base, touched }
+    }
 }
 
 impl<'a> Model<'a> {
@@ -73,6 +83,8 @@ impl<'a> Model<'a> {
             uncertain: None,
             other: None,
             bitmaps: Vec::new(),
+            backup: None,
+            has_bitmap: setup.bitmap,
             content: Vec::new(),
         };
         model.follow(content.clone(), all);
@@ -86,12 +98,11 @@ impl<'a> Model<'a> {
 
     /// A bitmap may follow changes of a disk that holds `base`.
     fn follow(&mut self, base: Vec<u64>, sectors: usize) {
-        let touched = vec![false; sectors];
-        self.bitmaps.push(Followed { base, touched });
+        self.bitmaps.push(Followed::new(base, sectors));
     }
 
     fn touch(&mut self, sectors: std::ops::Range<usize>) {
-        for followed in &mut self.bitmaps {
+        for followed in self.bitmaps.iter_mut().chain(&mut self.backup) {
             followed.touched[sectors.clone()].fill(true);
         }
     }
@@ -115,7 +126,13 @@ impl<'a> Model<'a> {
     pub fn begin(&mut self, op: usize) {
         self.now += 1;
         self.begun[op] = self.now;
-        match &self.ops[op] {
+        let request = &self.ops[op];
+        if let Some(followed) = self.backup.take_if(|_| request.ends_backup()) {
+            self.bitmaps.push(followed);
+        } else if matches!(request, Op::Backup) && self.has_bitmap {
+            self.backup = Some(Followed::new(self.content.clone(), self.sectors.len()));
+        }
+        match request {
             Op::Resize { sectors } => {
                 let len = self.content.len();
                 self.sizes.insert(*sectors);
@@ -184,9 +201,11 @@ impl<'a> Model<'a> {
                     self.hold(content);
                 }
             }
-            Op::ClearBitmap => drop(self.bitmaps.drain(..self.bitmaps.len() - 1)),
+            Op::Cancel => self.backup = None,
             _ => {}
         }
+        // The last one counts: a bitmap is cleared, or a backup has ended.
+        self.bitmaps.drain(..self.bitmaps.len() - 1);
         if request.is_durable() {
             self.uncertain = None;
         }
@@ -236,6 +255,11 @@ impl<'a> Model<'a> {
             return Err(format!("the bitmap is wrong at sectors {wrong:?}"));
         }
         Ok(())
+    }
+
+    /// What has been restored of the disk that the bitmap may go on from.
+    pub fn restored(&self) -> impl Iterator<Item = &[u64]> {
+        self.bitmaps.iter().map(|followed| &followed.base[..])
     }
 
     /// What each of the snapshots with the numbers `found` holds.

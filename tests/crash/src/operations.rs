@@ -18,6 +18,7 @@ use crate::bitmap::{self, Stored};
 use crate::judge::check;
 use crate::power::{Files, Run};
 use crate::random::Random;
+use crate::rewrites::expect_content;
 use crate::setup::scratch;
 use crate::storage::{Memory, Which};
 
@@ -513,5 +514,38 @@ pub fn changing_bitmaps(run: &mut Run) {
                 _ => assert!(!stored(&image).is_empty()),
             }
         }
+    }
+}
+
+/// A write that needs another block of refcounts, which is linked before the mapping is written.
+pub fn linking_refcount_blocks(run: &mut Run) {
+    let dir = scratch();
+    let path = dir.path().join("image");
+    let options = CreateOptions {
+        size: 160 << 10,
+        cluster_size: 512,
+        ..CreateOptions::default()
+    };
+    create(&path, &options).unwrap();
+    let disk = Qcow2::open(&path, &OpenOptions::default()).unwrap();
+    // The first block counts 256 clusters.
+    fill(&disk, 0, 110 << 10, 7);
+    disk.close().unwrap();
+    drop(disk);
+    let start = std::fs::read(&path).unwrap();
+    let before = content(&open(plain(&start)).unwrap());
+    let mut after = before.clone();
+    after[110 << 10..150 << 10].fill(9);
+    for (seed, ()) in run.rounds([()]) {
+        let write = |image| {
+            let disk = open(image).unwrap();
+            fill(&disk, 110 << 10, 40 << 10, 9);
+            disk.close().unwrap();
+        };
+        explore(run, &start, seed, write, |state, what| {
+            check(&plain(&state)).unwrap_or_else(|e| panic!("{what}: {e}"));
+            let shown = content(&open(plain(&state)).unwrap_or_else(|e| panic!("{what}: {e}")));
+            expect_content(&shown, &before, &after, what);
+        });
     }
 }

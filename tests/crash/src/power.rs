@@ -174,21 +174,8 @@ impl Power {
             .zip(&self.pending)
             .flat_map(|(i, change)| parts(i, change))
             .collect();
-        let is_exhaustive = parts.len() <= effort.few;
-        let chosen = if is_exhaustive {
-            let old = parts.iter().filter(|part| part.change < new).count();
-            // Those without any of the new parts have been built.
-            let is_new = |subset: &u32| new == 0 || subset >> old != 0;
-            let chosen = |subset: u32| (0..parts.len()).map(|i| subset >> i & 1 != 0).collect();
-            (0..1u32 << parts.len())
-                .filter(is_new)
-                .map(chosen)
-                .collect()
-        } else {
-            (0..effort.sampled)
-                .map(|_| choose(&parts, random))
-                .collect()
-        };
+        let changes: Vec<usize> = parts.iter().map(|part| part.change).collect();
+        let (chosen, is_exhaustive) = choices(&changes, new, effort, random);
         States {
             parts,
             chosen,
@@ -212,23 +199,45 @@ impl Power {
     }
 }
 
-/// None of `parts`, all, each change or not, or each sector or not.
-fn choose(parts: &[Part<'_>], random: &mut Random) -> Vec<bool> {
+/// Which parts of changes happen, where part `i` is one of change `changes[i]`, and the changes before
+/// number `new` have been dealt with: all choices that there are or, if they are many, some. And whether
+/// these are all.
+pub fn choices(
+    changes: &[usize],
+    new: usize,
+    effort: Effort,
+    random: &mut Random,
+) -> (Vec<Vec<bool>>, bool) {
+    let len = changes.len();
+    if len > effort.few {
+        let some = (0..effort.sampled).map(|_| choose(changes, random));
+        return (some.collect(), false);
+    }
+    let old = changes.iter().filter(|change| **change < new).count();
+    // Those without any of the new parts have been built.
+    let is_new = |subset: &u32| new == 0 || subset >> old != 0;
+    let chosen = |subset: u32| (0..len).map(|i| subset >> i & 1 != 0).collect();
+    let all = (0..1u32 << len).filter(is_new).map(chosen);
+    (all.collect(), true)
+}
+
+/// None of the parts, all, each change or not, or each part or not.
+fn choose(changes: &[usize], random: &mut Random) -> Vec<bool> {
     let mode = random.below(6);
     let mut last = None;
     let mut choice = false;
-    let mut chosen = |part: &Part<'_>| match mode {
+    let mut chosen = |change: &usize| match mode {
         0 => false,
         1 => true,
         2 | 3 => {
-            if last.replace(part.change) != Some(part.change) {
+            if last.replace(*change) != Some(*change) {
                 choice = random.below(2) == 0;
             }
             choice
         }
         _ => random.below(2) == 0,
     };
-    parts.iter().map(&mut chosen).collect()
+    changes.iter().map(&mut chosen).collect()
 }
 
 /// The parts of a change: the sectors of a write.

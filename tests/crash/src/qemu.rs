@@ -39,7 +39,22 @@ pub fn judge(setup: &Setup, files: &Files, stamps: &[u64]) -> Result<bool, Strin
         let repair = ["check", "-q", "-r", "all", "--image-opts", image];
         run(dir.path(), "qemu-img", &repair);
     }
-    let checked = run(dir.path(), "qemu-img", &["check", "--image-opts", image]);
+    judge_in(dir.path(), image, stamps)?;
+    Ok(true)
+}
+
+/// As [`judge`], of the image `name` in `dir`.
+///
+/// # Errors
+/// As [`judge`].
+pub fn judge_at(dir: &Path, name: &str, stamps: &[u64]) -> Result<(), String> {
+    let image = format!("driver=qcow2,file.filename={name}");
+    judge_in(dir, &image, stamps)
+}
+
+/// As [`judge`], of an image in `dir`, which is not dirty.
+fn judge_in(dir: &Path, image: &str, stamps: &[u64]) -> Result<(), String> {
+    let checked = run(dir, "qemu-img", &["check", "--image-opts", image]);
     if !matches!(checked.status.code(), Some(CLEAN | LEAKS)) {
         let text = [checked.stdout, checked.stderr].concat();
         return Err(format!(
@@ -51,10 +66,9 @@ pub fn judge(setup: &Setup, files: &Files, stamps: &[u64]) -> Result<bool, Strin
         .iter()
         .flat_map(|stamp| sector_bytes(*stamp))
         .collect();
-    write("shown", &shown);
-    compare(dir.path(), image)?;
-    read_zeros(dir.path(), image, stamps)?;
-    Ok(true)
+    std::fs::write(dir.join("shown"), &shown).unwrap();
+    compare(dir, image)?;
+    read_zeros(dir, image, stamps)
 }
 
 fn compare(dir: &Path, image: &str) -> Result<(), String> {

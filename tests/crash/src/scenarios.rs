@@ -3,12 +3,12 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use crate::power::Run;
-use crate::{commits, killed, operations, rewrites};
+use crate::{chains, commits, operations, rewrites};
 
 /// Explores an operation; a violation panics.
 pub type Scenario = fn(&mut Run);
 
-pub const SCENARIOS: [(&str, Scenario); 18] = [
+pub const SCENARIOS: [(&str, Scenario); 24] = [
     ("taking-a-snapshot", operations::taking_a_snapshot),
     ("applying-a-snapshot", operations::applying_a_snapshot),
     ("deleting-a-snapshot", operations::deleting_a_snapshot),
@@ -17,6 +17,10 @@ pub const SCENARIOS: [(&str, Scenario); 18] = [
         operations::operations_without_a_dirty_bit,
     ),
     ("rebasing", operations::rebasing),
+    (
+        "linking-refcount-blocks",
+        operations::linking_refcount_blocks,
+    ),
     ("repairing", operations::repairing),
     (
         "following-changes-in-a-bitmap",
@@ -30,7 +34,12 @@ pub const SCENARIOS: [(&str, Scenario); 18] = [
     ("committing", commits::committing),
     ("emptying-a-data-file", commits::emptying_a_data_file),
     ("resizing-a-raw-disk", rewrites::resizing_a_raw_disk),
-    ("forking", killed::forking),
+    ("forking", chains::forking),
+    ("committing-in-use", chains::committing_in_use),
+    ("rebasing-in-use", chains::rebasing_in_use),
+    ("operating-on-chains", chains::operating_on_chains),
+    ("committing-with-stamps", chains::committing_with_stamps),
+    ("making-overlays", chains::making_overlays),
     ("growing-with-space", rewrites::growing_with_space),
     (
         "growing-after-an-interrupted-shrink",

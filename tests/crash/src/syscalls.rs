@@ -6,6 +6,7 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::panic::resume_unwind;
 use std::path::PathBuf;
 use std::sync::mpsc;
 use std::thread;
@@ -39,6 +40,14 @@ impl Call {
         matches!(self.number, libc::SYS_fdatasync | libc::SYS_fsync)
     }
 
+    pub fn is_open(&self) -> bool {
+        matches!(self.number, libc::SYS_openat | libc::SYS_openat2)
+    }
+
+    pub fn is_about_names(&self) -> bool {
+        NAMES.contains(&self.number)
+    }
+
     fn is_read(&self) -> bool {
         matches!(
             self.number,
@@ -56,17 +65,25 @@ impl Call {
                 matches!(self.number, libc::SYS_pread64 | libc::SYS_preadv) || self.is_write()
             }
             // What reads needs no space.
-            Fault::Error(libc::ENOSPC | libc::EDQUOT) => !self.is_read(),
+            Fault::Error(libc::ENOSPC | libc::EDQUOT) => !self.is_read() && !self.is_open(),
+            // Nobody waits for names.
+            Fault::Error(libc::EINTR) => !self.is_about_names() && !self.is_open(),
             Fault::Error(_) => true,
         }
     }
 }
 
-/// The calls that are held.
-const HELD: [i64; 11] = [
+/// Calls that read a file, or open one.
+const READS: [i64; 5] = [
     libc::SYS_pread64,
     libc::SYS_preadv,
     libc::SYS_preadv2,
+    libc::SYS_openat,
+    libc::SYS_openat2,
+];
+
+/// Calls that change a file, or make it durable.
+const CHANGES: [i64; 9] = [
     libc::SYS_pwrite64,
     libc::SYS_pwritev,
     libc::SYS_pwritev2,
@@ -75,6 +92,7 @@ const HELD: [i64; 11] = [
     libc::SYS_fdatasync,
     libc::SYS_fsync,
     libc::SYS_copy_file_range,
+    libc::SYS_utimensat,
 ];
 
 /// Calls that change names of files.
@@ -94,7 +112,8 @@ type Outcome = Option<Result<i64, i32>>;
 pub fn with_fault<T: Send>(plan: Plan, f: impl FnOnce() -> T + Send) -> (T, Option<Call>) {
     let mut left = plan.after;
     let mut failed = None;
-    let result = hold(&HELD, f, |held| {
+    let all = [&READS[..], &CHANGES, &NAMES].concat();
+    let result = hold(&all, f, |held| {
         let call = Call {
             number: i64::from(held.nr),
             file: std::fs::read_link(format!("/proc/self/fd/{}", held.args[0])).unwrap_or_default(),
@@ -117,10 +136,19 @@ pub fn with_fault<T: Send>(plan: Plan, f: impl FnOnce() -> T + Send) -> (T, Opti
 }
 
 /// Runs `f` on a thread of its own, and `each` before each of its calls that changes a file or the name
-/// of one, while it waits: what a process that is killed there leaves.
-pub fn at_each_call<T: Send>(f: impl FnOnce() -> T + Send, mut each: impl FnMut()) -> T {
-    hold(&[&HELD[..], &NAMES].concat(), f, |_| {
-        each();
+/// of one, while it waits: with the number of the call and, unless it is about names, the file.
+pub fn at_each_call<T: Send>(
+    f: impl FnOnce() -> T + Send,
+    mut each: impl FnMut(i64, Option<RawFd>),
+) -> T {
+    hold(&[&CHANGES[..], &NAMES].concat(), f, |held| {
+        let number = i64::from(held.nr);
+        let file = match number {
+            libc::SYS_copy_file_range => Some(held.args[2]),
+            _ if NAMES.contains(&number) => None,
+            _ => Some(held.args[0]),
+        };
+        each(number, file.map(|file| file as RawFd));
         None
     })
 }
@@ -141,14 +169,25 @@ fn hold<T: Send>(
             tandem_block::mutate::set(mutation);
             let listener = hold_calls(numbers).expect("the kernel holds system calls");
             sender.send(listener).expect("the other thread waits");
-            f()
+            let result = f();
+            #[cfg(mutate)]
+            let result = (result, tandem_block::mutate::met());
+            result
         });
         let listener = receiver.recv().expect("the other thread sends");
         while let Some(held) = receive(&listener) {
             let outcome = decide(&held.data);
             answer(&listener, &held, outcome);
         }
-        worker.join().expect("it does not panic")
+        let result = match worker.join() {
+            Ok(result) => result,
+            Err(panic) => resume_unwind(panic),
+        };
+        #[cfg(mutate)]
+        let (result, met) = result;
+        #[cfg(mutate)]
+        tandem_block::mutate::note(met);
+        result
     })
 }
 

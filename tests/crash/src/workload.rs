@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use tandem_block::qcow2::{AmendOptions, BitmapAction, OpenOptions, Qcow2};
-use tandem_block::{Backup, BackupOptions, Disk, Error, LiveDisk, Result};
+use tandem_block::{Backup, BackupKind, BackupOptions, Disk, Error, LiveDisk, Result};
 use tempfile::TempDir;
 use vm_memory::VolatileSlice;
 
@@ -62,8 +62,10 @@ pub enum Op {
     /// Another bitmap is added or removed.
     AddBitmap,
     RemoveBitmap,
-    /// A backup begins, or is read and ends.
+    /// A backup begins, or is read and ends: of what the bitmap tells, if there is one.
     Backup,
+    /// A backup is given up, if there is one.
+    Cancel,
 }
 
 /// What of the header is amended.
@@ -119,6 +121,16 @@ impl Op {
     /// Whether everything before it is durable when it has been carried out.
     pub fn is_durable(&self) -> bool {
         self.is_exclusive() || matches!(self, Self::Flush)
+    }
+
+    /// Whether a backup ends before it. It is not told of what is done to the image by those who know
+    /// that it is one.
+    pub fn ends_backup(&self) -> bool {
+        self.is_exclusive()
+            || matches!(
+                self,
+                Self::Backup | Self::Resize { .. } | Self::Compress { .. } | Self::ClearBitmap
+            )
     }
 
     /// Whether nobody may use the disk meanwhile.
@@ -197,8 +209,11 @@ impl<'a> Maker<'a> {
             let i = random.below(self.snapshots.len() as u64);
             self.snapshots[i as usize].0
         };
-        match (self.setup.operations, random.below(5)) {
-            (_, 4) => Op::Backup,
+        // Those with a bitmap go from one backup to the next.
+        let kinds = if self.setup.bitmap { 9 } else { 5 };
+        match (self.setup.operations, random.below(kinds)) {
+            (_, 4..=7) => Op::Backup,
+            (_, 8) => Op::Cancel,
             (Operations::Snapshots, 1) if few => Op::Take {
                 snapshot: self.stamp,
             },
@@ -332,6 +347,8 @@ pub struct Session<'a> {
     disk: Option<Arc<LiveDisk>>,
     /// A backup, and what the disk held when it began.
     backup: Option<(Backup, Vec<u8>)>,
+    /// What the backups since the bitmap began restore, one on top of the other.
+    restored: Vec<u8>,
     scratch: TempDir,
 }
 
@@ -349,9 +366,11 @@ impl<'a> Session<'a> {
             data,
             disk: None,
             backup: None,
+            restored: Vec::new(),
             scratch: scratch(),
         };
         session.disk = Some(Arc::new(LiveDisk::new(session.qcow2()?)));
+        session.restored = content(session.disk())?;
         Ok(session)
     }
 
@@ -369,13 +388,19 @@ impl<'a> Session<'a> {
         if matches!(op, Op::Backup) && self.backup.is_none() {
             return self.begin_backup();
         }
-        // A backup is not told of what is done to the image by those who know that it is one.
-        let ends_backup = matches!(op, Op::Backup | Op::Resize { .. } | Op::Compress { .. });
-        if op.is_exclusive() || ends_backup {
+        if op.ends_backup() {
             self.end_backup()?;
         }
-        if matches!(op, Op::Backup) {
-            return Ok(());
+        match op {
+            Op::Backup => return Ok(()),
+            Op::Cancel => {
+                return self
+                    .backup
+                    .take()
+                    .map_or(Ok(()), |(backup, _)| backup.cancel());
+            }
+            Op::ClearBitmap => self.restored = content(self.disk())?,
+            _ => {}
         }
         if !op.is_exclusive() {
             return request(self.disk(), op);
@@ -396,9 +421,17 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
-    /// A backup of all of the disk begins.
+    /// A backup begins.
     fn begin_backup(&mut self) -> Result<()> {
+        let kind = match self.setup.bitmap {
+            true => BackupKind::Since {
+                bitmap: BITMAP.to_vec(),
+                keep: false,
+            },
+            false => BackupKind::Full { track: None },
+        };
         let options = BackupOptions {
+            kind,
             scratch_dir: Some(self.scratch.path().to_owned()),
             ..BackupOptions::default()
         };
@@ -408,30 +441,45 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
-    /// The backup ends, if there is one, after it has been read.
+    /// The backup ends, if there is one, after it has been read: on top of those before it, it restores
+    /// what the disk held.
     fn end_backup(&mut self) -> Result<()> {
         let Some((backup, expected)) = self.backup.take() else {
             return Ok(());
         };
-        let mut found = vec![0; expected.len()];
-        let mut buffer = vec![0; 1 << 20];
-        let mut at = 0;
-        while at < backup.size() {
-            let chunk = backup.read(at, &mut buffer)?;
-            let mut bytes = &buffer[..chunk.bytes];
-            for extent in chunk.extents.iter().filter(|extent| !extent.is_zero) {
-                let (data, rest) = bytes.split_at(extent.len as usize);
-                found[extent.offset as usize..][..data.len()].copy_from_slice(data);
-                bytes = rest;
-            }
-            at = chunk.next;
-            backup.release(at)?;
-        }
-        if found != expected {
+        restore(&backup, &mut self.restored)?;
+        if self.restored != expected {
             return Err(Error::Option("the backup is wrong".to_owned()));
         }
         backup.finish()
     }
+}
+
+/// Reads `backup` into what the ones before it have restored.
+///
+/// # Errors
+/// As [`Backup::read`].
+pub fn restore(backup: &Backup, restored: &mut Vec<u8>) -> Result<()> {
+    restored.resize(backup.size() as usize, 0);
+    let mut buffer = vec![0; 1 << 20];
+    let mut at = 0;
+    while at < backup.size() {
+        let chunk = backup.read(at, &mut buffer)?;
+        let mut bytes = &buffer[..chunk.bytes];
+        for extent in &chunk.extents {
+            let to = &mut restored[extent.offset as usize..][..extent.len as usize];
+            if extent.is_zero {
+                to.fill(0);
+                continue;
+            }
+            let (data, rest) = bytes.split_at(to.len());
+            to.copy_from_slice(data);
+            bytes = rest;
+        }
+        at = chunk.next;
+        backup.release(at)?;
+    }
+    Ok(())
 }
 
 fn content(disk: &dyn Disk) -> Result<Vec<u8>> {

@@ -108,6 +108,7 @@ const FILES: &[c_long] = &[
     SYS_renameat2,
     SYS_unlink,
     SYS_unlinkat,
+    SYS_utimensat,
     SYS_fchmod,
     SYS_fchown,
     SYS_flock,

@@ -227,7 +227,7 @@ impl World {
             }
             "backup-read" => self.compare(&parsed["backup"], ok, payload),
             "backup-end" => drop(self.backups.remove(parsed["backup"].as_str().unwrap_or(""))),
-            "resize" => self.resize(index(&parsed["disk"]), &ok["size"]),
+            "resize" => self.resize(index(&parsed["disk"]), &parsed["size"], &ok["size"]),
             "fork" => {
                 let content = self.contents[index(&parsed["disk"])].clone();
                 let path = parsed["fork"].as_str().expect("a path");
@@ -258,10 +258,13 @@ impl World {
         assert!(rest.is_empty(), "bytes of no extent");
     }
 
-    fn resize(&mut self, disk: usize, size: &Value) {
+    fn resize(&mut self, disk: usize, asked: &Value, size: &Value) {
         let size = size.as_u64().expect("a size");
         self.contents[disk] = match self.contents[disk].take() {
             Some(mut content) if size <= MODEL => {
+                // A raw disk may end within a sector, whose rest is zero.
+                let asked = asked.as_u64().unwrap_or(size).min(size);
+                content.truncate(asked as usize);
                 content.resize(size as usize, 0);
                 Some(content)
             }

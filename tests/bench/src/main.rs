@@ -11,11 +11,13 @@
 //! | [`target`], [`image`], [`work`] | engines, their images and requests |
 //! | [`rows`] | what is measured |
 
+mod boot;
 mod child;
 mod client;
 mod clock;
 mod floor;
 mod image;
+mod machine;
 mod measure;
 mod one;
 mod plot;
@@ -30,6 +32,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+use boot::Boot;
 use one::One;
 use rows::{INSTRUCTIONS, ROWS, Row};
 use suite::{Settings, Suite};
@@ -77,12 +80,17 @@ struct Arguments {
 enum Part {
     #[command(hide = true)]
     One(One),
+    #[command(hide = true)]
+    Boot(Boot),
 }
 
 fn main() -> ExitCode {
     let mut arguments = Arguments::parse();
-    if let Some(Part::One(one)) = &arguments.part {
-        one::run(one);
+    if let Some(part) = &arguments.part {
+        match part {
+            Part::One(one) => one::run(one),
+            Part::Boot(boot) => boot::run(boot),
+        }
         return ExitCode::SUCCESS;
     }
     if arguments.instructions {
@@ -112,7 +120,7 @@ fn main() -> ExitCode {
         lines: Vec::new(),
         plots: Vec::new(),
     };
-    println!("{}", report::HEAD);
+    println!("{}\n\n{}", machine::description(), report::HEAD);
     for row in wanted {
         suite.row = row.name;
         (row.run)(&mut suite);

@@ -63,6 +63,7 @@ impl Suite {
             let lines: Vec<_> = self.lines.iter().map(report::json).collect();
             let plots: Vec<_> = self.plots.iter().map(Plot::json).collect();
             let all = serde_json::json!({
+                "machine": crate::machine::description(),
                 "rounds": self.settings.rounds,
                 "lines": lines,
                 "plots": plots,

@@ -1,6 +1,7 @@
 //! The rows of the table.
 
 mod allocate;
+mod boot;
 mod cold;
 mod device;
 mod instructions;
@@ -71,6 +72,16 @@ pub const ROWS: &[Row] = &[
     row("open", "opening disks of 16 TiB", open::rows),
     row("convert", "tandem-img convert", tools::convert),
     row("check", "tandem-img check", tools::check),
+    row(
+        "start",
+        "from exec to the guest's first instruction, and memory",
+        boot::own_share,
+    ),
+    row(
+        "boot",
+        "from exec to init, in the emulated machine",
+        boot::stock_kernel,
+    ),
     row(
         "variants",
         "requests with bitmaps, and without waiting",

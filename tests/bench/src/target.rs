@@ -180,9 +180,12 @@ impl Target for Imago {
 
 pub fn qcow2_rs(image: &Path) -> Qcow2Dev<Qcow2IoSync> {
     // It complains of tables that the file ends with, instead of with a whole cluster.
-    let file = open_file(image);
-    let length = file.metadata().unwrap().len();
-    file.set_len(length.next_multiple_of(1 << 16)).unwrap();
+    for path in [image.to_owned(), image.with_file_name("base")] {
+        if let Ok(file) = File::options().write(true).open(path) {
+            let length = file.metadata().unwrap().len();
+            file.set_len(length.next_multiple_of(1 << 16)).unwrap();
+        }
+    }
     let params = Qcow2DevParams::new(9, None, None, false, false);
     let device = qcow2_setup_dev_sync(image, &params).unwrap();
     now(device.qcow2_prep_io()).unwrap();

@@ -33,14 +33,14 @@ pub fn rows(suite: &mut Suite) {
 
 fn measure(suite: &Suite, scenario: Scenario, kind: Kind, text: String) -> Line {
     let dir = suite.memory();
-    let series = Who::ALL
-        .into_iter()
-        .filter(|who| who.knows(kind))
-        .map(|who| {
-            let path = dir.path().join(who.name());
-            let arguments = child::one(scenario, who, kind, &path, REQUESTS);
-            let counted = child::instructions(&arguments, dir.path());
-            Series::new(who.name(), role(who), vec![counted / REQUESTS as f64])
-        });
+    // What data the engine leaves out, it has to put zeros around when it allocates.
+    let is_there = matches!(scenario, Scenario::Read | Scenario::Overwrite);
+    let takes_part = |who: &Who| who.knows(kind) && (is_there || *who != Who::Alone);
+    let series = Who::ALL.into_iter().filter(takes_part).map(|who| {
+        let path = dir.path().join(who.name());
+        let arguments = child::one(scenario, who, kind, &path, REQUESTS);
+        let counted = child::instructions(&arguments, dir.path());
+        Series::new(who.name(), role(who), vec![counted / REQUESTS as f64])
+    });
     Line::new(text, Unit::Instructions, series.collect())
 }

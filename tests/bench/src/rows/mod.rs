@@ -72,6 +72,7 @@ pub const ROWS: &[Row] = &[
     row("open", "opening disks of 16 TiB", open::rows),
     row("convert", "tandem-img convert", tools::convert),
     row("check", "tandem-img check", tools::check),
+    row("bench", "tandem-img bench", tools::bench),
     row(
         "start",
         "from exec to the guest's first instruction, and memory",

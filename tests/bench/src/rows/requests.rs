@@ -1,5 +1,7 @@
 //! Small requests to clusters that are there, and what they cost above the bare system calls.
 
+use std::cell::RefCell;
+
 use crate::clock;
 use crate::floor::Floor;
 use crate::image::{Kind, add_bitmaps, image};
@@ -59,6 +61,8 @@ pub fn variants(suite: &mut Suite) {
 fn measure(suite: &Suite, kind: Kind, work: Work, bitmaps: usize) -> Vec<Series> {
     let dir = suite.memory();
     let offsets = shuffled(SIZE, BLOCK);
+    // All use the same memory, as it makes a difference, too, how that lies.
+    let buffer = RefCell::new(Buffer::new(BLOCK as usize));
     let mut contenders = Vec::new();
     let all = [Who::Tandem, Who::Imago, Who::Qcow2Rs, Who::Alone];
     for who in all.into_iter().filter(|who| who.knows(kind)) {
@@ -68,11 +72,15 @@ fn measure(suite: &Suite, kind: Kind, work: Work, bitmaps: usize) -> Vec<Series>
         }
         let target = who.open(&path, kind);
         fill(&*target, SIZE);
-        let [mut own, mut of_floor] = [(); 2].map(|()| Buffer::new(BLOCK as usize));
-        let all = &offsets;
+        let (all, buffer) = (&offsets, &buffer);
         let run = move |turn| {
             let offsets = piece(all, TURN, turn);
-            work.time(clock::thread, &*target, own.bytes(), offsets)
+            work.time(
+                clock::thread,
+                &*target,
+                buffer.borrow_mut().bytes(),
+                offsets,
+            )
         };
         let contender = contender(who, run);
         contenders.push(match who {
@@ -80,7 +88,7 @@ fn measure(suite: &Suite, kind: Kind, work: Work, bitmaps: usize) -> Vec<Series>
             _ => {
                 let floor = Floor::new(&path, kind, all, BLOCK);
                 contender.with_floor(move |turn| {
-                    floor.time(clock::thread, work, of_floor.bytes(), TURN, turn)
+                    floor.time(clock::thread, work, buffer.borrow_mut().bytes(), TURN, turn)
                 })
             }
         });

@@ -1,5 +1,7 @@
 //! 1 MiB at a time, one behind the other, over mappings that are in order or in pieces.
 
+use std::cell::RefCell;
+
 use super::requests::contender;
 use crate::clock;
 use crate::floor::Floor;
@@ -13,7 +15,7 @@ use crate::work::{Buffer, Work, fill, in_order, piece, shuffled};
 const SIZE: u64 = 256 << 20;
 const BLOCK: u64 = 1 << 20;
 const CLUSTER: u64 = 64 << 10;
-const TURN: usize = 64;
+const TURN: usize = 32;
 
 pub fn rows(suite: &mut Suite) {
     for (work, name) in [(Work::Read, "read"), (Work::Write, "overwrite")] {
@@ -67,6 +69,7 @@ fn measure(suite: &Suite, text: String, work: Work, kind: Kind, run: Option<u64>
     let dir = suite.memory();
     let offsets = in_order(SIZE, BLOCK);
     let all = [Who::Tandem, Who::Imago, Who::Qcow2Rs];
+    let buffer = RefCell::new(Buffer::new(BLOCK as usize));
     let mut contenders = Vec::new();
     for who in all.into_iter().filter(|who| who.knows(kind)) {
         let path = image(&dir.path().join(who.name()), kind, SIZE);
@@ -76,19 +79,21 @@ fn measure(suite: &Suite, text: String, work: Work, kind: Kind, run: Option<u64>
         }
         fill(&*target, SIZE);
         let floor = Floor::new(&path, kind, &offsets, BLOCK);
-        let [mut own, mut of_floor] = [(); 2].map(|()| Buffer::new(BLOCK as usize));
-        let offsets = &offsets;
+        let (offsets, buffer) = (&offsets, &buffer);
         let contender = contender(who, move |turn| {
             let offsets = piece(offsets, TURN, turn);
-            work.time(clock::thread, &*target, own.bytes(), offsets)
+            work.time(
+                clock::thread,
+                &*target,
+                buffer.borrow_mut().bytes(),
+                offsets,
+            )
         });
-        contenders.push(
-            contender.with_floor(move |turn| {
-                floor.time(clock::thread, work, of_floor.bytes(), TURN, turn)
-            }),
-        );
+        contenders.push(contender.with_floor(move |turn| {
+            floor.time(clock::thread, work, buffer.borrow_mut().bytes(), TURN, turn)
+        }));
     }
-    let series = suite.turns(5).run(contenders);
+    let series = suite.turns(15).run(contenders);
     Line::new(text, Unit::Nanoseconds, series).goal(Goal::OfBare(0.99))
 }
 

@@ -95,6 +95,32 @@ pub fn convert(suite: &mut Suite) {
     }
 }
 
+/// The benchmarks that the tools bring along, in steps that come to every place sooner or later.
+pub fn bench(suite: &mut Suite) {
+    let dir = suite.disk();
+    let own = dir.path().join("disk");
+    let path = image_with(&own, Kind::Internal, SIZE, Preallocation::Off);
+    fill_image(&path, SIZE);
+    let tandem = suite.program("tandem-img");
+    for depth in [1, 32] {
+        let program = |name, role, path| Program {
+            name,
+            role,
+            path,
+            line: format!("bench -f qcow2 -t writeback -c 50000 -d {depth} -s 4k -S 1052672 image"),
+        };
+        let programs = [
+            program("Tandem", Role::Tandem, tandem.as_path()),
+            program("qemu-img", Role::Peer, Path::new("qemu-img")),
+        ];
+        let [wall, processor] = compare(suite, &own, &programs, &[]);
+        for (what, series) in [("time that goes by", wall), ("processor time", processor)] {
+            let text = format!("bench, 50000 reads of 4 KiB at depth {depth}: {what}");
+            suite.add(Line::new(text, Unit::Seconds, series));
+        }
+    }
+}
+
 pub fn check(suite: &mut Suite) {
     let dir = suite.memory();
     let own = dir.path().join("disk");

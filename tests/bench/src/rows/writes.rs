@@ -14,6 +14,8 @@ use crate::work::shuffled;
 
 const REQUESTS: usize = 200;
 
+type Figure = fn(&Written) -> f64;
+
 pub fn rows(suite: &mut Suite) {
     for kind in [Kind::Raw, Kind::External, Kind::Internal, Kind::Packed] {
         let dir = suite.memory();
@@ -35,7 +37,7 @@ pub fn rows(suite: &mut Suite) {
             written.push(("QEMU", Role::Peer, qemu(dir.path(), kind)));
         }
         let text = |what| format!("4 KiB first write and flush, {}: {what}", kind.name());
-        let figures: [(_, _, fn(&Written) -> f64); 3] = [
+        let figures: [(_, _, Figure); 3] = [
             ("written", Unit::Kib, |written| written.bytes / 1024.0),
             ("writes", Unit::Count, |written| written.writes),
             ("syncs", Unit::Count, |written| written.syncs),

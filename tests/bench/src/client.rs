@@ -13,8 +13,8 @@ use crate::clock;
 use crate::work::piece;
 
 pub const BLOCK: usize = 4096;
-/// Most requests in flight.
-pub const DEPTH: usize = 128;
+/// Most requests in flight: each has three descriptors.
+pub const DEPTH: usize = 64;
 /// Descriptors in the queue, as QEMU's servers have it.
 const QUEUE_SIZE: u16 = 256;
 

@@ -160,7 +160,7 @@ pub fn depths(suite: &mut Suite) {
     let servers = Servers::start(suite);
     let offsets = shuffled(SIZE, BLOCK);
     let mut curves: Vec<(String, Vec<(f64, f64)>)> = Vec::new();
-    for depth in [1, 2, 4, 8, 16, 32, 64, 128] {
+    for depth in [1, 2, 4, 8, 16, 32, 64] {
         let measured = servers.measure(suite, &offsets, depth);
         for series in &measured.wall {
             let median = Summary::of(&series.samples).median / 1000.0;

@@ -2,6 +2,8 @@
 
 use std::cell::RefCell;
 
+use tempfile::TempDir;
+
 use crate::clock;
 use crate::floor::Floor;
 use crate::image::{Kind, add_bitmaps, image};
@@ -19,7 +21,7 @@ const TURN: usize = 4000;
 pub fn rows(suite: &mut Suite) {
     for (work, name) in [(Work::Read, "read"), (Work::Write, "overwrite")] {
         for kind in Kind::ALL {
-            let series = measure(suite, kind, work, 0);
+            let series = measure(suite, suite.memory(), kind, work, 0);
             suite.add(Line::new(text(name, kind), Unit::Nanoseconds, series).goals(goals(kind)));
         }
     }
@@ -43,14 +45,15 @@ pub fn goals(kind: Kind) -> &'static [Goal] {
 pub fn variants(suite: &mut Suite) {
     for bitmaps in [1, 4] {
         for kind in [Kind::Raw, Kind::Internal] {
-            let series = measure(suite, kind, Work::Write, bitmaps);
+            let series = measure(suite, suite.memory(), kind, Work::Write, bitmaps);
             let name = format!("{}, {bitmaps} bitmaps", text("overwrite", kind));
             suite.add(Line::new(name, Unit::Nanoseconds, series));
         }
     }
     for (work, name) in [(Work::TryRead, "read"), (Work::TryWrite, "overwrite")] {
         for kind in [Kind::Raw, Kind::Internal] {
-            let series = measure(suite, kind, work, 0);
+            // Files in memory cannot tell what would wait.
+            let series = measure(suite, suite.disk(), kind, work, 0);
             let name = format!("{}, without waiting", text(name, kind));
             suite.add(Line::new(name, Unit::Nanoseconds, series));
         }
@@ -58,14 +61,17 @@ pub fn variants(suite: &mut Suite) {
 }
 
 /// Each has an image of its own, filled, and a [floor](Floor) on its file.
-fn measure(suite: &Suite, kind: Kind, work: Work, bitmaps: usize) -> Vec<Series> {
-    let dir = suite.memory();
+fn measure(suite: &Suite, dir: TempDir, kind: Kind, work: Work, bitmaps: usize) -> Vec<Series> {
+    // Peers do not know how not to wait.
+    let all: &[Who] = match work {
+        Work::TryRead | Work::TryWrite => &[Who::Tandem, Who::Alone],
+        _ => &[Who::Tandem, Who::Imago, Who::Qcow2Rs, Who::Alone],
+    };
     let offsets = shuffled(SIZE, BLOCK);
     // All use the same memory, as it makes a difference, too, how that lies.
     let buffer = RefCell::new(Buffer::new(BLOCK as usize));
     let mut contenders = Vec::new();
-    let all = [Who::Tandem, Who::Imago, Who::Qcow2Rs, Who::Alone];
-    for who in all.into_iter().filter(|who| who.knows(kind)) {
+    for who in all.iter().copied().filter(|who| who.knows(kind)) {
         let path = image(&dir.path().join(who.name()), kind, SIZE);
         if bitmaps > 0 && matches!(who, Who::Tandem | Who::Alone) {
             add_bitmaps(&path, bitmaps);

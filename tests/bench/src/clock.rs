@@ -59,3 +59,29 @@ pub fn resident_kib(pid: &str, is_counted: impl Fn(&str) -> bool) -> f64 {
     }
     sum
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_counts_when_it_is_used_and_its_mapping_is_not_left_out() {
+        const LENGTH: usize = 32 << 20;
+        let before = resident_kib("self", |_| true);
+        let memory = std::hint::black_box(vec![1_u8; LENGTH]);
+        let address = memory.as_ptr() as usize;
+        let is_elsewhere = |line: &str| {
+            let range = line
+                .split(' ')
+                .next()
+                .and_then(|range| range.split_once('-'));
+            let (start, end) = range.unwrap();
+            let parse = |text| usize::from_str_radix(text, 16).unwrap();
+            !(parse(start)..parse(end)).contains(&address)
+        };
+        let all = resident_kib("self", |_| true);
+        let rest = resident_kib("self", is_elsewhere);
+        assert!(all - before > 31.0 * 1024.0, "{before} {all}");
+        assert!(all - rest > 31.0 * 1024.0, "{rest} {all}");
+    }
+}

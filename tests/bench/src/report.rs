@@ -125,6 +125,7 @@ mod tests {
         assert_eq!(shown(1534.0, Unit::Nanoseconds), "1.53 µs");
         assert_eq!(shown(30.0, Unit::Nanoseconds), "30 ns");
         assert_eq!(shown(-3.26, Unit::Nanoseconds), "-3.26 ns");
+        assert_eq!(shown(-1534.0, Unit::Nanoseconds), "-1.53 µs");
         assert_eq!(shown(0.0042, Unit::Seconds), "4.20 ms");
         assert_eq!(shown(12.0, Unit::Kib), "12 KiB");
         assert_eq!(shown(2048.0, Unit::Kib), "2 MiB");

@@ -60,7 +60,7 @@ pub fn markdown(line: &Line) -> String {
     let others: Vec<_> = of_others
         .map(|series| {
             let figure = match (series.floor.as_slice(), line.above_bare(series)) {
-                ([_, ..], Some(above)) => format!("+{}", median(&above)),
+                ([_, ..], Some(above)) => format!("{} above bare", median(&above)),
                 _ => median(&series.samples),
             };
             format!("{} {figure}", series.name)

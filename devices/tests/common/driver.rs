@@ -78,12 +78,6 @@ impl Driver {
         write_table(&self.mem, self.ring.table, n, &[table]);
     }
 
-    /// Has the request in place `n` begin at another sector.
-    pub fn set_sector(&self, n: u16, sector: u64) {
-        let addr = GuestAddress(self.place(n) + HEADER + 8);
-        self.mem.write_obj(sector, addr).unwrap();
-    }
-
     /// Offers what lies in these places, all at once.
     pub fn offer(&mut self, places: &[u16]) {
         self.ring.offer_all(places);
@@ -98,11 +92,6 @@ impl Driver {
             used.push((head as u16, len));
         }
         used
-    }
-
-    /// Whether [`take_used`](Self::take_used) has come to this index of the used ring.
-    pub fn has_seen(&self, used_idx: u16) -> bool {
-        self.next_used == used_idx
     }
 
     /// Waits for `count` answers.

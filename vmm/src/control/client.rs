@@ -88,18 +88,22 @@ fn is_permitted(stream: &UnixStream) -> io::Result<bool> {
 
 /// Sends a whole line. A client that has gone is an error, not a signal.
 pub(super) fn write(stream: &UnixStream, line: &str) -> io::Result<()> {
-    write_soon(stream, line.as_bytes())
+    write_until(stream, line.as_bytes(), Instant::now() + PATIENCE)
 }
 
-/// Sends all of `bytes`, for which the client has [`PATIENCE`] in all.
-fn write_soon(stream: &UnixStream, bytes: &[u8]) -> io::Result<()> {
-    let end = Instant::now() + PATIENCE;
+/// Sends all of `bytes`, for which the client makes room until `end`. What it has room for is sent even
+/// later, for it may be this thread that was held up.
+fn write_until(stream: &UnixStream, bytes: &[u8], end: Instant) -> io::Result<()> {
     let mut rest = bytes;
     while !rest.is_empty() {
         let patience = end.saturating_duration_since(Instant::now());
-        // None left is an error.
-        stream.set_write_timeout(Some(patience))?;
-        rest = &rest[send_piece(stream, rest)?..];
+        let sent = if patience.is_zero() {
+            send_piece(stream, rest, SendFlags::DONTWAIT)
+        } else {
+            stream.set_write_timeout(Some(patience))?;
+            send_piece(stream, rest, SendFlags::empty())
+        };
+        rest = &rest[sent?..];
     }
     Ok(())
 }
@@ -111,9 +115,9 @@ fn write_payload(stream: &UnixStream, bytes: &[u8], is_over: &AtomicBool) -> io:
     stream.set_write_timeout(Some(PATIENCE))?;
     while !rest.is_empty() {
         if is_over.load(Ordering::Acquire) {
-            return write_soon(stream, rest);
+            return write_until(stream, rest, Instant::now() + PATIENCE);
         }
-        match send_piece(stream, rest) {
+        match send_piece(stream, rest, SendFlags::empty()) {
             Ok(count) => {
                 rest = &rest[count..];
                 end = Instant::now() + PAYLOAD_PATIENCE;
@@ -126,9 +130,9 @@ fn write_payload(stream: &UnixStream, bytes: &[u8], is_over: &AtomicBool) -> io:
 }
 
 /// Sends some of `bytes`, and returns how many.
-fn send_piece(stream: &UnixStream, bytes: &[u8]) -> rustix::io::Result<usize> {
+fn send_piece(stream: &UnixStream, bytes: &[u8], flags: SendFlags) -> rustix::io::Result<usize> {
     let piece = &bytes[..bytes.len().min(PIECE)];
-    rustix::io::retry_on_intr(|| send(stream, piece, SendFlags::NOSIGNAL))
+    rustix::io::retry_on_intr(|| send(stream, piece, flags | SendFlags::NOSIGNAL))
 }
 
 #[cfg(test)]
@@ -162,6 +166,18 @@ mod tests {
     fn an_answer_is_taken_soon() {
         let line = "x".repeat(BYTES);
         assert!(gives_up(|stream| write(stream, &line)));
+    }
+
+    #[test]
+    fn what_there_is_room_for_is_sent_even_late() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let late = Instant::now();
+        write_until(&ours, b"answer", late).unwrap();
+        let mut answer = [0; 6];
+        theirs.read_exact(&mut answer).unwrap();
+        assert_eq!(&answer, b"answer");
+        let line = vec![0; BYTES];
+        assert!(write_until(&ours, &line, late).is_err());
     }
 
     #[test]

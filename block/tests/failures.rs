@@ -157,6 +157,34 @@ fn a_data_file_shrinks_again_if_there_is_no_space() {
     assert_eq!(fs::metadata(&data).unwrap().len(), 8 << 20);
 }
 
+/// A raw disk loses what is behind its new end, though there is no space for zeros.
+#[test]
+fn what_a_raw_disk_has_lost_does_not_come_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let (path, data) = (dir.path().join("image"), dir.path().join("data"));
+    let options = CreateOptions {
+        size: 1 << 20,
+        data_file: Some(data.clone()),
+        data_file_raw: true,
+        ..CreateOptions::default()
+    };
+    create(&path, &options).unwrap();
+    let faults = Arc::new(Faults::default());
+    let disk = open(&path, Some(&data), &faults);
+    for offset in [512, 64 << 10] {
+        write(&disk, offset).unwrap();
+    }
+    faults.zeroes.store(true, Ordering::Relaxed);
+    disk.resize(512).unwrap();
+    assert_eq!(fs::metadata(&data).unwrap().len(), 512);
+    faults.zeroes.store(false, Ordering::Relaxed);
+    disk.resize(1 << 20).unwrap();
+    let mut bytes = vec![1; 1 << 20];
+    disk.read_at(&[VolatileSlice::from(&mut bytes[..])], 0)
+        .unwrap();
+    assert!(bytes.iter().all(|byte| *byte == 0));
+}
+
 /// The system tells only once that it has lost writes.
 #[test]
 fn a_sync_that_fails_is_final() {

@@ -525,6 +525,36 @@ fn both_sides_of_a_fork_have_what_the_disk_had() {
     }
 }
 
+/// A fork is made of the disk as large as it is at the instant of the fork, or not at all.
+#[test]
+fn a_fork_while_the_size_changes() {
+    let chain = Chain::new(&[(Kind::Internal, SIZE)], 21);
+    let disk = chain.live();
+    for i in 1..=8 {
+        let options = ForkOptions {
+            open: unsynced(),
+            overlay: chain.path(&format!("overlay{i}")),
+            fork: chain.path(&format!("fork{i}")),
+        };
+        let size = SIZE + i * 512;
+        let over = AtomicBool::new(false);
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                // The first of the two has been made.
+                while !options.overlay.exists() && !over.load(Ordering::Relaxed) {
+                    std::hint::spin_loop();
+                }
+                disk.resize(size).unwrap();
+            });
+            let _over = Stop(&over);
+            if disk.fork(&options).is_err() {
+                assert!(!options.overlay.exists() && !options.fork.exists());
+            }
+        });
+        assert_eq!(disk.size(), size);
+    }
+}
+
 fn chain_path(disk: &LiveDisk, name: &str) -> PathBuf {
     disk.with_image(|image| image.path().with_file_name(name))
 }

@@ -48,11 +48,13 @@ impl LiveDisk {
         let (overlay, fork, size, placeholder) = {
             let base = &self.shared().image;
             base.as_ref()?.check_named()?;
-            let (overlay, fork) = New::both(base, options)?;
+            // A resize may go on meanwhile.
+            let size = base.disk().size();
+            let (overlay, fork) = New::both(base, size, options)?;
             // The new image is on this until the disk goes on with it.
             let reason = "the disk has not been forked yet".to_owned();
             let placeholder = Arc::new(Gone::new(base, reason));
-            (overlay, fork, base.disk().size(), placeholder)
+            (overlay, fork, size, placeholder)
         };
         let open = OpenOptions {
             read_only: false,
@@ -125,17 +127,17 @@ struct New<'a> {
 }
 
 impl<'a> New<'a> {
-    /// Makes the two overlays of `base`.
-    fn both(base: &LiveImage, options: &'a ForkOptions) -> Result<(Self, Self)> {
+    /// Makes the two overlays of `base`, of `size` bytes.
+    fn both(base: &LiveImage, size: u64, options: &'a ForkOptions) -> Result<(Self, Self)> {
         if base.disk().limits().read_only {
             return Err(Error::ReadOnly);
         }
-        let overlay = Self::overlay(base, &options.overlay, &options.open)?;
-        let fork = Self::overlay(base, &options.fork, &options.open)?;
+        let overlay = Self::overlay(base, size, &options.overlay, &options.open)?;
+        let fork = Self::overlay(base, size, &options.fork, &options.open)?;
         Ok((overlay, fork))
     }
 
-    fn overlay(base: &LiveImage, path: &'a Path, open: &OpenOptions) -> Result<Self> {
+    fn overlay(base: &LiveImage, size: u64, path: &'a Path, open: &OpenOptions) -> Result<Self> {
         let exists = || {
             let path = path.display();
             Error::Option(format!("'{path}' exists already; a fork makes new files"))
@@ -144,7 +146,7 @@ impl<'a> New<'a> {
             return Err(exists());
         }
         let create = CreateOptions {
-            size: base.disk().size(),
+            size,
             cluster_size: base.qcow2().map_or(64 << 10, Qcow2::cluster_size),
             backing_file: Some(name_from(path, base.path())?),
             backing_format: Some(match base {

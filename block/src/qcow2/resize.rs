@@ -159,16 +159,15 @@ impl Qcow2 {
         if let Placement::Raw(_, tables) = &self.placement {
             tables.forget(g.l1_index(g.cluster(new))..g.l1_entries(old) as usize);
         }
-        if freed.is_ok()
-            && let Placement::External(external) | Placement::Raw(external, _) = &self.placement
-        {
-            // What a raw data file keeps would show in a disk that grows.
-            drop(
-                external
-                    .file
-                    .set_len(new)
-                    .and_then(|()| external.file.sync()),
-            );
+        let shorter = match &self.placement {
+            Placement::External(external) if freed.is_ok() => Some(external),
+            // What it keeps would show in a disk that grows, mapped or not.
+            Placement::Raw(external, _) => Some(external),
+            _ => None,
+        };
+        if let Some(external) = shorter {
+            let cut = external.file.set_len(new);
+            drop(cut.and_then(|()| external.file.sync()));
         }
         Ok(())
     }

@@ -98,6 +98,8 @@ const FILES: &[c_long] = &[
     SYS_openat,
     SYS_openat2,
     SYS_getcwd,
+    SYS_faccessat,
+    SYS_faccessat2,
     SYS_stat,
     SYS_lstat,
     SYS_readlink,

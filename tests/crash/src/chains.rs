@@ -522,7 +522,7 @@ pub fn committing_with_stamps(run: &mut Run) {
     }
 }
 
-/// An overlay is there from its first flush on; what it stands on stays as it is.
+/// An overlay is there from its first flush on; what it stands on, written just before, stays as it is.
 pub fn making_overlays(run: &mut Run) {
     let data = [false, true];
     let cases = ["base.raw", "base"]
@@ -539,6 +539,10 @@ pub fn making_overlays(run: &mut Run) {
             seed,
             |dir| case.create(dir),
             |dir, trace| {
+                let mut session = Session::open(dir, trace, seed, vec![base.to_owned()])?;
+                session.perform(Op::Write)?;
+                session.close()?;
+                drop(session);
                 trace.mark(Step::Kept(base.to_owned()));
                 let format = match is_raw(base) {
                     true => BackingFormat::Raw,

@@ -21,7 +21,7 @@ fn any_call_may_fail() {
 #[test]
 fn any_call_may_fail_in_operations_on_disks_in_use() {
     let mut injected = Injected::default();
-    live_faults::explore(19, &mut injected).unwrap_or_else(|problem| panic!("{problem}"));
+    live_faults::explore(13, &mut injected).unwrap_or_else(|problem| panic!("{problem}"));
     println!("{injected}");
     assert!(injected.faults > 100 && injected.syncs > 20);
 }

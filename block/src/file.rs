@@ -234,14 +234,27 @@ impl ImageFile {
         if crate::mutate::leaves_out(std::panic::Location::caller()) {
             return Ok(());
         }
+        self.sync_by(|| self.storage.sync().and_then(|()| self.sync_name()))
+    }
+
+    /// As [`sync`](Self::sync), and with it what [`stamp`](Self::stamp) tells.
+    #[cfg_attr(mutate, track_caller)]
+    pub fn sync_stamp(&self) -> Result<()> {
+        #[cfg(mutate)]
+        if crate::mutate::leaves_out(std::panic::Location::caller()) {
+            return Ok(());
+        }
+        self.sync_by(|| self.storage.sync_stamp())
+    }
+
+    fn sync_by(&self, sync: impl FnOnce() -> io::Result<()>) -> Result<()> {
         if self.cache == CacheMode::Unsafe {
             return Ok(());
         }
         // Held meanwhile: of two syncs of one loss, the system fails only one.
         let mut sync_failed = lock(&self.sync_failed);
         self.check_not(*sync_failed)?;
-        let synced = self.storage.sync().and_then(|()| self.sync_name());
-        synced.map_err(|e| {
+        sync().map_err(|e| {
             *sync_failed = true;
             #[cfg(mutate)]
             if crate::mutate::is(crate::mutate::SYNC_FORGIVEN) {
@@ -318,18 +331,7 @@ impl ImageFile {
         }))
     }
 
-    /// As [`Storage::sync_stamp`].
-    #[cfg_attr(mutate, track_caller)]
-    pub fn sync_stamp(&self) -> Result<()> {
-        #[cfg(mutate)]
-        if crate::mutate::leaves_out(std::panic::Location::caller()) {
-            return Ok(());
-        }
-        let synced = self.storage.sync_stamp();
-        synced.map_err(|e| Error::io(&self.path, "sync", e))
-    }
-
-    /// As [`Storage::renew_stamp`].
+    /// As [`Storage::renew_stamp`], durably.
     #[cfg_attr(mutate, track_caller)]
     pub fn renew_stamp(&self) -> Result<()> {
         #[cfg(mutate)]
@@ -337,7 +339,8 @@ impl ImageFile {
             return Ok(());
         }
         let renewed = self.storage.renew_stamp();
-        renewed.map_err(|e| Error::io(&self.path, "change the time of", e))
+        renewed.map_err(|e| Error::io(&self.path, "change the time of", e))?;
+        self.sync_stamp()
     }
 
     pub fn size(&self) -> Result<u64> {

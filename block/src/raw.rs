@@ -370,6 +370,10 @@ mod tests {
             Err(io::ErrorKind::Other.into())
         }
 
+        fn sync_stamp(&self) -> io::Result<()> {
+            self.sync()
+        }
+
         fn size(&self) -> io::Result<u64> {
             self.0.size()
         }
@@ -402,6 +406,10 @@ mod tests {
             }
             assert_eq!(raw().flush().is_err(), flush_syncs, "{cache:?}");
             assert_eq!(raw().limits().write_cache, !change_syncs, "{cache:?}");
+            let raw = raw();
+            assert_eq!(raw.file().sync_stamp().is_err(), flush_syncs, "{cache:?}");
+            let is_final = raw.file().check_synced().is_err();
+            assert_eq!(is_final, flush_syncs, "{cache:?}");
         }
     }
 

@@ -10,6 +10,7 @@ use std::path::PathBuf;
 use std::thread::sleep;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use crate::live::ImageRef;
 use crate::{Disk, Result};
 
 /// Longest time between two ticks of the clock that file systems take their times from.
@@ -54,10 +55,18 @@ impl Stamp {
     /// # Errors
     /// [`Error::Io`](crate::Error::Io).
     pub fn of(disk: &dyn Disk) -> Result<Option<Self>> {
+        Self::sync(disk)?;
+        Self::settled(disk)
+    }
+
+    /// Makes the stamp of `disk` durable.
+    pub(crate) fn sync(disk: &dyn Disk) -> Result<()> {
+        disk.as_image().map_or(Ok(()), ImageRef::sync_stamps)
+    }
+
+    /// As [`of`](Self::of), but not durable.
+    pub(crate) fn settled(disk: &dyn Disk) -> Result<Option<Self>> {
         let stamp = disk.stamp()?;
-        if let Some(image) = disk.as_image() {
-            image.sync_stamps()?;
-        }
         let is_of_now = |stamp: &Self| stamp.files.iter().any(FileStamp::is_of_now);
         while stamp.as_ref().is_some_and(is_of_now) {
             sleep(TICK / 10);

@@ -116,7 +116,7 @@ pub trait Storage: Debug + Send + Sync {
         Ok(())
     }
 
-    /// Gives it another [`stamp`](Storage::stamp), which is durable, before it is written.
+    /// Gives it another [`stamp`](Storage::stamp), as a write does.
     fn renew_stamp(&self) -> io::Result<()> {
         Ok(())
     }

@@ -19,7 +19,7 @@ use tandem_block::qcow2::{
 };
 use tandem_block::{
     BackupOptions, CacheMode, CommitOptions, Disk, Error, ExtentKind, FileOptions, ForkOptions,
-    LiveDisk, LiveReport, Raw, RebaseOptions, Result, VolatileSlice,
+    LiveDisk, LiveReport, Locking, Raw, RebaseOptions, Result, VolatileSlice,
 };
 use tempfile::TempDir;
 
@@ -428,6 +428,38 @@ fn a_rebase_onto_the_same_file_in_another_format() {
         backing: Some(BackingName {
             file: b"base".to_vec(),
             format: b"raw".to_vec(),
+        }),
+        max_last: None,
+    };
+    chain.during(&disk, 1, || {
+        disk.rebase(&options, &mut |_, _| ControlFlow::Continue(()))
+            .unwrap()
+    });
+    disk.close().unwrap();
+    drop(disk);
+    chain.verify("top");
+}
+
+/// Somebody who does not look at locks has put an image below the disk on another one.
+#[test]
+fn a_rebase_onto_the_same_file_that_is_on_another() {
+    let images = [Kind::Raw, Kind::Internal, Kind::Internal].map(|kind| (kind, SIZE));
+    let mut chain = Chain::new(&images, 1);
+    let disk = chain.live();
+    let mut unlocked = unsynced();
+    unlocked.files.locking = Locking::Off;
+    std::fs::write(chain.path("other"), vec![0x55; SIZE as usize]).unwrap();
+    let middle = Qcow2::open(&chain.path("middle"), &unlocked).unwrap();
+    let other = BackingName {
+        file: b"other".to_vec(),
+        format: b"raw".to_vec(),
+    };
+    middle.set_backing_name(Some(&other)).unwrap();
+    let options = RebaseOptions {
+        open: unsynced(),
+        backing: Some(BackingName {
+            file: b"middle".to_vec(),
+            format: b"qcow2".to_vec(),
         }),
         max_last: None,
     };

@@ -63,9 +63,9 @@ impl Backup {
     /// least a byte of the disk, unless `from` is its end.
     ///
     /// # Errors
-    /// [`Error::Backup`] if it has failed, there is no room at all, or `from` is not one of the offsets from what has been
-    /// released up to the end; [`Error::Io`] and others of the disk. The content of `buffer` is
-    /// unspecified then.
+    /// [`Error::Backup`] if it has failed, there is no room at all, or `from` is not one of the offsets
+    /// from what has been released up to the end; [`Error::Io`] and others of the disk. The content of
+    /// `buffer` is unspecified then.
     pub fn read(&self, from: u64, buffer: &mut [u8]) -> Result<Chunk> {
         let mut reader = lock(&self.reader);
         self.protection.check()?;

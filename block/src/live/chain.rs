@@ -215,12 +215,13 @@ pub(super) fn check_stamps_above(top: &Qcow2, depth: usize) -> Result<()> {
     Ok(())
 }
 
-/// How many images are between `top` and the one below it that `other` is, too.
+/// How many images are between `top` and the one below it that `other` is, too, on the same ones.
 pub(super) fn depth_of(top: &Qcow2, other: ImageRef<'_>) -> Option<usize> {
     let mut below = top.backing();
     let mut depth = 0;
     while let Some(disk) = below {
-        if disk.as_image().is_some_and(|image| image.is_same(other)) {
+        let image = disk.as_image();
+        if image.is_some_and(|image| image.find_other(other).is_none()) {
             return Some(depth);
         }
         below = disk.backing();

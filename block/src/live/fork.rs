@@ -13,6 +13,7 @@ use super::chain::Gone;
 use super::{LiveDisk, LiveImage, LiveReport, State};
 use crate::file::{ImageFile, is_at};
 use crate::lock::{Access, Locking};
+use crate::new_file::{directory_of, sync_directory};
 use crate::qcow2::{
     Backing, BackingFormat, CreateOptions, OpenOptions, Qcow2, name_from, stamp_base,
 };
@@ -206,7 +207,10 @@ impl Drop for New<'_> {
             .as_ref()
             .is_some_and(|file| is_at(file, self.path))
         {
-            let _ = fs::remove_file(self.path);
+            // Nor does it come back when power fails, on a disk that has become larger since.
+            let removed = fs::remove_file(self.path);
+            let directory = removed.and_then(|()| fs::File::open(directory_of(self.path)));
+            let _ = directory.and_then(|directory| sync_directory(&directory));
         }
     }
 }

@@ -1,13 +1,15 @@
 //! Overlays that are made to be used at once, on a base that many of them share.
 //!
-//! An overlay is a small image without any data: a header, two tables and a hole. It takes no syncs to
-//! make one. So one that is kept is durable, and its name with it, from its first flush on; a failure
-//! of power before that can leave an image that is none, or nothing.
+//! An overlay is a small image without any data: a header, two tables and a hole. It is not synced when
+//! it is made. So one that is kept is durable, and its name with it, from its first flush on; a failure
+//! of power before that can leave an image that is none, or nothing. The stamp of the base, which it
+//! keeps, is made durable before the first of them.
 
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::{fs::File, io};
 
 use super::backing::{self, BackingFormat, Found, path_of};
@@ -52,6 +54,8 @@ pub struct Base {
     path: PathBuf,
     format: BackingFormat,
     stamp: Option<Stamp>,
+    /// Whether the stamp is durable.
+    is_synced: Arc<AtomicBool>,
 }
 
 /// Where a new overlay is.
@@ -123,10 +127,11 @@ impl Base {
         };
         Ok(Self {
             // Before anything is read through it, and for all overlays.
-            stamp: Stamp::of(&*disk)?,
+            stamp: Stamp::settled(&*disk)?,
             path: absolute(path)?,
             disk,
             format,
+            is_synced: Arc::default(),
         })
     }
 
@@ -260,8 +265,18 @@ impl Base {
             None => None,
         };
         let disk = self.open_new(opened, opened_data, options)?;
+        self.sync_stamp()?;
         NewFile::hand_over(data.into_iter().chain([image]).collect())?;
         Ok(disk)
+    }
+
+    /// Makes the stamp durable, once: an overlay that outlives a failure of power is refused otherwise.
+    fn sync_stamp(&self) -> Result<()> {
+        if !self.is_synced.load(Ordering::Relaxed) {
+            Stamp::sync(&*self.disk)?;
+            self.is_synced.store(true, Ordering::Relaxed);
+        }
+        Ok(())
     }
 
     fn create_options(

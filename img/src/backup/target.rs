@@ -344,7 +344,7 @@ impl Target for Stream {
             return Ok(());
         }
         let kind = file.metadata().map_err(failed)?.file_type();
-        if kind.is_file() {
+        if kind.is_file() || kind.is_block_device() {
             file.sync_all().map_err(failed)?;
         } else if kind.is_fifo() {
             self.pipe = Some(file);

@@ -29,6 +29,8 @@ pub enum Step {
     Found(Vec<String>),
     /// There may be new images with these names soon, on top of the disk.
     Coming(Vec<String>),
+    /// There is no such file any more.
+    Gone(String),
     /// From now on this file holds what the disk holds now, and is not written.
     Kept(String),
     /// This one holds something else, and is not written.
@@ -54,6 +56,7 @@ pub struct ChainModel {
     start: Vec<u64>,
     found: Vec<String>,
     coming: Vec<String>,
+    gone: Vec<String>,
     kept: BTreeMap<String, Kept>,
 }
 
@@ -91,6 +94,7 @@ impl ChainModel {
             content,
             found: Vec::new(),
             coming: Vec::new(),
+            gone: Vec::new(),
             kept: BTreeMap::new(),
         }
     }
@@ -113,6 +117,10 @@ impl ChainModel {
                 self.coming.clear();
             }
             Step::Coming(names) => self.coming.clone_from(names),
+            Step::Gone(name) => {
+                self.coming.clear();
+                self.gone.push(name.clone());
+            }
             Step::Kept(name) => self.keep(name, self.content.clone()),
             Step::Beside { name, content } => self.keep(name, content.clone()),
             Step::Changing(names) => {
@@ -122,7 +130,10 @@ impl ChainModel {
                     .for_each(|kept| kept.may_be_refused = true);
             }
         }
-        matches!(step, Step::Flushed | Step::Found(_) | Step::Kept(_))
+        matches!(
+            step,
+            Step::Flushed | Step::Found(_) | Step::Gone(_) | Step::Kept(_)
+        )
     }
 
     fn keep(&mut self, name: &str, content: Vec<u64>) {
@@ -155,6 +166,9 @@ impl ChainModel {
                 // What it stands on may have been written since it took its stamp.
                 drop(show(dir, name, fits).map_err(wrong(name))?);
             }
+        }
+        if let Some(name) = self.gone.iter().find(|name| dir.join(name).exists()) {
+            return Err(format!("{name}: it is there"));
         }
         for name in &self.found {
             let shown = show(dir, name, fits).map_err(wrong(name))?;

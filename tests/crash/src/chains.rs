@@ -39,6 +39,8 @@ enum Op {
     },
     Flush,
     Fork,
+    /// It fails when one of the files is there.
+    ForkInVain,
     Commit {
         between: usize,
         pivot: bool,
@@ -216,6 +218,7 @@ impl<'a> Session<'a> {
             }
             Op::Flush => self.flush(),
             Op::Fork => self.fork(),
+            Op::ForkInVain => self.fork_in_vain(),
             Op::Commit { between, pivot } => self.commit(between, pivot),
             Op::Rebase { onto_other } => self.rebase(onto_other),
             Op::Reopen => {
@@ -249,6 +252,20 @@ impl<'a> Session<'a> {
         self.trace.mark(Step::Kept(fork));
         self.trace.mark(Step::Found(vec![over.clone()]));
         self.chain.insert(0, over);
+        Ok(())
+    }
+
+    fn fork_in_vain(&mut self) -> Result<()> {
+        self.made += 1;
+        let name = format!("over{}", self.made);
+        self.trace.mark(Step::Coming(vec![name.clone()]));
+        let options = ForkOptions {
+            open: OpenOptions::default(),
+            overlay: self.dir.join(&name),
+            fork: self.dir.join(&name),
+        };
+        assert!(self.disk().fork(&options).is_err(), "a file is both");
+        self.trace.mark(Step::Gone(name));
         Ok(())
     }
 
@@ -392,6 +409,7 @@ pub fn forking(run: &mut Run) {
         Op::Write,
         Op::Flush,
         Op::Write,
+        Op::ForkInVain,
         Op::Fork,
         Op::Write,
         Op::Flush,
@@ -522,7 +540,7 @@ pub fn committing_with_stamps(run: &mut Run) {
     }
 }
 
-/// An overlay is there from its first flush on; what it stands on stays as it is.
+/// An overlay is there from its first flush on; what it stands on, written just before, stays as it is.
 pub fn making_overlays(run: &mut Run) {
     let data = [false, true];
     let cases = ["base.raw", "base"]
@@ -539,6 +557,10 @@ pub fn making_overlays(run: &mut Run) {
             seed,
             |dir| case.create(dir),
             |dir, trace| {
+                let mut session = Session::open(dir, trace, seed, vec![base.to_owned()])?;
+                session.perform(Op::Write)?;
+                session.close()?;
+                drop(session);
                 trace.mark(Step::Kept(base.to_owned()));
                 let format = match is_raw(base) {
                     true => BackingFormat::Raw,

@@ -16,7 +16,8 @@
 //! Disks in use that are forked, committed or put on other images are explored as files in a directory
 //! ([`chains`]), where names and times are durable or not, too.
 //!
-//! Beside that there are files that fail ([`faults`], [`live_faults`]) and threads that meet on one disk ([`stress`]).
+//! Beside that there are files that fail ([`faults`], [`live_faults`]) and threads that meet on one disk
+//! ([`stress`]).
 
 pub mod bitmap;
 pub mod chain_model;

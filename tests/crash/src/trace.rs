@@ -16,7 +16,7 @@ use std::time::SystemTime;
 use crate::storage::SECTOR;
 use crate::syscalls::at_each_call;
 
-/// A file, and its number in a trace: the names of a directory lead to those.
+/// What a file is like. It has a number in a trace, which the names of the directory lead to.
 #[derive(Clone, Debug)]
 pub struct Content {
     pub bytes: Vec<u8>,
@@ -212,11 +212,10 @@ impl Observer {
         let known = &mut self.files[file];
         let metadata = known.file.metadata().unwrap();
         let len = metadata.len() as usize;
-        let now = Content {
+        let mut now = Content {
             bytes: vec![0; len],
             time: metadata.modified().unwrap(),
         };
-        let mut now = now;
         known.file.read_exact_at(&mut now.bytes, 0).unwrap();
         let mut old = std::mem::replace(&mut known.content, now.clone());
         let mut parts = Vec::new();

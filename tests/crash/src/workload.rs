@@ -123,14 +123,10 @@ impl Op {
         self.is_exclusive() || matches!(self, Self::Flush)
     }
 
-    /// Whether a backup ends before it. It is not told of what is done to the image by those who know
-    /// that it is one.
+    /// Whether a backup ends before it, which it would not allow.
     pub fn ends_backup(&self) -> bool {
         self.is_exclusive()
-            || matches!(
-                self,
-                Self::Backup | Self::Resize { .. } | Self::Compress { .. } | Self::ClearBitmap
-            )
+            || matches!(self, Self::Backup | Self::Resize { .. } | Self::ClearBitmap)
     }
 
     /// Whether nobody may use the disk meanwhile.

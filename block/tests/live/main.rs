@@ -5,6 +5,9 @@
     reason = "a test fails by panicking, in its helpers as well"
 )]
 
+mod forks;
+mod rebases;
+
 use std::fs::File;
 use std::ops::ControlFlow;
 use std::os::unix::fs::FileExt;
@@ -363,116 +366,6 @@ fn open_read_only(path: &Path) -> Box<dyn Disk> {
 }
 
 #[test]
-fn a_rebase_changes_nothing_that_is_read() {
-    use Kind::*;
-    let chains = [
-        vec![(Raw, SIZE), (Internal, SIZE)],
-        vec![(Internal, SIZE), (Subclusters, SIZE)],
-        vec![(Packed, SIZE / 2), (External, SIZE)],
-        vec![(Internal, SIZE), (Packed, SIZE / 2), (Version2, SIZE)],
-        vec![(Internal, 2 * SIZE), (Internal, SIZE / 2), (Internal, SIZE)],
-    ];
-    for (seed, images) in (1..).zip(chains) {
-        for to in [if seed % 2 == 0 { "" } else { "other" }, "base"] {
-            let mut chain = Chain::new(&images, seed);
-            let other = CreateOptions {
-                size: SIZE + 4096,
-                ..CreateOptions::default()
-            };
-            create(&chain.path("other"), &other).unwrap();
-            let mut content = vec![0; SIZE as usize];
-            let disk = open(&chain.path("other"));
-            fill(&*disk, &mut content, 99);
-            disk.close().unwrap();
-            drop(disk);
-            let disk = chain.live();
-            let options = RebaseOptions {
-                open: unsynced(),
-                backing: (!to.is_empty()).then(|| BackingName {
-                    file: to.into(),
-                    format: match is_qcow2(&chain.path(to)) {
-                        true => b"qcow2".to_vec(),
-                        false => b"raw".to_vec(),
-                    },
-                }),
-                max_last: None,
-            };
-            chain.during(&disk, seed, || {
-                disk.rebase(&options, &mut |_, _| ControlFlow::Continue(()))
-                    .unwrap()
-            });
-            disk.close().unwrap();
-            drop(disk);
-            let info = tandem_block::qcow2::Info::read(&chain.path("top")).unwrap();
-            let backing = options.backing.map(|name| name.file);
-            assert_eq!(info.backing_file, backing, "{images:?}");
-            if to != "base" {
-                // Nothing of them is needed any more.
-                std::fs::remove_file(chain.path("base")).unwrap();
-                if images.len() == 3 {
-                    std::fs::remove_file(chain.path("middle")).unwrap();
-                }
-            }
-            chain.verify("top");
-        }
-    }
-}
-
-/// What the disk is on shows something else when it is taken for raw.
-#[test]
-fn a_rebase_onto_the_same_file_in_another_format() {
-    let mut chain = Chain::new(&[(Kind::Internal, SIZE), (Kind::Internal, SIZE)], 1);
-    let disk = chain.live();
-    let options = RebaseOptions {
-        open: unsynced(),
-        backing: Some(BackingName {
-            file: b"base".to_vec(),
-            format: b"raw".to_vec(),
-        }),
-        max_last: None,
-    };
-    chain.during(&disk, 1, || {
-        disk.rebase(&options, &mut |_, _| ControlFlow::Continue(()))
-            .unwrap()
-    });
-    disk.close().unwrap();
-    drop(disk);
-    chain.verify("top");
-}
-
-/// Somebody who does not look at locks has put an image below the disk on another one.
-#[test]
-fn a_rebase_onto_the_same_file_that_is_on_another() {
-    let images = [Kind::Raw, Kind::Internal, Kind::Internal].map(|kind| (kind, SIZE));
-    let mut chain = Chain::new(&images, 1);
-    let disk = chain.live();
-    let mut unlocked = unsynced();
-    unlocked.files.locking = Locking::Off;
-    std::fs::write(chain.path("other"), vec![0x55; SIZE as usize]).unwrap();
-    let middle = Qcow2::open(&chain.path("middle"), &unlocked).unwrap();
-    let other = BackingName {
-        file: b"other".to_vec(),
-        format: b"raw".to_vec(),
-    };
-    middle.set_backing_name(Some(&other)).unwrap();
-    let options = RebaseOptions {
-        open: unsynced(),
-        backing: Some(BackingName {
-            file: b"middle".to_vec(),
-            format: b"qcow2".to_vec(),
-        }),
-        max_last: None,
-    };
-    chain.during(&disk, 1, || {
-        disk.rebase(&options, &mut |_, _| ControlFlow::Continue(()))
-            .unwrap()
-    });
-    disk.close().unwrap();
-    drop(disk);
-    chain.verify("top");
-}
-
-#[test]
 fn a_closed_disk_is_left_alone() {
     let chain = Chain::new(&[(Kind::Raw, SIZE), (Kind::Internal, SIZE)], 1);
     let disk = Arc::new(chain.live());
@@ -500,91 +393,6 @@ fn a_closed_disk_is_left_alone() {
     assert!(!options.overlay.exists() && !options.fork.exists());
     drop(disk);
     chain.verify("top");
-}
-
-#[test]
-fn both_sides_of_a_fork_have_what_the_disk_had() {
-    use Kind::*;
-    for (seed, kind) in (1..).zip([
-        Raw,
-        Internal,
-        Subclusters,
-        Version2,
-        External,
-        RawData,
-        Packed,
-    ]) {
-        let mut chain = Chain::new(&[(kind, SIZE)], seed);
-        let disk = chain.live();
-        chain.during(&disk, seed, || {
-            for i in 0..3 {
-                let options = ForkOptions {
-                    open: unsynced(),
-                    overlay: chain_path(&disk, &format!("overlay{i}")),
-                    fork: chain_path(&disk, &format!("fork{i}")),
-                };
-                disk.fork(&options).unwrap();
-                // The other side is used at once, and each has its own.
-                let fork = open(&options.fork);
-                write(&*fork, 0, &[i; 4096]);
-                fork.close().unwrap();
-                disk.with_image(|image| assert_eq!(image.path(), options.overlay));
-            }
-        });
-        // A side that nothing has happened to, and so the disk at that instant.
-        let options = ForkOptions {
-            open: unsynced(),
-            overlay: chain.path("overlay3"),
-            fork: chain.path("fork3"),
-        };
-        disk.fork(&options).unwrap();
-        let at_the_fork = chain.model.clone();
-        chain.during(&disk, seed, || ());
-        for i in 0..3 {
-            let fork = open(&chain.path(&format!("fork{i}")));
-            assert!(read(&*fork, 0, 4096) == [i; 4096]);
-        }
-        let fork = open(&options.fork);
-        assert!(read(&*fork, 0, SIZE) == at_the_fork);
-        let refused = Qcow2::open(&chain.path("overlay2"), &unsynced());
-        assert!(matches!(refused, Err(Error::Locked { .. })));
-        disk.flush().unwrap();
-        disk.close().unwrap();
-        drop((disk, fork));
-        chain.verify("overlay3");
-        chain.model = at_the_fork;
-        chain.verify("fork3");
-    }
-}
-
-/// A fork is made of the disk as large as it is at the instant of the fork, or not at all.
-#[test]
-fn a_fork_while_the_size_changes() {
-    let chain = Chain::new(&[(Kind::Internal, SIZE)], 21);
-    let disk = chain.live();
-    for i in 1..=8 {
-        let options = ForkOptions {
-            open: unsynced(),
-            overlay: chain.path(&format!("overlay{i}")),
-            fork: chain.path(&format!("fork{i}")),
-        };
-        let size = SIZE + i * 512;
-        let over = AtomicBool::new(false);
-        thread::scope(|scope| {
-            scope.spawn(|| {
-                // The first of the two has been made.
-                while !options.overlay.exists() && !over.load(Ordering::Relaxed) {
-                    std::hint::spin_loop();
-                }
-                disk.resize(size).unwrap();
-            });
-            let _over = Stop(&over);
-            if disk.fork(&options).is_err() {
-                assert!(!options.overlay.exists() && !options.fork.exists());
-            }
-        });
-        assert_eq!(disk.size(), size);
-    }
 }
 
 fn chain_path(disk: &LiveDisk, name: &str) -> PathBuf {
@@ -643,63 +451,6 @@ fn bitmaps_follow_the_disk() {
         chain.verify("overlay2");
         let below = tandem_block::qcow2::Info::read(&chain.path("base")).unwrap();
         assert_eq!(below.bitmaps.len(), 0);
-    }
-}
-
-#[test]
-fn stamps_stay_right() {
-    let mut chain = Chain::new(&[(Kind::Internal, SIZE)], 5);
-    let disk = chain.live();
-    let fork = ForkOptions {
-        open: unsynced(),
-        overlay: chain.path("overlay"),
-        fork: chain.path("fork"),
-    };
-    disk.fork(&fork).unwrap();
-    chain.during(&disk, 2, || commit(&disk, 0, false).unwrap());
-    disk.close().unwrap();
-    drop(disk);
-    chain.verify("overlay");
-    // The other side stands on what has changed, and says so.
-    let changed = Qcow2::open(&fork.fork, &unsynced()).map(drop).unwrap_err();
-    assert!(matches!(changed, Error::BaseChanged { .. }), "{changed}");
-}
-
-/// A fork whose images, once they are opened by their names, would show something else is refused.
-#[test]
-fn a_fork_is_on_what_the_disk_is_on() {
-    let chain = Chain::new(&[(Kind::Internal, SIZE), (Kind::External, SIZE)], 7);
-    std::fs::copy(chain.path("top.data"), chain.path("aside")).unwrap();
-    let other_data = OpenOptions {
-        data_file: Some(chain.path("aside")),
-        ..unsynced()
-    };
-    let nothing_below = OpenOptions {
-        backing: Backing::Nothing,
-        ..unsynced()
-    };
-    for (open, is_refused) in [
-        (other_data, true),
-        (nothing_below, true),
-        (unsynced(), false),
-    ] {
-        let disk = LiveDisk::new(Qcow2::open(&chain.path("top"), &open).unwrap());
-        let fork = ForkOptions {
-            open,
-            overlay: chain.path("overlay"),
-            fork: chain.path("fork"),
-        };
-        match disk.fork(&fork) {
-            Ok(_) => assert!(!is_refused),
-            Err(error) => {
-                assert!(
-                    is_refused && error.to_string().contains("its data file, or what is"),
-                    "{error}"
-                );
-                assert!(!fork.overlay.exists() && !fork.fork.exists());
-            }
-        }
-        disk.close().unwrap();
     }
 }
 

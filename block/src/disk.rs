@@ -291,7 +291,8 @@ pub fn sparse_extent_in_chain(disk: &dyn Disk, offset: u64, len: u64) -> Result<
     })
 }
 
-fn find_in_chain(
+/// As [`extent_in_chain`], of what `find` tells of the up to `len` bytes at `offset` of a disk.
+pub(crate) fn find_in_chain(
     disk: &dyn Disk,
     offset: u64,
     len: u64,

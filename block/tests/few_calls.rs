@@ -69,6 +69,67 @@ fn copy_on_write_is_one_write() {
     assert_eq!(read(&disk, 600, 400), [7; 400]);
 }
 
+/// A new cluster is filled up only with what an image below has for it.
+#[test]
+fn what_is_empty_below_is_not_copied() {
+    const SIZE: u64 = 2 << 20;
+    for extended_l2 in [false, true] {
+        // It ends within a cluster of the one above, and its own are smaller.
+        let base = open(
+            &new_image(&CreateOptions {
+                size: SIZE / 2 + 1536,
+                cluster_size: 4096,
+                ..CreateOptions::default()
+            }),
+            None,
+        )
+        .unwrap();
+        write(&base, 3 * CLUSTER + 8192, 512, 7).unwrap();
+        let image = new_image(&CreateOptions {
+            size: SIZE,
+            extended_l2,
+            backing_file: Some("base".into()),
+            backing_format: Some(BackingFormat::Qcow2),
+            ..CreateOptions::default()
+        });
+        let disk = Qcow2::with_backing(
+            Path::new("image"),
+            Box::new(image.clone()),
+            None,
+            Some(Arc::new(base)),
+            &OpenOptions::default(),
+        )
+        .unwrap();
+        let mut expected = vec![0; SIZE as usize];
+        expected[3 * CLUSTER as usize + 8192..][..512].fill(7);
+        let whole = if extended_l2 { 20100 } else { 0 };
+        for (offset, end) in [
+            (CLUSTER + 1000, 1100),
+            (SIZE / 2 + 100, 200),
+            (SIZE / 2 + CLUSTER + 5000, 5100),
+            // Before it in the cluster there is something, and in the next one behind it.
+            (3 * CLUSTER + 20000, whole),
+            (3 * CLUSTER - 500, CLUSTER - 400),
+        ] {
+            write(&disk, offset, 100, 5).unwrap();
+            // New clusters lie at the end of the file.
+            assert_eq!(image.len() % CLUSTER, end, "{offset:#x}");
+            expected[offset as usize..][..100].fill(5);
+            assert!(read(&disk, 0, SIZE) == expected, "{offset:#x}");
+        }
+        // A cluster that has been in use holds what it held.
+        write(&disk, 5 * CLUSTER, CLUSTER, 9).unwrap();
+        disk.flush().unwrap();
+        disk.write_zeroes(5 * CLUSTER, CLUSTER, true).unwrap();
+        disk.flush().unwrap();
+        let len = image.len();
+        write(&disk, 6 * CLUSTER + 3000, 100, 5).unwrap();
+        assert_eq!(image.len(), len);
+        expected[6 * CLUSTER as usize + 3000..][..100].fill(5);
+        assert!(read(&disk, 0, SIZE) == expected);
+    }
+}
+
 #[test]
 fn chains_are_read_in_extents() {
     let base = base();

@@ -20,10 +20,11 @@ use super::policy::{self, Follow};
 use super::rebase::BackingName;
 use super::{OpenOptions, Qcow2, check};
 use crate::buffers::{Buffers, fill_zero};
+use crate::disk::find_in_chain;
 use crate::file::{FileOptions, ImageFile};
-use crate::live::LiveImage;
+use crate::live::{ImageRef, LiveImage};
 use crate::lock::{Access, Locking};
-use crate::{Disk, Error, ExtentKind, Limits, Raw, Result, extent_in_chain};
+use crate::{Disk, Error, Extent, ExtentKind, Limits, Raw, Result};
 
 /// Most images below one another.
 const MAX_DEPTH: usize = 256;
@@ -471,13 +472,36 @@ impl Qcow2 {
 
     /// Whether what shows in `range` where this image has nothing is known to be zero.
     pub(super) fn shows_zeros(&self, range: Range<u64>) -> Result<bool> {
+        self.find_only_zeros(range, |disk, at, len| disk.extent(at, len))
+    }
+
+    /// As [`shows_zeros`](Self::shows_zeros), known from the metadata of images alone. A raw disk is not
+    /// asked: to look for holes in a file can take longer than to read a cluster.
+    pub(super) fn is_empty_below(&self, range: Range<u64>) -> Result<bool> {
+        self.find_only_zeros(range, |disk, at, len| match disk.as_image() {
+            Some(ImageRef::Qcow2(image)) => image.extent(at, len),
+            Some(ImageRef::Raw(_)) | None => Ok(Extent {
+                len,
+                kind: ExtentKind::Data,
+                offset: None,
+            }),
+        })
+    }
+
+    /// Whether what `find` tells of the disks below, where this image has nothing, is all zeros.
+    fn find_only_zeros(
+        &self,
+        range: Range<u64>,
+        find: impl Fn(&dyn Disk, u64, u64) -> Result<Extent>,
+    ) -> Result<bool> {
         let Some(backing) = &self.backing else {
             return Ok(true);
         };
         let mut at = range.start;
         let end = range.end.min(backing.size());
         while at < end {
-            let (_, extent) = extent_in_chain(&**backing, at, end - at)?;
+            let find = |disk: &dyn Disk, len| find(disk, at, len);
+            let (_, extent) = find_in_chain(&**backing, at, end - at, find)?;
             match extent.kind {
                 ExtentKind::Zero | ExtentKind::Unallocated => at += extent.len,
                 ExtentKind::Data | ExtentKind::Compressed => return Ok(false),

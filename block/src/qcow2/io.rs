@@ -428,7 +428,11 @@ impl Qcow2 {
         };
         let tail_end = end + self.tail(end, whole.end)?;
         let shows = match old {
-            Kind::Unallocated(_) => self.backing_shows(whole.start),
+            Kind::Unallocated(_) => {
+                self.backing_shows(whole.start)
+                    && !(self.is_empty_below(whole.start..offset)?
+                        && self.is_empty_below(end..tail_end)?)
+            }
             Kind::Compressed { .. } | Kind::Data(_) => true,
             Kind::Zero(_) => false,
         };

@@ -64,9 +64,13 @@ impl External {
             // Where the two meet, what is mapped between them has become so since.
             let is_joined = (hole.start..=hole.end).contains(&data) && range.start <= hole.end;
             let end = if is_joined { hole.end } else { data };
+            if end < range.end {
+                // What is known of the rest of the file is worth more.
+                return Ok(false);
+            }
             *hole = range.start..end;
         }
-        Ok(range.end <= hole.end)
+        Ok(true)
     }
 
     /// Something was written that did not become mapped.
@@ -263,5 +267,32 @@ impl Qcow2 {
             }
             Ok(missing)
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{CacheMode, FileStorage};
+    use std::path::Path;
+
+    /// What is found to be no hole does not make the rest of the file unknown.
+    #[test]
+    fn a_hole_stays_known() {
+        let storage = FileStorage::new(tempfile::tempfile().unwrap()).unwrap();
+        let file = ImageFile::new(Box::new(storage), Path::new("data"), CacheMode::default());
+        file.set_len(64 << 20).unwrap();
+        file.write_bytes_at(&[1; 4096], 0).unwrap();
+        let external = External::new(file);
+        let reads_zero = |mib: u64| external.reads_zero(mib << 20..(mib + 1) << 20).unwrap();
+        assert!(reads_zero(32));
+        assert!(reads_zero(8), "the hole grows");
+        // As a write does that is about to be mapped.
+        external.file.write_bytes_at(&[1; 4096], 16 << 20).unwrap();
+        assert!(!reads_zero(0));
+        assert!(reads_zero(16), "not looked for again");
+        external.forget_hole();
+        assert!(!reads_zero(16));
+        assert!(reads_zero(17));
     }
 }

@@ -39,6 +39,9 @@ pub(crate) fn transfer(
     direction: Direction,
 ) -> io::Result<()> {
     if let [buf] = bufs {
+        if transfer_whole(fd, buf, offset, direction)? {
+            return Ok(());
+        }
         return transfer_chunk::<1>(fd, std::slice::from_ref(buf), offset, unit, direction)
             .map(drop);
     }
@@ -54,6 +57,37 @@ pub(crate) fn transfer(
             .ok_or(io::ErrorKind::InvalidInput)?;
     }
     Ok(())
+}
+
+/// Moves `buf` in a single system call, which is all that most requests need. Returns whether all of it
+/// has been moved; if not, everything is to be moved again.
+fn transfer_whole(
+    fd: BorrowedFd<'_>,
+    buf: &VolatileSlice<'_>,
+    offset: u64,
+    direction: Direction,
+) -> io::Result<bool> {
+    let position = i64::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
+    let (fd, len) = (fd.as_raw_fd(), buf.len());
+    let start = buf.ptr_guard_mut().as_ptr().cast();
+    // SAFETY: `start` and `len` describe memory of a `VolatileSlice` whose lifetime outlives this
+    // call and which is not borrowed as a Rust reference anywhere; the kernel may read or write
+    // it at will. The memory stays mapped without the guard that the pointer came from, since that
+    // does nothing when it is dropped.
+    let n = unsafe {
+        match direction {
+            Direction::Read => libc::pread(fd, start, len, position),
+            Direction::Write => libc::pwrite(fd, start, len, position),
+            Direction::ReadNoWait => return Ok(false),
+        }
+    };
+    if n < 0 {
+        let error = io::Error::last_os_error();
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error);
+        }
+    }
+    Ok(n as usize == len)
 }
 
 /// Moves the at most `N` buffers of `bufs`, and returns their length.
@@ -106,16 +140,13 @@ fn transfer_iov(
         // kernel may read or write it at will. The memory stays mapped without the guards that
         // the pointers came from, since those do nothing when they are dropped.
         let n = unsafe {
-            let (fd, first) = (fd.as_raw_fd(), iov[0]);
-            match (direction, count) {
-                // The kernel has less to do for one buffer.
-                (Direction::Read, 1) => libc::pread(fd, first.iov_base, first.iov_len, position),
-                (Direction::Write, 1) => libc::pwrite(fd, first.iov_base, first.iov_len, position),
-                (Direction::Read, _) => libc::preadv(fd, iov.as_ptr(), count, position),
-                (Direction::ReadNoWait, _) => {
+            let fd = fd.as_raw_fd();
+            match direction {
+                Direction::Read => libc::preadv(fd, iov.as_ptr(), count, position),
+                Direction::ReadNoWait => {
                     libc::preadv2(fd, iov.as_ptr(), count, position, libc::RWF_NOWAIT)
                 }
-                (Direction::Write, _) => libc::pwritev(fd, iov.as_ptr(), count, position),
+                Direction::Write => libc::pwritev(fd, iov.as_ptr(), count, position),
             }
         };
         match n {

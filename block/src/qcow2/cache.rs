@@ -80,6 +80,7 @@ impl SliceCache {
         }
     }
 
+    #[inline]
     fn set(&self, slice: u64) -> &Set {
         // Neighbouring slices, and the same slice of neighbouring tables, spread over all sets.
         let hash = slice.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
@@ -91,6 +92,7 @@ impl SliceCache {
     ///
     /// `look` may see entries of another slice while the frame is being refilled; its result is
     /// dropped then. It must cope with any value and have no effect.
+    #[inline]
     pub fn read<R>(&self, slice: u64, look: impl Fn(&[AtomicU64]) -> R) -> Option<R> {
         let set = self.set(slice);
         for way in 0..WAYS {

@@ -248,6 +248,14 @@ impl Qcow2 {
     pub(super) fn read_mapped(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> Result<()> {
         let len = total_len(bufs);
         let _running = self.requests.begin();
+        match self.data_in_cluster(offset, len) {
+            Some(place) => self.data().read_at(bufs, place.offset),
+            None => self.read_runs(bufs, offset, len),
+        }
+    }
+
+    /// [`read_mapped`](Self::read_mapped), run by run.
+    fn read_runs(&self, bufs: &[VolatileSlice<'_>], offset: u64, len: u64) -> Result<()> {
         let mut buffers = Buffers::new(bufs);
         let mut done = 0;
         while done < len {
@@ -272,6 +280,26 @@ impl Qcow2 {
         area: Area,
     ) -> Result<()> {
         let _running = self.requests.begin();
+        match self.data_in_cluster(offset, len) {
+            Some(Place {
+                offset,
+                in_place: true,
+            }) => {
+                self.check_overlap(offset, len)?;
+                self.data().write_at(bufs, offset)
+            }
+            _ => self.write_runs(bufs, offset, len, area),
+        }
+    }
+
+    /// [`write_mapped`](Self::write_mapped), run by run.
+    fn write_runs(
+        &self,
+        bufs: &[VolatileSlice<'_>],
+        offset: u64,
+        len: u64,
+        area: Area,
+    ) -> Result<()> {
         let mut buffers = Buffers::new(bufs);
         let mut done = 0;
         while done < len {

@@ -168,6 +168,33 @@ impl Qcow2 {
         Some(follow(first, offset, len, look))
     }
 
+    /// Where the `len` bytes at `offset` are, if that is found in a few steps: they are data, in one
+    /// cluster that is not divided, and its entry is in the cache, and not bad.
+    #[inline]
+    pub(super) fn data_in_cluster(&self, offset: u64, len: u64) -> Option<Place> {
+        let g = self.geometry;
+        let (cluster, skip) = (g.cluster(offset), g.in_cluster(offset));
+        if g.extended_l2 || len > g.cluster_size() - skip {
+            return None;
+        }
+        if self.l1.get(g.l1_index(cluster)).offset() == 0 {
+            return None;
+        }
+        let index = g.slice_index(cluster);
+        let load = |words: &[AtomicU64]| words[index].load(Ordering::Acquire);
+        let entry = L2Entry(self.l2.read(g.slice(cluster), load)?);
+        let layout = self.placement.data_file_layout();
+        match entry.cluster(layout) {
+            Cluster::Normal(start) if self.check_place(start, layout, cluster).is_ok() => {
+                Some(Place {
+                    offset: start + skip,
+                    in_place: entry.is_copied() || layout.is_some(),
+                })
+            }
+            _ => None,
+        }
+    }
+
     /// As [`run`](Self::run), but not past the end of the L2 slice.
     pub(super) fn run_in_slice(&self, offset: u64, len: u64) -> Result<Run> {
         self.look(offset, len)?.map_err(|bad| self.bad_entry(bad))
@@ -350,16 +377,8 @@ impl Qcow2 {
                 return bad(Problem::ZeroInVersion2);
             }
             Cluster::Normal(offset) | Cluster::ZeroAlloc(offset) => {
-                if g.in_cluster(offset) != 0 {
-                    return bad(Problem::Unaligned);
-                }
-                if layout == Some(DataFileLayout::Standard) {
-                    if g.cluster(offset) != cluster {
-                        return bad(Problem::NotGuestOffset);
-                    }
-                } else if offset >= self.data_end.load(Ordering::Relaxed) {
-                    // Data is in the file before anything leads to it.
-                    return bad(Problem::PastEnd);
+                if let Err(problem) = self.check_place(offset, layout, cluster) {
+                    return bad(problem);
                 }
             }
             Cluster::Unallocated | Cluster::ZeroPlain | Cluster::Compressed => {}
@@ -367,6 +386,29 @@ impl Qcow2 {
         // A cluster of an external data file has one place and cannot be shared.
         let in_place = entry.is_copied() || layout.is_some();
         Ok(Kind::new(found, in_place, stored))
+    }
+
+    /// Whether guest cluster `cluster` can have its place at `offset`.
+    #[inline]
+    fn check_place(
+        &self,
+        offset: u64,
+        layout: Option<DataFileLayout>,
+        cluster: u64,
+    ) -> std::result::Result<(), Problem> {
+        let g = self.geometry;
+        if g.in_cluster(offset) != 0 {
+            return Err(Problem::Unaligned);
+        }
+        if layout == Some(DataFileLayout::Standard) {
+            if g.cluster(offset) != cluster {
+                return Err(Problem::NotGuestOffset);
+            }
+        } else if offset >= self.data_end.load(Ordering::Relaxed) {
+            // Data is in the file before anything leads to it.
+            return Err(Problem::PastEnd);
+        }
+        Ok(())
     }
 
     /// How the whole of guest cluster `cluster` is mapped by `entry`, which subclusters have no part

@@ -27,6 +27,9 @@ impl Qcow2 {
             return file.try_read_at(bufs, offset);
         }
         let _running = self.requests.begin();
+        if let Some(place) = self.data_in_cluster(offset, len) {
+            return self.data().try_read_at(bufs, place.offset);
+        }
         self.try_runs(bufs, offset, len, |kind, bufs, at| match kind {
             Kind::Data(place) => self.data().try_read_at(bufs, place.offset),
             Kind::Zero(_) => {

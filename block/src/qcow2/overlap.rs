@@ -120,11 +120,16 @@ impl Qcow2 {
     ///
     /// Clusters become metadata only while they are free, and those that data is mapped to are not,
     /// unless the image is damaged.
+    #[inline]
     pub(super) fn check_overlap(&self, offset: u64, len: u64) -> Result<()> {
+        if !self.may_overlap(offset, len) {
+            return Ok(());
+        }
         self.check_clusters(offset, len, |_| Ok(false))
     }
 
     /// Whether [`check_overlap`](Self::check_overlap) would have to ask the exact list.
+    #[inline]
     pub(super) fn may_overlap(&self, offset: u64, len: u64) -> bool {
         let g = self.geometry;
         let mut clusters = g.cluster(offset)..g.clusters(offset + len);

@@ -3,7 +3,7 @@
 use crate::sync::Mutex;
 use crate::sync::atomic::Ordering;
 use std::collections::HashMap;
-use std::ops::Range;
+use std::ops::{Range, RangeInclusive};
 use std::path::PathBuf;
 
 use super::geometry::ENTRY_SIZE;
@@ -218,6 +218,7 @@ impl Qcow2 {
 
     /// The data file, if the bytes of the range lie there at their guest offset, every one of
     /// them, and always will. The range lies within the disk.
+    #[inline]
     pub(super) fn passthrough(&self, offset: u64, len: u64) -> Result<Option<&ImageFile>> {
         let Placement::Raw(external, tables) = &self.placement else {
             return Ok(None);
@@ -226,15 +227,25 @@ impl Qcow2 {
             return Ok(None);
         }
         let g = self.geometry;
-        for table in g.l1_index(g.cluster(offset))..=g.l1_index(g.cluster(offset + len - 1)) {
+        let first = g.l1_index(g.cluster(offset));
+        let last = g.l1_index(g.cluster(offset + len - 1));
+        if first == last && tables.is_complete(first) || self.examine_all(first..=last, tables)? {
+            return Ok(Some(&external.file));
+        }
+        Ok(None)
+    }
+
+    /// Whether all of `range` are complete; those that have not been looked at are.
+    fn examine_all(&self, range: RangeInclusive<usize>, tables: &Passthrough) -> Result<bool> {
+        for table in range {
             if !tables.is_complete(table) {
                 self.examine(table, tables)?;
                 if !tables.is_complete(table) {
-                    return Ok(None);
+                    return Ok(false);
                 }
             }
         }
-        Ok(Some(&external.file))
+        Ok(true)
     }
 
     /// Looks at a table of a raw disk, the first time that it is asked for.

@@ -142,9 +142,13 @@ impl Refcounts {
     /// counted as free.
     pub fn reserve(&mut self, image: &ImageFile, reserved: Reserved) -> Result<()> {
         self.reserved = reserved;
-        let blocks = self.table.len() as u64;
-        for block in (0..blocks).filter(|block| self.table[*block as usize] == 0) {
-            self.check_no_block(image, block)?;
+        let mut first = 0;
+        for blocks in self.table.chunk_by(|a, b| (*a == 0) == (*b == 0)) {
+            let end = first + blocks.len() as u64 * self.counts_per_block();
+            if blocks[0] == 0 {
+                self.reserved.check(image, first..end, |_| 0)?;
+            }
+            first = end;
         }
         self.check_no_more(image)?;
         let mut next = Some(0);

@@ -25,34 +25,35 @@ impl RefcountWidth {
     }
 
     /// Refcount `index` of `block`, which has it.
+    #[inline]
     pub fn get(self, block: &[u8], index: usize) -> u64 {
-        if self.order < 3 {
-            let (byte, shift) = self.place(index);
-            return u64::from(block[byte] >> shift) & self.max();
+        match self.order {
+            ..3 => {
+                let (byte, shift) = self.place(index);
+                u64::from(block[byte] >> shift) & self.max()
+            }
+            3 => block[index].into(),
+            4 => u16::from_be_bytes(bytes(block, index)).into(),
+            5 => u32::from_be_bytes(bytes(block, index)).into(),
+            _ => u64::from_be_bytes(bytes(block, index)),
         }
-        let len = self.len();
-        let bytes = &block[index * len..(index + 1) * len];
-        bytes
-            .iter()
-            .fold(0, |value, byte| value << 8 | u64::from(*byte))
     }
 
     /// Sets refcount `index` of `block`, which has it, to `value`, which is not more than
     /// [`max`](Self::max).
+    #[inline]
     pub fn set(self, block: &mut [u8], index: usize, value: u64) {
-        if self.order < 3 {
-            let (byte, shift) = self.place(index);
-            block[byte] &= !((self.max() as u8) << shift);
-            block[byte] |= (value as u8) << shift;
-        } else {
-            let len = self.len();
-            block[index * len..(index + 1) * len].copy_from_slice(&value.to_be_bytes()[8 - len..]);
+        match self.order {
+            ..3 => {
+                let (byte, shift) = self.place(index);
+                block[byte] &= !((self.max() as u8) << shift);
+                block[byte] |= (value as u8) << shift;
+            }
+            3 => block[index] = value as u8,
+            4 => set_bytes(block, index, (value as u16).to_be_bytes()),
+            5 => set_bytes(block, index, (value as u32).to_be_bytes()),
+            _ => set_bytes(block, index, value.to_be_bytes()),
         }
-    }
-
-    /// Bytes of a refcount that has at least one.
-    fn len(self) -> usize {
-        1 << (self.order - 3)
     }
 
     /// Byte and bit of a refcount smaller than a byte: the first one is in the lowest bits.
@@ -60,6 +61,19 @@ impl RefcountWidth {
         let bit = (index as u64) << self.order;
         ((bit / 8) as usize, (bit % 8) as u32)
     }
+}
+
+/// Refcount `index` of those of `N` bytes each.
+#[inline]
+fn bytes<const N: usize>(block: &[u8], index: usize) -> [u8; N] {
+    let mut bytes = [0; N];
+    bytes.copy_from_slice(&block[index * N..(index + 1) * N]);
+    bytes
+}
+
+#[inline]
+fn set_bytes<const N: usize>(block: &mut [u8], index: usize, bytes: [u8; N]) {
+    block[index * N..(index + 1) * N].copy_from_slice(&bytes);
 }
 
 #[cfg(test)]

@@ -164,8 +164,8 @@ impl Reserved {
     }
 
     fn sort_pieces(&mut self) {
-        self.pieces
-            .sort_unstable_by_key(|piece| (piece.first, piece.field));
+        // What is pushed mostly is in order, table by table; the stable sort makes use of that.
+        self.pieces.sort_by_key(|piece| (piece.first, piece.field));
         self.pieces.dedup_by(|next, first| {
             let is_shared = next.is_shared_table(first);
             if is_shared {

@@ -228,6 +228,7 @@ impl Qcow2 {
         has_started
     }
 
+    #[inline]
     pub(super) fn start_bitmaps(&self, bitmaps: &Bitmaps) -> Result<()> {
         if bitmaps.has_started() {
             return Ok(());

@@ -28,7 +28,10 @@ impl Check<'_> {
                 && let Some(refcount) = self.refcount_at(entry.offset())
             {
                 self.check_l1_flag(i, entry, refcount, l1_repairs)?;
-                if seen.insert(entry.offset()) {
+                // Of the others, all flags have been seen to be right.
+                let is_open =
+                    !self.is_used_once || self.special_l2_tables.contains(&entry.offset());
+                if seen.insert(entry.offset()) && is_open {
                     let repairs = repairs && self.is_l2_table(entry.offset());
                     self.check_l2_flags(entry.offset(), repairs)?;
                 }

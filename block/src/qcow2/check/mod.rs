@@ -279,6 +279,8 @@ struct Check<'a> {
     bad_l2_tables: HashSet<u64>,
     /// Clusters of all metadata but L2 tables.
     other_metadata: HashSet<u64>,
+    /// Of those of the disk, the ones with entries other than of plain data that is used once.
+    special_l2_tables: HashSet<u64>,
     /// Entries without data, and with a place that cannot be one: the offset of their L2 table, and
     /// their index.
     misplaced: Vec<(u64, usize)>,
@@ -288,6 +290,10 @@ struct Check<'a> {
     refcounts: Counters,
     /// Refcount blocks that are sound, and counted as references.
     blocks: Vec<u64>,
+    /// There is more than one reference to a cluster.
+    is_shared: bool,
+    /// All refcounts are right, and none is more than one.
+    is_used_once: bool,
     /// The refcount structures themselves are damaged.
     rebuild: bool,
     /// Something leads past the end of the file, which must not grow there.
@@ -332,11 +338,14 @@ impl<'a> Check<'a> {
             }),
             l2_tables: HashMap::new(),
             bad_l2_tables: HashSet::new(),
+            special_l2_tables: HashSet::new(),
             other_metadata: HashSet::new(),
             misplaced: Vec::new(),
             data_references: Counters::new(RefcountWidth { order: 0 }),
             refcounts: Counters::new(header.refcount_width()),
             blocks: Vec::new(),
+            is_shared: false,
+            is_used_once: false,
             rebuild: false,
             dangling: false,
             zeroes_raw: false,

@@ -14,22 +14,13 @@ impl Check<'_> {
     pub(super) fn compare_refcounts(&mut self) -> Result<()> {
         self.read_refcounts()?;
         self.rebuild |= self.is_block_missing();
-        let mut last_used = 0;
         // All that is wrong is told first, and then what is done about it.
-        for is_first in [true, false] {
-            for cluster in 0..self.clusters {
-                let refcount = self.refcounts.get(cluster);
-                let references = self.references_to(cluster);
-                let is_read = self.refcount_block_of(cluster).is_some();
-                if is_read && (refcount > 0 || references > 0) {
-                    last_used = cluster;
-                }
-                if is_read || self.rebuilds() {
-                    self.compare(cluster, refcount, references, is_first);
-                }
-            }
+        let is_right = self.compare_all(true);
+        if !is_right {
+            self.compare_all(false);
         }
-        self.report.image_end_offset = (last_used + 1) << self.geometry.cluster_bits;
+        self.is_used_once = is_right && !self.is_shared && !self.dangling && !self.rebuild;
+        self.report.image_end_offset = (self.last_used() + 1) << self.geometry.cluster_bits;
         match (self.repair, self.rebuild) {
             (Repair::Nothing, _) => Ok(()),
             (Repair::All, true) if self.rebuilds() => self.rebuild_refcounts(),
@@ -43,6 +34,39 @@ impl Check<'_> {
         }
     }
 
+    /// Tells of all refcounts that are wrong, and returns whether none is: the first time what is wrong,
+    /// the second time of its repair.
+    fn compare_all(&mut self, is_first: bool) -> bool {
+        let mut is_right = true;
+        for first in (0..self.clusters).step_by(self.refcounts_per_block() as usize) {
+            let end = self.clusters.min(first + self.refcounts_per_block());
+            if self.refcounts.agree(&self.references, first..end) {
+                continue;
+            }
+            let is_told = self.refcount_block_of(first).is_some() || self.rebuilds();
+            for cluster in first..end {
+                let refcount = self.refcounts.get(cluster);
+                let references = self.references_to(cluster);
+                if refcount != references {
+                    is_right = false;
+                    if is_told {
+                        self.compare(cluster, refcount, references, is_first);
+                    }
+                }
+            }
+        }
+        is_right
+    }
+
+    /// The last cluster that is in use; 0 if there is none.
+    fn last_used(&self) -> u64 {
+        let is_used = |cluster: &u64| {
+            let is_read = self.refcount_block_of(*cluster).is_some();
+            is_read && (self.refcounts.get(*cluster) > 0 || self.references.get(*cluster) > 0)
+        };
+        (0..self.clusters).rev().find(is_used).unwrap_or(0)
+    }
+
     /// References to `cluster`, as far as a refcount can tell.
     fn references_to(&self, cluster: u64) -> u64 {
         let max = self.header.refcount_width().max();
@@ -53,17 +77,16 @@ impl Check<'_> {
     fn read_refcounts(&mut self) -> Result<()> {
         let per_block = self.refcounts_per_block();
         let width = self.header.refcount_width();
+        let mut block = vec![0; self.geometry.cluster_size() as usize];
         for index in 0..self.clusters.div_ceil(per_block) {
             let first = index * per_block;
             let end = self.clusters.min(first + per_block);
             match self.refcount_block_of(first) {
                 Some(0) => {}
                 Some(offset) => {
-                    let block = self.read_block(offset)?;
-                    for cluster in first..end {
-                        let refcount = width.get(&block, (cluster - first) as usize);
-                        self.refcounts.set(cluster, refcount);
-                    }
+                    self.files.read(&mut block, offset)?;
+                    let len = width.bytes_for(end - first);
+                    self.refcounts.set_block(first, &block[..len as usize]);
                 }
                 None if self.rebuilds() => self.rebuild = true,
                 None => (first..end).for_each(|cluster| {
@@ -91,7 +114,6 @@ impl Check<'_> {
     /// Tells of a refcount that is wrong: the first time what is wrong, the second time of its repair.
     fn compare(&mut self, cluster: u64, refcount: u64, references: u64, is_first: bool) {
         let repairs = match (self.repair, self.rebuild) {
-            _ if refcount == references => return,
             (Repair::Nothing, _) | (Repair::Leaks, true) => false,
             (Repair::Leaks, false) => refcount > references,
             (Repair::All, rebuild) => !rebuild || self.rebuilds(),
@@ -256,7 +278,7 @@ impl Check<'_> {
     /// Offset of the refcount block that counts `cluster`, 0 if there is none; `None` if there
     /// cannot be one where the table says.
     fn refcount_block_of(&self, cluster: u64) -> Option<u64> {
-        let entry = usize::try_from(cluster / self.refcounts_per_block())
+        let entry = usize::try_from(cluster >> self.refcounts_per_block_bits())
             .ok()
             .and_then(|i| self.refcount_table.get(i));
         let offset = entry.map_or(0, |entry| entry & !511);
@@ -264,8 +286,11 @@ impl Check<'_> {
     }
 
     fn refcounts_per_block(&self) -> u64 {
-        let width = self.header.refcount_width();
-        width.count_in(self.geometry.cluster_size())
+        1 << self.refcounts_per_block_bits()
+    }
+
+    fn refcounts_per_block_bits(&self) -> u32 {
+        self.geometry.cluster_bits + 3 - self.header.refcount_width().order
     }
 
     /// The refcount of the cluster at `offset` according to the image; `None` if it is unreadable.

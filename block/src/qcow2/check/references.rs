@@ -2,7 +2,7 @@
 
 use super::{Check, CheckReport, FindingKind, Repair};
 use crate::Result;
-use crate::qcow2::entry::{COPIED, Cluster, Entry, L1Entry};
+use crate::qcow2::entry::{COPIED, Cluster, Entry, L1Entry, L2Entry};
 use crate::qcow2::geometry::{ENTRY_SIZE, Geometry};
 use crate::qcow2::header::MAX_L1_SIZE;
 use crate::qcow2::snapshot::{Snapshot, SnapshotTable, read_table};
@@ -37,10 +37,11 @@ impl Check<'_> {
         }
         for cluster in self.cluster_of(offset)..=self.cluster_of(end - 1) {
             self.clusters = self.clusters.max(cluster + 1);
-            let is_counted = self.references.increment(cluster).is_ok();
+            let references = self.references.increment(cluster);
+            self.is_shared |= references != Ok(1);
             // The first one that no refcount can tell.
             let width = self.header.refcount_width();
-            if is_counted && self.references.get(cluster).checked_sub(1) == Some(width.max()) {
+            if references.is_ok_and(|references| references - 1 == width.max()) {
                 let at = cluster << self.geometry.cluster_bits;
                 self.corruption(format!(
                     "ERROR: overflow cluster offset={at:#x}\n\
@@ -178,9 +179,13 @@ impl Check<'_> {
         let mut expected = None;
         let problems = |report: &CheckReport| report.corruptions + report.corruptions_fixed;
         let before = problems(&self.report);
-        let entries: Vec<_> = Entry::all(&words, g).collect();
-        for (k, entry) in entries.into_iter().enumerate() {
+        let mut is_special = false;
+        for (k, entry) in Entry::all(&words, g).enumerate() {
             let raw = words[k * g.l2_entry_words()];
+            if raw == 0 && !g.extended_l2 || self.count_plain(entry.word, owner, &mut expected) {
+                continue;
+            }
+            is_special = true;
             if !entry.word.is_compressed() && entry.word.reserved() != 0 {
                 self.corruption(format!(
                     "ERROR found l2 entry with reserved bits set: {raw:x}"
@@ -191,6 +196,9 @@ impl Check<'_> {
             if counted == Counted::HasNoPlace {
                 self.misplaced.push((offset, k));
             }
+        }
+        if is_special {
+            self.special_l2_tables.insert(offset);
         }
         if problems(&self.report) != before {
             self.bad_l2_tables.insert(offset);
@@ -271,6 +279,37 @@ impl Check<'_> {
         Ok(())
     }
 
+    /// Does what [`count_entry`](Self::count_entry) would, and quickly, if `entry` says of a cluster of
+    /// data in the image file that it is used once, and it is, as far as is known. Returns whether that is
+    /// so.
+    fn count_plain(&mut self, entry: L2Entry, owner: Owner, expected: &mut Option<u64>) -> bool {
+        let g = self.geometry;
+        let offset = entry.0 & !COPIED;
+        let cluster = g.cluster(offset);
+        let is_plain = entry.is_copied() && cluster != 0 && g.in_cluster(offset) == 0;
+        // What leads into the file, and to the start of a cluster, has no other flag.
+        let is_inside = offset < self.file_len;
+        if !is_plain || !is_inside || g.extended_l2 || self.header.has_data_file() {
+            return false;
+        }
+        if !self.references.set_first(cluster) {
+            return false;
+        }
+        if owner == Owner::Disk {
+            self.count_allocated(offset, expected);
+        }
+        true
+    }
+
+    /// Counts a cluster of the disk that has space at `offset`.
+    fn count_allocated(&mut self, offset: u64, expected: &mut Option<u64>) {
+        self.report.allocated_clusters += 1;
+        if expected.is_some_and(|expected| offset != expected) {
+            self.report.fragmented_clusters += 1;
+        }
+        *expected = Some(offset + self.geometry.cluster_size());
+    }
+
     /// Checks entry `index` of an L2 table, of the cluster at guest offset `guest`, and counts what
     /// it refers to. `expected` is where data would follow that of the entry before.
     fn count_entry(
@@ -310,11 +349,7 @@ impl Check<'_> {
                     self.check_offset(offset, guest);
                 }
                 if owner == Owner::Disk {
-                    self.report.allocated_clusters += 1;
-                    if expected.is_some_and(|expected| offset != expected) {
-                        self.report.fragmented_clusters += 1;
-                    }
-                    *expected = Some(offset + self.geometry.cluster_size());
+                    self.count_allocated(offset, expected);
                 }
                 if !self.header.has_data_file() {
                     self.count(offset, self.geometry.cluster_size());

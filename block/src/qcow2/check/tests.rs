@@ -66,3 +66,36 @@ fn a_small_image_cannot_ask_for_endless_work() {
     // There are more references than a refcount can tell; the table has none; no entry may say COPIED.
     assert_eq!(report.corruptions, 1 + 1 + repeats);
 }
+
+/// Where all refcounts are right, most tables are not read a second time.
+#[test]
+fn a_flag_that_is_missing_among_right_refcounts_is_found() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("image");
+    let options = CreateOptions {
+        size: 1 << 30,
+        preallocation: crate::Preallocation::Metadata,
+        ..CreateOptions::default()
+    };
+    create(&path, &options).unwrap();
+    let (report, none) = texts(&path);
+    assert_eq!((none.len(), report.allocated_clusters), (0, 1 << 14));
+    assert_eq!(report.fragmented_clusters, 0);
+    let image = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(&path)
+        .unwrap();
+    let read = |at| {
+        let mut word = [0; 8];
+        image.read_exact_at(&mut word, at).unwrap();
+        u64::from_be_bytes(word)
+    };
+    // The second table, and its last entry.
+    let table = L1Entry(read(read(40) + 8)).offset();
+    let at = table + 0xfff8;
+    let entry = L2Entry(read(at)).0 & !crate::qcow2::entry::COPIED;
+    image.write_all_at(&entry.to_be_bytes(), at).unwrap();
+    let expected = format!("ERROR OFLAG_COPIED data cluster: l2_entry={entry:x} refcount=1");
+    assert_eq!(texts(&path).1, [expected]);
+}

@@ -1,5 +1,7 @@
 //! Walking over a list of buffers in pieces.
 
+use std::cell::Cell;
+
 use vm_memory::VolatileSlice;
 
 /// A list of buffers, consumed from the front.
@@ -67,6 +69,28 @@ fn empty<'a>() -> VolatileSlice<'a> {
     VolatileSlice::from(&mut [][..])
 }
 
+/// Most bytes that a thread keeps for the next [`with_scratch`].
+const MAX_SCRATCH: usize = 256 << 10;
+
+/// Calls `work` with `len` bytes of memory that hold anything, and are its own meanwhile.
+///
+/// Fresh memory costs its clearing, which is more than all that a small request does besides.
+pub(crate) fn with_scratch<R>(len: usize, work: impl FnOnce(&mut [u8]) -> R) -> R {
+    thread_local! {
+        static SCRATCH: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
+    }
+    // A thread that is ending has none.
+    let mut scratch = SCRATCH.try_with(Cell::take).unwrap_or_default();
+    if scratch.len() < len {
+        scratch = vec![0; len];
+    }
+    let result = work(&mut scratch[..len]);
+    if scratch.len() <= MAX_SCRATCH {
+        let _ = SCRATCH.try_with(|kept| kept.set(scratch));
+    }
+    result
+}
+
 /// Sets every byte of `bufs` to zero.
 pub(crate) fn fill_zero(bufs: &[VolatileSlice<'_>]) {
     const ZEROS: [u8; 4096] = [0; 4096];
@@ -85,6 +109,25 @@ pub(crate) fn fill_zero(bufs: &[VolatileSlice<'_>]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn scratch_memory_is_kept_within_its_limit() {
+        let first = |len| {
+            with_scratch(len, |bytes| {
+                (bytes.len(), std::mem::replace(&mut bytes[0], 7))
+            })
+        };
+        assert_eq!(first(100), (100, 0));
+        assert_eq!(first(50), (50, 7), "the same memory");
+        assert_eq!(first(200), (200, 0));
+        assert_eq!(first(MAX_SCRATCH + 1), (MAX_SCRATCH + 1, 0));
+        assert_eq!(first(200), (200, 0), "what is too large is given back");
+        with_scratch(100, |outer| {
+            outer[0] = 1;
+            assert_eq!(first(100), (100, 0));
+            assert_eq!(outer[0], 1, "a use within another has its own");
+        });
+    }
 
     #[test]
     fn takes_pieces_across_buffers() {

@@ -47,8 +47,8 @@ const TIB: u64 = 1 << 40;
 /// A file of ext4 cannot be longer.
 const SIZE: u64 = 16 * TIB - (1 << 20);
 const LIMIT: usize = 1 << 20;
-/// For everything but the L2 tables.
-const MARGIN: usize = 1 << 20;
+/// For everything but the L2 tables, and what a thread keeps to fill up a cluster with.
+const MARGIN: usize = (1 << 20) + (64 << 10);
 
 /// Writes and reads all over the disk, reopens it and does so again, and looks at the memory.
 fn stays_within_its_limit(path: &Path, writes: u64) {

@@ -12,7 +12,7 @@ use super::Qcow2;
 use super::allocator::Allocation;
 use super::mapping::{Kind, Place};
 use super::placement::Placement;
-use crate::buffers::{Buffers, fill_zero};
+use crate::buffers::{Buffers, fill_zero, with_scratch};
 use crate::disk::{check_range, total_len};
 use crate::live::ImageRef;
 use crate::ranges::RangeGuard;
@@ -470,30 +470,35 @@ impl Qcow2 {
             let at = place.offset + g.in_cluster(offset);
             return buffers.take(len, |piece, done| self.data().write_at(piece, at + done));
         }
-        let mut edges = [
+        let edges = [
             moved.start..whole.start,
             whole.start..offset,
             end..tail_end,
             whole.end..moved.end,
-        ]
-        .map(|range| (range.start, vec![0; (range.end - range.start) as usize]));
-        let mut pieces = Vec::new();
-        for (i, (at, bytes)) in edges.iter_mut().enumerate() {
-            let buf = VolatileSlice::from(&mut bytes[..]);
-            let keeps = i == 0 || i == 3;
-            if !buf.is_empty() && (shows || keeps) {
-                self.read_old(old, offset, *at, buf, keeps)?;
+        ];
+        let lens = edges
+            .each_ref()
+            .map(|edge| (edge.end - edge.start) as usize);
+        with_scratch(lens.iter().sum(), |mut scratch| {
+            let parts = lens.map(|len| scratch.split_off_mut(..len).unwrap_or_default());
+            let parts = parts.map(VolatileSlice::from);
+            for (i, part) in parts.into_iter().enumerate() {
+                let keeps = i == 0 || i == 3;
+                if !(shows || keeps) {
+                    fill_zero(&[part]);
+                } else if !part.is_empty() {
+                    self.read_old(old, offset, edges[i].start, part, keeps)?;
+                }
             }
-            pieces.push(buf);
-        }
-        let after = pieces.split_off(2);
-        buffers.take(len, |piece, _| {
-            pieces.extend_from_slice(piece);
-            Ok::<_, Error>(())
-        })?;
-        pieces.extend(after);
-        let at = place.offset + g.in_cluster(moved.start);
-        self.data().write_at(&pieces, at)
+            let mut pieces = parts[..2].to_vec();
+            buffers.take(len, |piece, _| {
+                pieces.extend_from_slice(piece);
+                Ok::<_, Error>(())
+            })?;
+            pieces.extend_from_slice(&parts[2..]);
+            let at = place.offset + g.in_cluster(moved.start);
+            self.data().write_at(&pieces, at)
+        })
     }
 
     /// Fills `buf` with what there is at guest offset `at` of a cluster that is mapped as `old` from
@@ -513,7 +518,10 @@ impl Qcow2 {
             }
             (Kind::Unallocated(_), _) if !moves => self.read_backing(&[buf], at, buf.len() as u64),
             (_, Some(place)) => self.data().read_at(&[buf], place.offset + at - offset),
-            (_, None) => Ok(()),
+            (_, None) => {
+                fill_zero(&[buf]);
+                Ok(())
+            }
         }
     }
 

@@ -6,6 +6,7 @@
 //! cluster full of anything.
 
 use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -36,7 +37,7 @@ pub(crate) struct Refcounts {
     pub(super) table: Vec<u64>,
     /// Blocks that `table` names and the table on disk does not yet.
     pub(super) unlinked: Vec<usize>,
-    slices: HashMap<u64, Slice>,
+    slices: HashMap<u64, Slice, BuildHasherDefault<NumberHasher>>,
     clock: u64,
     /// Metadata that must be counted.
     pub(super) reserved: Reserved,
@@ -79,6 +80,26 @@ pub(super) struct Slice {
     last_used: u64,
 }
 
+/// Hashes the numbers of slices. An image can be made to have some that hash alike, but no more than
+/// [`MAX_SLICES`] are there at a time.
+#[derive(Default)]
+struct NumberHasher(u64);
+
+impl Hasher for NumberHasher {
+    fn write(&mut self, bytes: &[u8]) {
+        bytes.iter().for_each(|byte| self.write_u64((*byte).into()));
+    }
+
+    fn write_u64(&mut self, number: u64) {
+        let product = (self.0 ^ number).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        self.0 = product ^ product >> 32;
+    }
+
+    fn finish(&self) -> u64 {
+        self.0
+    }
+}
+
 impl Refcounts {
     /// Reads the refcount table of `image` at `table_offset`.
     ///
@@ -107,7 +128,7 @@ impl Refcounts {
             table_clusters,
             table,
             unlinked: Vec::new(),
-            slices: HashMap::new(),
+            slices: HashMap::default(),
             clock: 0,
             reserved: Reserved::new(geometry.cluster_bits),
             with_free: FreeMap::default(),

@@ -58,17 +58,18 @@ fn a_rebase_changes_nothing_that_is_read() {
     }
 }
 
-/// What the disk is on shows something else when it is taken for raw.
-#[test]
-fn a_rebase_onto_the_same_file_in_another_format() {
-    let mut chain = Chain::new(&[(Kind::Internal, SIZE), (Kind::Internal, SIZE)], 1);
-    let disk = chain.live();
+fn backing(file: &str, format: &str) -> BackingName {
+    BackingName {
+        file: file.into(),
+        format: format.into(),
+    }
+}
+
+/// Rebases `disk`, the top of `chain`, onto `backing` while threads use it, and verifies what it reads then.
+fn rebased(mut chain: Chain, disk: LiveDisk, backing: BackingName) {
     let options = RebaseOptions {
         open: unsynced(),
-        backing: Some(BackingName {
-            file: b"base".to_vec(),
-            format: b"raw".to_vec(),
-        }),
+        backing: Some(backing),
         max_last: None,
     };
     chain.during(&disk, 1, || {
@@ -80,34 +81,26 @@ fn a_rebase_onto_the_same_file_in_another_format() {
     chain.verify("top");
 }
 
+/// What the disk is on shows something else when it is taken for raw.
+#[test]
+fn a_rebase_onto_the_same_file_in_another_format() {
+    let chain = Chain::new(&[(Kind::Internal, SIZE), (Kind::Internal, SIZE)], 1);
+    let disk = chain.live();
+    rebased(chain, disk, backing("base", "raw"));
+}
+
 /// Somebody who does not look at locks has put an image below the disk on another one.
 #[test]
 fn a_rebase_onto_the_same_file_that_is_on_another() {
     let images = [Kind::Raw, Kind::Internal, Kind::Internal].map(|kind| (kind, SIZE));
-    let mut chain = Chain::new(&images, 1);
+    let chain = Chain::new(&images, 1);
     let disk = chain.live();
     let mut unlocked = unsynced();
     unlocked.files.locking = Locking::Off;
     std::fs::write(chain.path("other"), vec![0x55; SIZE as usize]).unwrap();
     let middle = Qcow2::open(&chain.path("middle"), &unlocked).unwrap();
-    let other = BackingName {
-        file: b"other".to_vec(),
-        format: b"raw".to_vec(),
-    };
-    middle.set_backing_name(Some(&other)).unwrap();
-    let options = RebaseOptions {
-        open: unsynced(),
-        backing: Some(BackingName {
-            file: b"middle".to_vec(),
-            format: b"qcow2".to_vec(),
-        }),
-        max_last: None,
-    };
-    chain.during(&disk, 1, || {
-        disk.rebase(&options, &mut |_, _| ControlFlow::Continue(()))
-            .unwrap()
-    });
-    disk.close().unwrap();
-    drop(disk);
-    chain.verify("top");
+    middle
+        .set_backing_name(Some(&backing("other", "raw")))
+        .unwrap();
+    rebased(chain, disk, backing("middle", "qcow2"));
 }

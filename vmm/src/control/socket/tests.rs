@@ -8,6 +8,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 
 use rustix::fs::FileType;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketType};
 
 struct Fixture {
     path: PathBuf,
@@ -105,6 +106,13 @@ fn another_user_is_sent_away() {
     assert_eq!(answer["error"]["kind"], "not-permitted");
 }
 
+/// Leaves the file of a socket at which nobody listens: not even a child that another test is starting,
+/// which has all that is open here until it executes its program.
+fn bind_without_listening(path: &Path) {
+    let socket = rustix::net::socket(AddressFamily::UNIX, SocketType::STREAM, None).unwrap();
+    rustix::net::bind(&socket, &SocketAddrUnix::new(path).unwrap()).unwrap();
+}
+
 #[test]
 fn a_dead_socket_is_replaced_and_nothing_else() {
     let f = fixture();
@@ -118,7 +126,7 @@ fn a_dead_socket_is_replaced_and_nothing_else() {
     ask(&UnixStream::connect(&f.path).unwrap(), STATUS);
 
     let dead = f.path.with_file_name("dead");
-    drop(UnixListener::bind(&dead).unwrap());
+    bind_without_listening(&dead);
     let socket = ControlSocket::bind(&dead).unwrap();
     let socket = socket.serve(f.control.clone()).unwrap();
     ask(&UnixStream::connect(&dead).unwrap(), STATUS);

@@ -1,5 +1,6 @@
 //! The program `tandem`.
 
+mod control;
 mod disk_keys;
 mod run;
 mod sandbox;
@@ -11,10 +12,11 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use tandem_vmm::{Error, ExitReason, signals};
 
+use control::Control;
 use run::Run;
 use serve::Serve;
 
-/// Runs Linux guests whose disks are qcow2 images, and offers such disks to other machines.
+/// Runs Linux guests whose disks are qcow2 images, and offers such disks to other machines
 #[derive(Parser)]
 #[command(version, arg_required_else_help = true)]
 struct Cli {
@@ -28,12 +30,14 @@ enum Command {
     Run(Run),
     /// Offer a disk to other virtual machine monitors (vhost-user-blk)
     Serve(Serve),
+    Control(Control),
 }
 
 fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
         Command::Run(run) => run.execute(),
         Command::Serve(serve) => serve.execute(),
+        Command::Control(control) => return control.execute(),
     };
     match outcome {
         Ok(ExitReason::Signal(number)) => {

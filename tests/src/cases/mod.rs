@@ -12,6 +12,7 @@ mod operate;
 mod roundtrip;
 mod served;
 mod soak;
+mod tour;
 
 pub use soak::case as soak;
 
@@ -31,6 +32,7 @@ pub fn all() -> Vec<Case> {
         forks::cases(),
         abrupt::cases(),
         machine::cases(),
+        tour::cases(),
     ]
     .into_iter()
     .flatten()

@@ -118,7 +118,7 @@ Metrics and control:
   Programs of the same user, and root, send requests to the socket of --control, a JSON object on each
   line: {{\"command\":\"pause\"}}. The commands are status, disks, metrics, flush, pause, resume, resize,
   shutdown, and those for bitmaps, for backups, and for the images of a disk (fork, commit, rebase, and jobs).
-  README.md describes both.
+  docs/run.md and docs/control.md describe both; tandem control sends such requests.
 
 Sandbox:
   Once its files are open, and before the guest runs, tandem keeps itself to the system calls that each

@@ -4,7 +4,7 @@
 //! it ended. The guest has RAM, CPUs, a serial console, virtio-mmio disks and ACPI tables to find
 //! them by; nothing else.
 //!
-//! [`Server`] offers a disk to other virtual machine monitors instead.
+//! [`Server`] offers a disk to other virtual machine monitors instead (feature `vhost-user`).
 //!
 //! ```no_run
 //! use tandem_vmm::{Config, DiskConfig, ExitReason, Vmm};
@@ -46,6 +46,7 @@ mod memory;
 pub mod metrics;
 mod private_socket;
 pub mod sandbox;
+#[cfg(feature = "vhost-user")]
 mod serve;
 pub mod signals;
 mod terminal;
@@ -58,6 +59,7 @@ pub use error::{Error, Result};
 pub use exit::ExitReason;
 pub use kernel::KernelError;
 pub use metrics::{MetricsLog, MetricsOutput};
+#[cfg(feature = "vhost-user")]
 pub use serve::{Incident, Server};
 pub use tandem_devices::virtio::block::Stats as DiskStats;
 pub use vmm::Vmm;

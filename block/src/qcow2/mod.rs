@@ -11,7 +11,7 @@
 //! | `mapping`, `remap` | guest offset → place, and changing it |
 //! | `io` | reads and writes on top of that |
 //! | `nowait` | those that wait for nothing |
-//! | `compressed`, `compress` | compressed clusters: reading them, and writing them |
+//! | `compressed`, `compress`, `zstd` | compressed clusters: reading them, and writing them |
 //! | `zeroes` | writing zeroes, and discarding |
 //! | `vm_state` | what lies behind the disk in the same mapping |
 //! | `resize`, `preallocate` | growing and shrinking the disk |
@@ -107,6 +107,7 @@ mod table;
 mod vm_state;
 mod words;
 mod zeroes;
+mod zstd;
 
 use crate::sync::Mutex;
 use crate::sync::atomic::{AtomicBool, AtomicU64};

@@ -1,4 +1,9 @@
 //! What depends on the cargo features that this crate is built with.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;

@@ -1,0 +1,56 @@
+//! The examples of this crate do what they say. `cargo test` and `cargo build --examples` build them.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
+
+use std::path::PathBuf;
+use std::process::Command;
+
+use tandem_block::qcow2::{CheckOptions, check};
+
+/// What the example `name` prints.
+fn run(name: &str, arguments: &[PathBuf]) -> String {
+    let test = std::env::current_exe().unwrap();
+    let profile = test.ancestors().nth(2).unwrap();
+    let example = profile.join("examples").join(name);
+    let out = Command::new(&example).args(arguments).output();
+    let out = out.unwrap_or_else(|error| panic!("{}: {error}", example.display()));
+    let errors = String::from_utf8_lossy(&out.stderr);
+    assert!(out.status.success(), "{name}: {errors}");
+    String::from_utf8(out.stdout).unwrap()
+}
+
+#[test]
+fn an_image_with_a_raw_data_file_is_made_and_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = run("create_external", &[dir.path().to_owned()]);
+    assert_eq!(
+        out,
+        "in the file: what a guest writes\na second one may not write\n"
+    );
+    let image = dir.path().join("disk.qcow2");
+    let report = check(&image, &CheckOptions::default(), &mut |finding| {
+        panic!("{}", finding.text);
+    });
+    assert_eq!(report.unwrap().leaks, 0);
+    std::fs::write(
+        dir.path().join("disk.raw"),
+        [&[7; 15][..], &[8; 497]].concat(),
+    )
+    .unwrap();
+    let out = run("read_image", &[image]);
+    let sevens = "07, ".repeat(15);
+    assert_eq!(
+        out,
+        format!("1073741824 bytes, which begin with [{sevens}08]\n")
+    );
+}
+
+#[test]
+fn an_image_lies_in_storage_of_the_callers() {
+    let out = run("own_storage", &[]);
+    // Header, table of refcounts, refcounts, L1 table and L2 table; of the data the first bytes alone.
+    assert_eq!(out, "kept in memory, in an image of 320 KiB\n");
+}

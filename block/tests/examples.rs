@@ -5,7 +5,8 @@
     reason = "a test fails by panicking"
 )]
 
-use std::path::PathBuf;
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use tandem_block::qcow2::{CheckOptions, check};
@@ -35,7 +36,7 @@ fn an_image_with_a_raw_data_file_is_made_and_read() {
         panic!("{}", finding.text);
     });
     assert_eq!(report.unwrap().leaks, 0);
-    std::fs::write(
+    fs::write(
         dir.path().join("disk.raw"),
         [&[7; 15][..], &[8; 497]].concat(),
     )
@@ -53,4 +54,27 @@ fn an_image_lies_in_storage_of_the_callers() {
     let out = run("own_storage", &[]);
     // Header, table of refcounts, refcounts, L1 table and L2 table; of the data the first bytes alone.
     assert_eq!(out, "kept in memory, in an image of 320 KiB\n");
+}
+
+/// The lines of `text` without what is before and behind each.
+fn lines(text: &str) -> Vec<&str> {
+    text.lines().map(str::trim).collect()
+}
+
+/// What `docs/embedding.md` shows of a file is in the file, line by line.
+#[test]
+fn the_guide_shows_the_examples() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let guide = fs::read_to_string(root.join("docs/embedding.md")).unwrap();
+    let shown: Vec<_> = guide.split("<!-- ").skip(1).collect();
+    assert!(shown.len() >= 8);
+    for part in shown {
+        let (name, rest) = part.split_once(" -->\n```").unwrap();
+        let code = rest.split("```").next().unwrap();
+        let (_language, code) = code.split_once('\n').unwrap();
+        let file = fs::read_to_string(root.join(name)).unwrap();
+        let (code, file) = (lines(code), lines(&file));
+        let is_there = file.windows(code.len()).any(|place| place == code);
+        assert!(is_there, "{name} does not have\n{}", code.join("\n"));
+    }
 }

@@ -24,7 +24,12 @@
 //!
 //! [`sandbox`] confines all of that to what it needs, if it is told to.
 //!
-//! Threads: the one that calls [`Vmm::run`] handles the console and signals; each CPU has one, and so
+//! # Features
+//! All are on unless you say otherwise: `program` (the program `tandem`), `sandbox`, `vhost-user`, and `zstd`
+//! (images whose clusters are compressed by it).
+//!
+//! # Threads
+//! The one that calls [`Vmm::run`] handles the console and signals; each CPU has one, and so
 //! has each queue of a disk, besides those of the disk for requests that have to wait. A request goes
 //! from the guest's doorbell to the queue's thread and back as an interrupt inside KVM.
 #![deny(missing_docs)]

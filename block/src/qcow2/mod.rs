@@ -111,6 +111,7 @@ mod zstd;
 
 use crate::sync::Mutex;
 use crate::sync::atomic::{AtomicBool, AtomicU64};
+use std::fmt;
 use std::sync::{Arc, OnceLock};
 
 use bitmaps::Bitmaps;
@@ -213,4 +214,14 @@ pub struct Qcow2 {
     resizing: Mutex<()>,
     /// Held by whoever writes metadata back.
     flushing: Mutex<()>,
+}
+
+impl fmt::Debug for Qcow2 {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Qcow2")
+            .field("image", &self.image.path)
+            .field("size", &self.size)
+            .field("read_only", &self.read_only)
+            .finish_non_exhaustive()
+    }
 }

@@ -5,6 +5,7 @@
 //! changes to the new directory. After that the old clusters are given back. A crash leaves the old
 //! bitmaps or the new ones, and at worst leaked clusters.
 
+use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -28,6 +29,14 @@ use crate::qcow2::{OpenOptions, Qcow2};
 pub struct BitmapEditor {
     disk: Qcow2,
     draft: Draft,
+}
+
+impl fmt::Debug for BitmapEditor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("BitmapEditor")
+            .field("disk", &self.disk)
+            .finish_non_exhaustive()
+    }
 }
 
 impl BitmapEditor {

@@ -1,15 +1,18 @@
-//! What depends on the cargo features that this crate is built with.
+//! What users of this crate rely on, beside what disks do.
 #![allow(
     clippy::unwrap_used,
     clippy::panic,
     reason = "a test fails by panicking"
 )]
 
+use std::fmt::Debug;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 
-use tandem_block::qcow2::{CompressionType, CreateOptions, OpenOptions, Qcow2, create};
-use tandem_block::{Error, Result};
+use tandem_block::qcow2::{
+    BackingFormat, Base, BitmapEditor, CompressionType, CreateOptions, OpenOptions, Qcow2, create,
+};
+use tandem_block::{Backup, Error, LiveDisk, Raw, Result};
 
 /// Whether an operation succeeded, where the only reason not to is that there is no zstd.
 fn is_done<T>(result: Result<T>) -> bool {
@@ -49,4 +52,26 @@ fn images_of_type_zstd_need_zstd() {
         has_zstd
     );
     assert!(fs::read(&path).unwrap() == before);
+}
+
+/// Disks go from thread to thread, and a test of the user's can show what it has opened by mistake.
+#[test]
+fn disks_can_be_shared_and_shown() {
+    fn is_shared<T: Send + Sync>() {}
+    fn is_shown<T: Debug>() {}
+    is_shared::<Backup>();
+    is_shared::<Error>();
+    is_shared::<LiveDisk>();
+    is_shown::<BitmapEditor>();
+    is_shown::<LiveDisk>();
+    is_shown::<Raw>();
+
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("image");
+    create(&path, &CreateOptions::default()).unwrap();
+    let base = Base::open(&path, BackingFormat::Qcow2, &OpenOptions::default());
+    assert!(format!("{base:?}").contains("/image"));
+    drop(base);
+    let disk = Qcow2::open(&path, &OpenOptions::default());
+    assert!(format!("{disk:?}").contains("/image"));
 }

@@ -104,6 +104,15 @@ pub enum Error {
         source: io::Error,
     },
 
+    /// The guest's output cannot be written to a descriptor.
+    #[error("could not send output to fd={descriptor}: {source}")]
+    Output {
+        /// The number of the descriptor.
+        descriptor: i32,
+        /// The system's answer.
+        source: io::Error,
+    },
+
     /// A part of the process that the VM needs could not be set up.
     #[error("could not {action}: {source}")]
     Host {

@@ -20,6 +20,8 @@ pub enum ExitReason {
     Quit,
     /// This process received a signal, given as its number.
     Signal(i32),
+    /// The guest wrote this exit status to the port of [`Config::exit_port`](crate::Config::exit_port).
+    Exit(u8),
     /// [`Control::shut_down`](crate::Control::shut_down) was called.
     Stopped,
 }

@@ -52,11 +52,17 @@ pub const HIGH_RAM: u64 = 0x1_0000_0000;
 
 /// I/O ports of the first serial port.
 pub const SERIAL_PORT: u16 = 0x3f8;
+/// I/O ports of the second serial port.
+pub const OUTPUT_PORT: u16 = 0x2f8;
 /// I/O ports of the keyboard controller.
 pub const KEYBOARD_PORT: u16 = 0x60;
 /// I/O port of the ACPI sleep and reset register.
 pub const POWER_PORT: u16 = 0x600;
+/// I/O port that takes an exit status: where QEMU's users expect it.
+pub const EXIT_PORT: u16 = 0xf4;
 
+/// Interrupt line of the second serial port.
+pub const OUTPUT_GSI: u32 = 3;
 /// Interrupt line of the first serial port.
 pub const SERIAL_GSI: u32 = 4;
 /// Interrupt line of the first disk; each further disk has the next.

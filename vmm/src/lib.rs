@@ -35,6 +35,7 @@ pub mod config;
 mod console;
 pub mod control;
 mod cpuid;
+mod descriptor;
 mod disk;
 mod error;
 mod exit;
@@ -52,7 +53,7 @@ mod terminal;
 mod vcpu;
 mod vmm;
 
-pub use config::{Config, DiskConfig, DiskFormat, MetricsTarget, SerialConfig};
+pub use config::{Config, DiskConfig, DiskFormat, MetricsTarget, OutputConfig, SerialConfig};
 pub use control::{Control, ControlError, ControlSocket};
 pub use error::{Error, Result};
 pub use exit::ExitReason;

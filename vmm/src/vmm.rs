@@ -9,7 +9,7 @@ use kvm_bindings::{KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use tandem_devices::GuestMemory;
 use tandem_devices::bus::{Bus, BusDevice};
-use tandem_devices::power::{AcpiPower, Keyboard, PowerEvent, PowerHandler};
+use tandem_devices::power::{AcpiPower, ExitPort, Keyboard, PowerEvent, PowerHandler};
 use tandem_devices::serial::SerialPort;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -266,13 +266,14 @@ fn build_ports(vm: &VmFd, config: &Config, exit: &Arc<Exit>) -> Result<(Bus, Opt
             exit.end(Ok(match event {
                 PowerEvent::Off => ExitReason::PowerOff,
                 PowerEvent::Reset => ExitReason::Reset,
+                PowerEvent::Exit(status) => ExitReason::Exit(status),
             }));
         }
     });
-    let output = console::open_output(&config.serial, exit)?;
+    let console = console::open_console(&config.serial, exit)?;
     let irq = interrupts::line(vm, layout::SERIAL_GSI)?;
-    let (serial, ready) = SerialPort::new(irq, output).host("make the serial port")?;
-    let devices: [(u16, u64, Arc<dyn BusDevice>); 3] = [
+    let (serial, ready) = SerialPort::new(irq, console).host("make the serial port")?;
+    let mut devices: Vec<(u16, u64, Arc<dyn BusDevice>)> = vec![
         (layout::SERIAL_PORT, SerialPort::REGION_SIZE, serial.clone()),
         (
             layout::KEYBOARD_PORT,
@@ -282,9 +283,19 @@ fn build_ports(vm: &VmFd, config: &Config, exit: &Arc<Exit>) -> Result<(Bus, Opt
         (
             layout::POWER_PORT,
             AcpiPower::REGION_SIZE,
-            Arc::new(AcpiPower::new(power)),
+            Arc::new(AcpiPower::new(power.clone())),
         ),
     ];
+    if let Some(output) = &config.output {
+        let output = console::open_output(output, exit)?;
+        let irq = interrupts::line(vm, layout::OUTPUT_GSI)?;
+        let (port, _) = SerialPort::new(irq, output).host("make the second serial port")?;
+        devices.push((layout::OUTPUT_PORT, SerialPort::REGION_SIZE, port));
+    }
+    if config.exit_port {
+        let port = Arc::new(ExitPort::new(power));
+        devices.push((layout::EXIT_PORT, ExitPort::REGION_SIZE, port));
+    }
     let mut ports = Bus::new();
     for (base, len, device) in devices {
         ports

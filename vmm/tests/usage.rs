@@ -4,7 +4,7 @@
 #[allow(dead_code, reason = "each test program uses a part of it")]
 mod common;
 
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use common::{Code, Ended, Guest, run, tandem_run};
 
@@ -153,6 +153,10 @@ fn help_tells_everything_there_is() {
         "fork, commit, rebase",
         "--allow-dir",
         "--no-sandbox",
+        "--output",
+        "--exit-port",
+        "--config",
+        "--print-config",
         "SIGSYS",
         "cache=MODE",
         "locking=on|force-share|off",
@@ -169,4 +173,150 @@ fn help_tells_everything_there_is() {
     }
     assert!(help(&["run", "-h"]).contains("Examples"));
     assert!(help(&["--help"]).contains("run"));
+    for command in ["run", "serve", "completions", "man"] {
+        assert!(
+            help(&[command, "--help"]).contains("Examples:"),
+            "{command}"
+        );
+    }
+    assert!(help(&["-h"]).contains("Examples:"));
+}
+
+/// The output of a shell that is given what `tandem` prints with `arguments`.
+fn piped(arguments: &[&str], shell: &str) -> std::process::Output {
+    let mut tandem = Command::new(env!("CARGO_BIN_EXE_tandem"));
+    let mut tandem = tandem
+        .args(arguments)
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut shell = Command::new("sh")
+        .args(["-c", shell])
+        .stdin(tandem.stdout.take().unwrap())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    assert!(tandem.wait().unwrap().success());
+    shell.wait().unwrap();
+    shell.wait_with_output().unwrap()
+}
+
+#[test]
+fn completions_for_each_shell() {
+    for (shell, check, words) in [
+        ("bash", "bash -n", "--print-config"),
+        ("zsh", "zsh -n", "--print-config"),
+        ("fish", "fish -n", "print-config"),
+    ] {
+        let script = piped(&["completions", shell], "cat");
+        assert!(
+            String::from_utf8_lossy(&script.stdout).contains(words),
+            "{shell}"
+        );
+        // The shell itself is not everywhere.
+        let installed = Command::new("sh")
+            .args(["-c", &format!("command -v {shell}")])
+            .output();
+        if installed.unwrap().status.success() {
+            let checked = piped(&["completions", shell], &format!("{check} /dev/stdin"));
+            assert!(
+                checked.status.success() && checked.stderr.is_empty(),
+                "{checked:?}"
+            );
+        }
+    }
+}
+
+#[test]
+fn manual_pages_have_no_faults() {
+    for page in [
+        &["man"] as &[_],
+        &["man", "run"],
+        &["man", "serve"],
+        &["man", "man"],
+    ] {
+        let text = piped(page, "cat");
+        let text = String::from_utf8(text.stdout).unwrap();
+        for section in [".SH NAME", ".SH SYNOPSIS", ".SH EXAMPLES"] {
+            assert!(text.contains(section), "{page:?}: {section}");
+        }
+        let installed = Command::new("sh").args(["-c", "command -v groff"]).output();
+        if installed.unwrap().status.success() {
+            let shown = piped(page, "groff -man -Tutf8 -ww -z -");
+            assert!(
+                shown.status.success() && shown.stderr.is_empty(),
+                "{page:?}: {shown:?}"
+            );
+        }
+    }
+}
+
+#[test]
+fn options_in_a_file() {
+    let guest = Guest::new(&Code::default().power_off());
+    let file = guest.path("machine.toml");
+    let tandem = |arguments: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_tandem"));
+        let output = command.arg("run").args(arguments).output().unwrap();
+        let text = |bytes| String::from_utf8(bytes).unwrap();
+        (
+            output.status.code(),
+            text(output.stdout),
+            text(output.stderr),
+        )
+    };
+    let kernel = guest.kernel.to_str().unwrap();
+    let printed = tandem(&[
+        "--kernel",
+        kernel,
+        "--memory=8M",
+        "--disk=/none,cache=none",
+        "--print-config",
+    ]);
+    let expected = format!(
+        "kernel = \"{kernel}\"\nmemory = \"8M\"\n\n[[disk]]\npath = \"/none\"\ncache = \"none\"\n"
+    );
+    assert_eq!(printed, (Some(0), expected.clone(), String::new()));
+    std::fs::write(&file, &expected).unwrap();
+    let config = format!("--config={}", file.display());
+    assert_eq!(tandem(&[&config, "--print-config"]).1, expected);
+    let (status, _, message) = tandem(&[&config]);
+    assert!(
+        status == Some(1) && message.contains("'/none'"),
+        "{message}"
+    );
+    // What is on the command line counts.
+    let (status, _, message) = tandem(&[&config, "--disk=/other"]);
+    assert!(
+        status == Some(1) && message.contains("'/other'"),
+        "{message}"
+    );
+    let (status, _, message) = tandem(&["--print-config", "--kernel=k", "--memory=1M"]);
+    assert!(
+        status == Some(2) && message.contains("at least 2 MiB"),
+        "{message}"
+    );
+
+    std::fs::write(&file, "cpus = 2\n\nmemroy = '1G'\n").unwrap();
+    let (status, _, message) = tandem(&[&config]);
+    let start = format!(
+        "tandem: '{}', line 3: unknown key 'memroy'; known are ",
+        file.display()
+    );
+    assert!(
+        status == Some(2) && message.starts_with(&start),
+        "{message}"
+    );
+    std::fs::write(&file, "cpus = 2\n").unwrap();
+    let (status, _, message) = tandem(&[&config]);
+    assert!(
+        status == Some(2) && message.contains("--kernel <FILE>"),
+        "{message}"
+    );
+    let (status, _, message) = tandem(&["--config=/none", "--kernel=k"]);
+    assert!(
+        status == Some(2) && message.starts_with("tandem: could not read '/none': "),
+        "{message}"
+    );
 }

@@ -65,6 +65,7 @@ mod stamp;
 mod storage;
 mod sync;
 mod units;
+mod users;
 mod vectored;
 mod writers;
 
@@ -88,4 +89,5 @@ pub use raw::Raw;
 pub use stamp::{FileStamp, Modified, Stamp};
 pub use storage::{FileStorage, Storage};
 pub use units::Units;
+pub use users::{FileUser, FileUsers};
 pub use vm_memory::VolatileSlice;

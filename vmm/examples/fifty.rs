@@ -64,6 +64,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         kernel: path(kernel),
         initrd: Some(path(initrd)),
         base: path(base),
+        scratch: None,
         limit: Duration::from_secs(600),
     };
     let begin = Instant::now();

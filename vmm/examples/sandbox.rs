@@ -33,6 +33,8 @@ pub struct Setting {
     pub initrd: Option<PathBuf>,
     /// A raw disk with the root file system.
     pub base: PathBuf,
+    /// Where overlays take their space; without it, where temporary files do.
+    pub scratch: Option<PathBuf>,
     /// The longest time that a command may take.
     pub limit: Duration,
 }
@@ -66,7 +68,7 @@ impl Guest {
         let mut base = DiskConfig::new(&setting.base);
         base.format = DiskFormat::Raw;
         base.overlay = Some(OverlayPlace::Temporary {
-            directory: None,
+            directory: setting.scratch.clone(),
             data_file: false,
         });
         let mut script = DiskConfig::new(script);
@@ -130,6 +132,7 @@ fn main() -> Result<ExitCode, Box<dyn Error>> {
         kernel: kernel.into(),
         initrd: Some(initrd.into()),
         base: base.into(),
+        scratch: None,
         limit: Duration::from_secs(60),
     };
     let outcome = Guest::build(&setting, command)?.run()?;

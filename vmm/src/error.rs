@@ -25,11 +25,8 @@ pub enum Error {
     NoKvm,
 
     /// `/dev/kvm` may not be opened.
-    #[error(
-        "/dev/kvm is for root and for members of the group kvm: \
-         add yourself with 'sudo usermod -aG kvm $USER' and log in again"
-    )]
-    KvmPermission,
+    #[error("/dev/kvm cannot be opened by this user: {0}")]
+    KvmPermission(String),
 
     /// A KVM call failed.
     #[error("KVM could not {action}: {source}")]
@@ -70,6 +67,15 @@ pub enum Error {
     NotQcow2 {
         /// The file.
         path: PathBuf,
+    },
+
+    /// A file of a disk is in use, and it can be seen by whom.
+    #[error("{error} It is: {users}")]
+    DiskInUse {
+        /// Which file, and what could not be had.
+        error: tandem_block::Error,
+        /// The processes.
+        users: String,
     },
 
     /// The name of a socket to make belongs to a file of another kind.

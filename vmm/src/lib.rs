@@ -42,6 +42,7 @@ mod exit;
 mod gate;
 mod interrupts;
 mod kernel;
+mod kvm_access;
 mod layout;
 mod memory;
 pub mod metrics;

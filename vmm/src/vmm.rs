@@ -23,6 +23,7 @@ use crate::error::{Error, HostContext, KvmContext, Result};
 use crate::exit::{Exit, ExitReason};
 use crate::gate::Gate;
 use crate::interrupts;
+use crate::kvm_access;
 use crate::layout;
 use crate::memory;
 use crate::sandbox::{self, Role};
@@ -198,7 +199,7 @@ impl Vmm {
 fn open_kvm(config: &Config) -> Result<Kvm> {
     let kvm = Kvm::new().map_err(|errno| match errno.errno() {
         libc::ENOENT | libc::ENODEV | libc::ENXIO => Error::NoKvm,
-        libc::EACCES | libc::EPERM => Error::KvmPermission,
+        libc::EACCES | libc::EPERM => Error::KvmPermission(kvm_access::advice()),
         _ => Error::Kvm {
             action: "be opened at /dev/kvm",
             source: errno.into(),

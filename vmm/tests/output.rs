@@ -156,6 +156,7 @@ fn setting(guest: &Guest) -> sandbox::Setting {
         kernel: guest.kernel.clone(),
         initrd: None,
         base,
+        scratch: None,
         limit: Duration::from_secs(60),
     }
 }

@@ -4,6 +4,11 @@
 #[allow(dead_code, reason = "each test program uses a part of it")]
 mod common;
 
+use std::fs::Permissions;
+use std::io::Write;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use common::{Code, Ended, Guest, run, tandem_run};
@@ -319,4 +324,75 @@ fn options_in_a_file() {
         status == Some(2) && message.starts_with("tandem: could not read '/none': "),
         "{message}"
     );
+}
+
+/// Fails with `text` unless the system does not let a test do what `command` needs, which is said then.
+fn refused(command: &mut Command, text: &str) {
+    match command.output() {
+        Ok(output) if output.status.code() == Some(1) => {
+            let message = String::from_utf8(output.stderr).unwrap();
+            assert!(message.contains(text), "{message}");
+        }
+        other => {
+            // Not by `eprintln!`, whose output is kept back when a test passes.
+            let _ = writeln!(std::io::stderr(), "skipped: {other:?}");
+        }
+    }
+}
+
+#[test]
+fn a_kvm_that_is_missing_or_forbidden() {
+    let guest = Guest::new(&Code::default().power_off());
+    let tandem = guest.command();
+    let mut hidden = Command::new("unshare");
+    hidden.args([
+        "-m",
+        "sh",
+        "-c",
+        "mount -t tmpfs none /dev || exit 9; exec \"$@\"",
+        "sh",
+    ]);
+    hidden.arg(tandem.get_program()).args(tandem.get_args());
+    refused(&mut hidden, "there is no /dev/kvm: enable virtualization");
+
+    let everybody = std::fs::metadata("/dev/kvm").map(|device| device.mode() & 0o006 == 0o006);
+    if everybody.unwrap_or(true) || !rustix::process::geteuid().is_root() {
+        return;
+    }
+    std::fs::set_permissions(guest.dir.path(), Permissions::from_mode(0o755)).unwrap();
+    let nobody = 65534;
+    let text = "/dev/kvm cannot be opened by this user: it is for root";
+    refused(guest.command().uid(nobody).gid(nobody), text);
+}
+
+#[test]
+fn an_image_in_use_is_told_with_its_user() {
+    let guest = Guest::new(&Code::default().power_off());
+    let (disk, socket) = (guest.path("raw"), guest.path("socket"));
+    std::fs::write(&disk, [0; 4096]).unwrap();
+    let disk = format!("--disk={},format=raw", disk.display());
+    let serve = |socket: &Path| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_tandem"));
+        command.args(["serve", "--socket"]).arg(socket).arg(&disk);
+        command
+            .stderr(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap()
+    };
+    let mut user = serve(&socket);
+    while !socket.exists() {
+        assert!(user.try_wait().unwrap().is_none());
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    let text = format!(
+        "is another process using it? It is: process {} (tandem)",
+        user.id()
+    );
+    let mut second = guest.command();
+    second.arg(&disk);
+    run(second).assert_says(1, &text);
+    common::wait(serve(&guest.path("other"))).assert_says(1, &text);
+    user.kill().unwrap();
+    user.wait().unwrap();
 }

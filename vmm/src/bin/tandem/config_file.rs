@@ -326,8 +326,7 @@ mod tests {
         given.extend(["--config".into(), file.clone().into()]);
         let found = arguments(&run::command(), &given);
         let directory = format!("{}/", dir.path().display());
-        let found = found.map_err(|error| error.to_string().replace(&directory, ""));
-        found
+        found.map_err(|error| error.to_string().replace(&directory, ""))
     }
 
     #[test]
@@ -471,6 +470,7 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
         #[test]
         fn what_is_printed_is_the_same_machine(options in values()) {
             let options: Vec<OsString> = options.iter().map(Into::into).collect();

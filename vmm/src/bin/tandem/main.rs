@@ -43,7 +43,7 @@ enum Command {
     /// Run a guest until it powers off
     Run(Box<Run>),
     /// Offer a disk to other virtual machine monitors (vhost-user-blk)
-    Serve(Serve),
+    Serve(Box<Serve>),
     /// Print a script that makes a shell complete command lines of this program
     Completions(Completions),
     /// Print a manual page: of this program, or of one of its commands

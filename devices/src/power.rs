@@ -1,8 +1,8 @@
-//! How a guest turns its machine off, restarts it, or ends it with an exit status.
+//! How a guest turns its machine off or restarts it.
 //!
 //! [`AcpiPower`] is the one register of a hardware-reduced ACPI platform: sleep control, sleep status
 //! and reset register in one byte. [`Keyboard`] is the reset line of the PC's keyboard controller,
-//! which systems fall back to. [`ExitPort`] takes the status of what a guest was started for.
+//! which systems fall back to.
 
 use std::convert::Infallible;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -18,8 +18,6 @@ pub enum PowerEvent {
     Off,
     /// Restart.
     Reset,
-    /// End, with this exit status.
-    Exit(u8),
 }
 
 /// Is told each [`PowerEvent`], on the thread of the vCPU that asks.
@@ -120,35 +118,6 @@ impl BusDevice for Keyboard {
     }
 }
 
-/// A port that ends the machine: the byte that the guest writes is the exit status.
-///
-/// It needs no driver. Linux writes it through `/dev/port`.
-pub struct ExitPort {
-    handler: PowerHandler,
-}
-
-impl ExitPort {
-    /// Size of the register in bytes.
-    pub const REGION_SIZE: u64 = 1;
-
-    /// A port that reports to `handler`.
-    pub fn new(handler: PowerHandler) -> Self {
-        Self { handler }
-    }
-}
-
-impl BusDevice for ExitPort {
-    fn read(&self, _offset: u64, data: &mut [u8]) {
-        data.fill(0);
-    }
-
-    fn write(&self, _offset: u64, data: &[u8]) {
-        if let Some(status) = data.first() {
-            (self.handler)(PowerEvent::Exit(*status));
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -175,23 +144,6 @@ mod tests {
         assert_eq!(
             *events.lock().unwrap(),
             [PowerEvent::Off, PowerEvent::Reset]
-        );
-    }
-
-    #[test]
-    fn the_first_byte_is_the_exit_status() {
-        let (events, handler) = recorder();
-        let port = ExitPort::new(handler);
-        let mut data = [0xff];
-        port.read(0, &mut data);
-        assert_eq!(data, [0]);
-        port.write(0, &[]);
-        assert!(events.lock().unwrap().is_empty());
-        port.write(0, &[255]);
-        port.write(0, &[3, 4]);
-        assert_eq!(
-            *events.lock().unwrap(),
-            [PowerEvent::Exit(255), PowerEvent::Exit(3)]
         );
     }
 

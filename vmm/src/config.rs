@@ -35,8 +35,8 @@ pub struct Config {
     /// Where a second serial port (`/dev/ttyS1` in Linux) sends what the guest writes to it; without it
     /// the machine has no such port. It has no input.
     pub output: Option<OutputConfig>,
-    /// Whether a byte that the guest writes to I/O port [`Config::EXIT_PORT`] ends the machine, with
-    /// [`ExitReason::Exit`](crate::ExitReason::Exit).
+    /// Whether there is a third serial port (`/dev/ttyS2` in Linux), where a line with a number up to 255
+    /// ends the machine with [`ExitReason::Exit`](crate::ExitReason::Exit).
     pub exit_port: bool,
     /// Whether the threads of the VM, among them the one that runs it, are confined to the system calls
     /// that they need: see [`sandbox`](crate::sandbox).
@@ -57,8 +57,6 @@ impl Config {
     pub const MIN_MEMORY: u64 = 2 << 20;
     /// Most CPUs.
     pub const MAX_CPUS: u8 = 32;
-    /// Where an exit status is written; see [`Config::exit_port`].
-    pub const EXIT_PORT: u16 = layout::EXIT_PORT;
     /// Most disks: each has an interrupt line.
     pub const MAX_DISKS: usize = layout::MAX_DISKS;
 
@@ -84,6 +82,17 @@ impl Config {
         format!("{} {}", Self::DEFAULT_CMDLINE, self.cmdline)
             .trim_end()
             .to_owned()
+    }
+
+    /// Which of the serial ports of a PC there are, counted from 0.
+    pub(crate) fn serial_ports(&self) -> Vec<usize> {
+        let ports = [
+            (layout::CONSOLE, true),
+            (layout::OUTPUT, self.output.is_some()),
+            (layout::EXIT, self.exit_port),
+        ];
+        let ports = ports.into_iter().filter(|(_, exists)| *exists);
+        ports.map(|(number, _)| number).collect()
     }
 
     /// Checks what does not depend on files or on the host.

@@ -1,6 +1,6 @@
 //! The virtual machine as a whole: built from a [`Config`], run to its end.
 
-use std::io;
+use std::io::{self, Write};
 use std::sync::{Arc, RwLock};
 use std::time::Instant;
 
@@ -9,7 +9,7 @@ use kvm_bindings::{KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use tandem_devices::GuestMemory;
 use tandem_devices::bus::{Bus, BusDevice};
-use tandem_devices::power::{AcpiPower, ExitPort, Keyboard, PowerEvent, PowerHandler};
+use tandem_devices::power::{AcpiPower, Keyboard, PowerEvent, PowerHandler};
 use tandem_devices::serial::SerialPort;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -20,7 +20,7 @@ use crate::control::{Control, GrowthWatch, MachineInfo};
 use crate::cpuid;
 use crate::disk::{self, Attached};
 use crate::error::{Error, HostContext, KvmContext, Result};
-use crate::exit::{Exit, ExitReason};
+use crate::exit::{Exit, ExitReason, StatusLine};
 use crate::gate::Gate;
 use crate::interrupts;
 use crate::kvm_access;
@@ -42,7 +42,7 @@ pub struct Vmm {
     machine: Arc<Machine>,
 }
 
-/// The serial port and the event that tells of room for input, where there is any input.
+/// A serial port, and the event that tells of room for input.
 type InputPort = (Arc<SerialPort>, EventFd);
 
 /// What SIGUSR1 has done.
@@ -267,15 +267,13 @@ fn build_ports(vm: &VmFd, config: &Config, exit: &Arc<Exit>) -> Result<(Bus, Opt
             exit.end(Ok(match event {
                 PowerEvent::Off => ExitReason::PowerOff,
                 PowerEvent::Reset => ExitReason::Reset,
-                PowerEvent::Exit(status) => ExitReason::Exit(status),
             }));
         }
     });
     let console = console::open_console(&config.serial, exit)?;
-    let irq = interrupts::line(vm, layout::SERIAL_GSI)?;
-    let (serial, ready) = SerialPort::new(irq, console).host("make the serial port")?;
+    let (base, (serial, ready)) = serial_port(vm, layout::CONSOLE, console)?;
     let mut devices: Vec<(u16, u64, Arc<dyn BusDevice>)> = vec![
-        (layout::SERIAL_PORT, SerialPort::REGION_SIZE, serial.clone()),
+        (base, SerialPort::REGION_SIZE, serial.clone()),
         (
             layout::KEYBOARD_PORT,
             Keyboard::REGION_SIZE,
@@ -284,18 +282,18 @@ fn build_ports(vm: &VmFd, config: &Config, exit: &Arc<Exit>) -> Result<(Bus, Opt
         (
             layout::POWER_PORT,
             AcpiPower::REGION_SIZE,
-            Arc::new(AcpiPower::new(power.clone())),
+            Arc::new(AcpiPower::new(power)),
         ),
     ];
     if let Some(output) = &config.output {
         let output = console::open_output(output, exit)?;
-        let irq = interrupts::line(vm, layout::OUTPUT_GSI)?;
-        let (port, _) = SerialPort::new(irq, output).host("make the second serial port")?;
-        devices.push((layout::OUTPUT_PORT, SerialPort::REGION_SIZE, port));
+        let (base, (port, _)) = serial_port(vm, layout::OUTPUT, output)?;
+        devices.push((base, SerialPort::REGION_SIZE, port));
     }
     if config.exit_port {
-        let port = Arc::new(ExitPort::new(power));
-        devices.push((layout::EXIT_PORT, ExitPort::REGION_SIZE, port));
+        let status = StatusLine::new(exit.clone());
+        let (base, (port, _)) = serial_port(vm, layout::EXIT, Box::new(status))?;
+        devices.push((base, SerialPort::REGION_SIZE, port));
     }
     let mut ports = Bus::new();
     for (base, len, device) in devices {
@@ -306,6 +304,17 @@ fn build_ports(vm: &VmFd, config: &Config, exit: &Arc<Exit>) -> Result<(Bus, Opt
     }
     let has_input = config.serial == SerialConfig::Stdio;
     Ok((ports, has_input.then_some((serial, ready))))
+}
+
+/// One of the serial ports of a PC, and where its registers are.
+fn serial_port(
+    vm: &VmFd,
+    number: usize,
+    output: Box<dyn Write + Send>,
+) -> Result<(u16, InputPort)> {
+    let irq = interrupts::line(vm, layout::SERIAL_GSIS[number])?;
+    let port = SerialPort::new(irq, output).host("make a serial port")?;
+    Ok((layout::SERIAL_PORTS[number], port))
 }
 
 /// Wakes the event loop at the end of the VM.

@@ -61,7 +61,7 @@ pub struct Run {
     #[arg(long, value_name = "WHERE", value_parser = output_parser())]
     output: Option<OutputConfig>,
 
-    /// A byte that the guest writes to I/O port 0xf4 ends the VM, and is the exit status
+    /// A third serial port, /dev/ttyS2: a line with a number there ends the VM, and is the exit status
     #[arg(long, num_args = 0..=1, require_equals = true, value_name = "true|false")]
     #[arg(action = ArgAction::Set, default_value_t = false, default_missing_value = "true")]
     #[arg(hide_default_value = true, hide_possible_values = true)]
@@ -140,13 +140,13 @@ Metrics and control:
   README.md describes both.
 
 Output and exit status of a command:
-  What the guest writes to /dev/ttyS1 goes to --output, byte for byte if it is in raw mode. With
-  --exit-port, the first byte that the guest writes to I/O port 0xf4 ends the VM at once, as SIGTERM does,
-  and is the exit status of tandem. A guest needs no driver for either:
+  What the guest writes to /dev/ttyS1 goes to --output, byte for byte if the port is in raw mode. With
+  --exit-port, a line with a number from 0 to 255 on /dev/ttyS2 ends the VM at once, as SIGTERM does, and
+  is the exit status of tandem. A stock guest needs nothing for either:
     stty -F /dev/ttyS1 raw
     sh -c 'make test' >/dev/ttyS1 2>&1
-    printf \"\\\\$(printf %03o $?)\" | dd of=/dev/port bs=1 seek=244 conv=notrunc
-  What it has not synced is lost for disks that are kept.
+    echo $? >/dev/ttyS2
+  What it has not synced then is lost for disks that are kept.
 
 Files of options:
   A file for --config is in TOML. Its keys are the names of the options, without the dashes; a relative path

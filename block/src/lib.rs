@@ -89,6 +89,7 @@ mod stamp;
 mod storage;
 mod sync;
 mod units;
+mod users;
 mod vectored;
 mod writers;
 
@@ -112,4 +113,5 @@ pub use raw::Raw;
 pub use stamp::{FileStamp, Modified, Stamp};
 pub use storage::{FileStorage, Storage};
 pub use units::Units;
+pub use users::{FileUser, FileUsers};
 pub use vm_memory::VolatileSlice;

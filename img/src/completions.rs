@@ -11,22 +11,25 @@ use crate::output;
 /// Definition of the subcommand.
 pub fn command() -> Command {
     Command::new("completions")
-        .about("Prints a script that makes a shell complete the command lines of this program")
+        .about("Prints a script that makes a shell complete command lines of this program, or of tandem-io")
         .disable_help_flag(true)
-        .override_usage("tandem-img completions bash|zsh|fish")
+        .override_usage("tandem-img completions bash|zsh|fish [tandem-io]")
         .arg(getopt::help())
         .after_help(
             "Examples:\n  \
              tandem-img completions bash > /etc/bash_completion.d/tandem-img\n  \
              tandem-img completions zsh > /usr/local/share/zsh/site-functions/_tandem-img\n  \
-             tandem-img completions fish > ~/.config/fish/completions/tandem-img.fish",
+             tandem-img completions fish > ~/.config/fish/completions/tandem-img.fish\n  \
+             tandem-img completions bash tandem-io > /etc/bash_completion.d/tandem-io",
         )
 }
 
 /// Runs the subcommand.
 pub fn run(args: &Parsed) -> Result<(), Failure> {
-    let [name] = &args.operands[..] else {
-        return Err(args.name.usage("Expecting one shell: bash, zsh or fish"));
+    let (name, is_io) = match &args.operands[..] {
+        [name] => (name, false),
+        [name, program] if program == IO => (name, true),
+        _ => return Err(args.name.usage("Expecting one shell: bash, zsh or fish")),
     };
     let shell = match name.to_str() {
         Some("bash") => Shell::Bash,
@@ -39,38 +42,64 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
         }
     };
     let mut script = Vec::new();
-    generate(shell, &mut complete(shell), "tandem-img", &mut script);
+    match is_io {
+        true => generate(shell, &mut complete_io(shell), IO, &mut script),
+        false => generate(shell, &mut complete(shell), "tandem-img", &mut script),
+    }
     let script = String::from_utf8_lossy(&script);
     // The generator spells the hyphen of the program's name in two ways.
     output::print(&script.replace("tandem__subcmd__img__", "tandem__img__"));
     Ok(())
 }
 
-/// What can be completed: the options that are not refused, and the values of those that have few.
+/// The other program.
+const IO: &str = "tandem-io";
+
+/// What can be completed of `defined`: the options that are not refused, and the values of those that
+/// have few.
+fn options(defined: &Command) -> impl Iterator<Item = Arg> {
+    let visible = defined.get_arguments().filter(|arg| !arg.is_hide_set());
+    visible
+        .cloned()
+        .map(|arg| match values_of(arg.get_id().as_str()) {
+            [] if takes_path(arg.get_id().as_str()) => arg.value_hint(ValueHint::AnyPath),
+            [] => arg,
+            values => arg.value_parser(PossibleValuesParser::new(values)),
+        })
+}
+
+/// File names. Where there is nothing else, bash completes them by itself.
+fn files(shell: Shell) -> Option<Arg> {
+    let operands = Arg::new("operands").num_args(0..);
+    (shell != Shell::Bash).then(|| operands.value_hint(ValueHint::AnyPath))
+}
+
+fn complete_io(shell: Shell) -> Command {
+    let program = crate::io::program();
+    Command::new(IO)
+        .disable_help_flag(true)
+        .disable_version_flag(true)
+        .args(options(&program))
+        .args(files(shell))
+}
+
 fn complete(shell: Shell) -> Command {
     let program = crate::program::command();
     let commands = || program.get_subcommands().map(|c| c.get_name().to_owned());
     let complete = |defined: &Command| {
-        let visible = defined.get_arguments().filter(|arg| !arg.is_hide_set());
-        let options = visible
-            .cloned()
-            .map(|arg| match values_of(arg.get_id().as_str()) {
-                [] if takes_path(arg.get_id().as_str()) => arg.value_hint(ValueHint::AnyPath),
-                [] => arg,
-                values => arg.value_parser(PossibleValuesParser::new(values)),
-            });
         let operands = Arg::new("operands").num_args(0..);
         let operands = match defined.get_name() {
             "completions" => Some(operands.value_parser(["bash", "zsh", "fish"])),
-            "man" => Some(operands.value_parser(PossibleValuesParser::new(commands()))),
-            // Where there is nothing else, it completes file names by itself.
-            _ if shell == Shell::Bash => None,
-            _ => Some(operands.value_hint(ValueHint::AnyPath)),
+            "man" => {
+                let names = commands().chain([IO.to_owned()]);
+                Some(operands.value_parser(PossibleValuesParser::new(names)))
+            }
+            _ => files(shell),
         };
         Command::new(defined.get_name().to_owned())
             .about(defined.get_about().cloned().unwrap_or_default())
             .disable_help_flag(true)
-            .args(options)
+            .args(options(defined))
             .args(operands)
     };
     Command::new("tandem-img")
@@ -83,6 +112,8 @@ fn values_of(id: &str) -> &'static [&'static str] {
     match id {
         "format" | "second-format" | "backing-format" | "output-format" | "source-format"
         | "target-format" => &["qcow2", "raw"],
+        "aio" => &["threads", "native", "io_uring"],
+        "discard" => &["unmap", "ignore"],
         "output" => &["human", "json"],
         "repair" => &["leaks", "all"],
         "follow" => &["image-directory", "anywhere", "nothing"],

@@ -19,6 +19,7 @@ pub mod dd;
 pub mod failure;
 pub mod faults;
 pub mod getopt;
+pub mod hints;
 pub mod image;
 pub mod image_opts;
 pub mod info;

@@ -12,9 +12,9 @@ use crate::output;
 /// Definition of the subcommand.
 pub fn command() -> Command {
     Command::new("man")
-        .about("Prints a manual page: of this program, or of one of its commands")
+        .about("Prints a manual page: of this program, of one of its commands, or of tandem-io")
         .disable_help_flag(true)
-        .override_usage("tandem-img man [COMMAND]")
+        .override_usage("tandem-img man [COMMAND|tandem-io]")
         .arg(getopt::help())
         .after_help(
             "Examples:\n  \
@@ -28,6 +28,7 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
     let program = crate::program::command();
     let command = match &args.operands[..] {
         [] => program,
+        [name] if name == "tandem-io" => crate::io::program(),
         [name] => {
             let found = name.to_str().and_then(|name| program.find_subcommand(name));
             let unknown = || {

@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use crate::failure::Failure;
 use crate::getopt::Parsed;
-use crate::json;
+use crate::{hints, json};
 
 /// How results are printed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,6 +86,16 @@ pub fn print_now(text: &str) {
 /// Prints `text` on standard error. Work goes on where nobody can read it, as in QEMU's programs.
 pub fn complain(text: &str) {
     let _ = std::io::stderr().write_all(text.as_bytes());
+}
+
+/// As [`complain`], of an error; on a terminal with what may help.
+pub fn complain_of(error: &str) {
+    complain(error);
+    if std::io::stderr().is_terminal()
+        && let Some(hint) = hints::of(error)
+    {
+        complain_line(&hint);
+    }
 }
 
 /// As [`complain`], and ends the line.

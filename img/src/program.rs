@@ -106,7 +106,7 @@ pub fn main() -> ExitCode {
     match run(&name, args.collect()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            output::complain(&failure.message);
+            output::complain_of(&failure.message);
             ExitCode::from(failure.status)
         }
     }

@@ -45,13 +45,14 @@ pub struct VirtioDevice {
 
 /// Builds all tables as one block to be placed at `base`; the RSDP comes first.
 ///
-/// `base` must be a multiple of 16. `devices` come in the order in which the guest numbers them.
-pub fn tables(base: u64, cpus: u8, devices: &[VirtioDevice]) -> Vec<u8> {
+/// `base` must be a multiple of 16. `serial` are the numbers of the serial ports that there are, and
+/// `devices` come in the order in which the guest numbers them.
+pub fn tables(base: u64, cpus: u8, serial: &[usize], devices: &[VirtioDevice]) -> Vec<u8> {
     let mut block = Block {
         base,
         bytes: vec![0; Rsdp::len()],
     };
-    let dsdt = block.append(&dsdt(devices));
+    let dsdt = block.append(&dsdt(serial, devices));
     let fadt = block.append(&fadt(dsdt));
     let madt = block.append(&madt(cpus));
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
@@ -118,14 +119,14 @@ fn madt(cpus: u8) -> impl Aml {
     madt
 }
 
-fn dsdt(devices: &[VirtioDevice]) -> impl Aml {
+fn dsdt(serial: &[usize], devices: &[VirtioDevice]) -> impl Aml {
     let sleep = AcpiPower::SLEEP_TYPE_S5;
     let zero = aml::ZERO;
     let s5 = Package::new(vec![&sleep, &sleep, &zero, &zero]);
     let mut body = Vec::new();
     Name::new(Path::new("_S5_"), &s5).to_aml_bytes(&mut body);
 
-    let mut children = serial();
+    let mut children: Vec<u8> = serial.iter().flat_map(|number| com(*number)).collect();
     for (index, device) in (0..).zip(devices) {
         children.extend(virtio(index, device));
     }
@@ -137,19 +138,19 @@ fn dsdt(devices: &[VirtioDevice]) -> impl Aml {
     dsdt
 }
 
-/// COM1, a 16550A.
-fn serial() -> Vec<u8> {
-    let port = layout::SERIAL_PORT;
+/// A 16550A: one of the serial ports of a PC, counted from 0.
+fn com(number: usize) -> Vec<u8> {
+    let (port, gsi) = (layout::SERIAL_PORTS[number], layout::SERIAL_GSIS[number]);
     let mut bytes = Vec::new();
     Device::new(
-        Path::new("COM1"),
+        Path::new(&format!("COM{}", number + 1)),
         vec![
             &Name::new(Path::new("_HID"), &EISAName::new("PNP0501")),
-            &Name::new(Path::new("_UID"), &aml::ZERO),
+            &Name::new(Path::new("_UID"), &(number as u8)),
             &Name::new(
                 Path::new("_CRS"),
                 &ResourceTemplate::new(vec![
-                    &Interrupt::new(true, true, false, false, layout::SERIAL_GSI),
+                    &Interrupt::new(true, true, false, false, gsi),
                     &IO::new(port, port, 1, SerialPort::REGION_SIZE as u8),
                 ]),
             ),
@@ -223,7 +224,9 @@ mod tests {
     #[test]
     fn tables_lead_to_each_other() {
         for (cpus, disks) in [(1, 0), (8, 2), (32, 19)] {
-            let block = tables(BASE, cpus, &devices(disks));
+            let serial = [0, 2, 1];
+            let serial = &serial[..if disks > 2 { 3 } else { 1 }];
+            let block = tables(BASE, cpus, serial, &devices(disks));
             assert!(block.len() as u64 <= layout::KERNEL - layout::ACPI);
             assert_eq!(&block[..8], b"RSD PTR ");
             assert_eq!(sum(&block[..20]), 0);
@@ -251,13 +254,15 @@ mod tests {
             }
             let found = dsdt.windows(8).filter(|w| w == b"LNRO0005").count();
             assert_eq!(found as u32, disks);
+            let ports = dsdt.windows(3).filter(|w| w == b"COM").count();
+            assert_eq!(ports, serial.len());
         }
     }
 
     #[test]
     fn dsdt_of_one_disk() {
         let mut dsdt = Vec::new();
-        super::dsdt(&devices(1)).to_aml_bytes(&mut dsdt);
+        super::dsdt(&[0], &devices(1)).to_aml_bytes(&mut dsdt);
         // Name (_S5, Package (4) { 5, 5, Zero, Zero })
         assert_eq!(
             dsdt[36..50],

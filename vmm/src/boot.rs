@@ -45,7 +45,7 @@ pub fn prepare(mem: &GuestMemory, config: &Config, devices: &[VirtioDevice]) -> 
         None => None,
     };
     let written = || -> std::result::Result<Entry, GuestMemoryError> {
-        let tables = acpi::tables(layout::ACPI, config.cpus, devices);
+        let tables = acpi::tables(layout::ACPI, config.cpus, &config.serial_ports(), devices);
         mem.write_slice(&tables, GuestAddress(layout::ACPI))?;
         mem.write_slice(&BIOS, GuestAddress(layout::RESET_VECTOR))?;
         let mut cmdline = config.full_cmdline().into_bytes();

@@ -10,12 +10,12 @@ use std::str::FromStr;
 
 use tandem_devices::virtio::block::InvalidSerial;
 
-use crate::layout;
+use crate::{descriptor, layout};
 
-pub use disk::{DiskConfig, DiskFormat};
+pub use disk::{DiskConfig, DiskFormat, split_commas};
 
 /// A virtual machine to build.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Config {
     /// Linux `vmlinux` (ELF) or `bzImage`, or another ELF64 program for bare metal.
@@ -32,6 +32,12 @@ pub struct Config {
     pub disks: Vec<DiskConfig>,
     /// The guest's console.
     pub serial: SerialConfig,
+    /// Where a second serial port (`/dev/ttyS1` in Linux) sends what the guest writes to it; without it
+    /// the machine has no such port. It has no input.
+    pub output: Option<OutputConfig>,
+    /// Whether there is a third serial port (`/dev/ttyS2` in Linux), where a line with a number up to 255
+    /// ends the machine with [`ExitReason::Exit`](crate::ExitReason::Exit).
+    pub exit_port: bool,
     /// Whether the threads of the VM, among them the one that runs it, are confined to the system calls
     /// that they need: see [`sandbox`](crate::sandbox). It needs the cargo feature of that name.
     pub seccomp: bool,
@@ -65,6 +71,8 @@ impl Config {
             cpus: 1,
             disks: Vec::new(),
             serial: SerialConfig::Stdio,
+            output: None,
+            exit_port: false,
             seccomp: false,
         }
     }
@@ -74,6 +82,17 @@ impl Config {
         format!("{} {}", Self::DEFAULT_CMDLINE, self.cmdline)
             .trim_end()
             .to_owned()
+    }
+
+    /// Which of the serial ports of a PC there are, counted from 0.
+    pub(crate) fn serial_ports(&self) -> Vec<usize> {
+        let ports = [
+            (layout::CONSOLE, true),
+            (layout::OUTPUT, self.output.is_some()),
+            (layout::EXIT, self.exit_port),
+        ];
+        let ports = ports.into_iter().filter(|(_, exists)| *exists);
+        ports.map(|(number, _)| number).collect()
     }
 
     /// Checks what does not depend on files or on the host.
@@ -97,6 +116,9 @@ impl Config {
         if self.seccomp && !cfg!(feature = "sandbox") {
             return Err(Error::NoSandbox);
         }
+        if self.serial == SerialConfig::Stdio && self.output == Some(OutputConfig::Stdout) {
+            return Err(Error::OutputTwice);
+        }
         Ok(())
     }
 }
@@ -111,6 +133,17 @@ pub enum SerialConfig {
     None,
     /// Output into a file, which is created or emptied; no input.
     File(PathBuf),
+}
+
+/// Where the output of the second serial port goes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum OutputConfig {
+    /// Standard output of this process.
+    Stdout,
+    /// Into a file, which is created or emptied.
+    File(PathBuf),
+    /// Into a file descriptor of this process, which is duplicated when the machine is built.
+    Descriptor(i32),
 }
 
 /// Where a VM's metrics go.
@@ -194,6 +227,15 @@ pub enum Error {
     /// Metrics into no file.
     #[error("'{0}' is neither a file nor fd=N")]
     Metrics(String),
+    /// A second serial port that goes nowhere.
+    #[error("'{0}' is not stdout, file=PATH or fd=N")]
+    Output(String),
+    /// Two serial ports on standard output.
+    #[error(
+        "the console and --output would be mixed up on standard output: \
+         send the console elsewhere, as with --serial none"
+    )]
+    OutputTwice,
     /// A serial console that there is not.
     #[error("'{0}' is not stdio, none or file=PATH")]
     Serial(String),
@@ -249,17 +291,46 @@ impl MetricsTarget {
         match text.as_bytes().strip_prefix(b"fd=") {
             None if text.is_empty() => Err(error()),
             None => Ok(Self::File(text.into())),
-            Some(digits) => {
-                let number = lossy(digits);
-                let number = number.parse().ok().filter(|number| *number >= 0);
-                let is_digits = digits.iter().all(u8::is_ascii_digit);
-                number
-                    .filter(|_| is_digits)
-                    .map(Self::Descriptor)
-                    .ok_or_else(error)
-            }
+            Some(digits) => descriptor_number(digits)
+                .map(Self::Descriptor)
+                .ok_or_else(error),
         }
     }
+}
+
+impl OutputConfig {
+    /// Checks that a descriptor can be written to. Do so before anything else is opened: one that was
+    /// not inherited is found to be missing then.
+    ///
+    /// # Errors
+    /// [`Error::Output`](crate::Error::Output).
+    pub fn check(&self) -> crate::Result<()> {
+        match self {
+            Self::Descriptor(number) => descriptor::duplicate_output(*number).map(drop),
+            _ => Ok(()),
+        }
+    }
+
+    /// Reads `stdout`, `file=PATH` or `fd=N`.
+    pub fn parse(text: &OsStr) -> Result<Self, Error> {
+        let bytes = text.as_bytes();
+        let parsed = if bytes == b"stdout" {
+            Some(Self::Stdout)
+        } else if let Some(digits) = bytes.strip_prefix(b"fd=") {
+            descriptor_number(digits).map(Self::Descriptor)
+        } else {
+            let path = bytes.strip_prefix(b"file=");
+            let path = path.filter(|path| !path.is_empty());
+            path.map(|path| Self::File(os_path(path.to_owned())))
+        };
+        parsed.ok_or_else(|| Error::Output(lossy(bytes)))
+    }
+}
+
+/// The number of a file descriptor, in digits.
+fn descriptor_number(digits: &[u8]) -> Option<i32> {
+    let is_digits = digits.iter().all(u8::is_ascii_digit);
+    lossy(digits).parse().ok().filter(|_| is_digits)
 }
 
 fn os_path(bytes: Vec<u8>) -> PathBuf {
@@ -311,6 +382,22 @@ mod tests {
         for text in ["", "fd=", "fd=-1", "fd=+1", "fd=x", "fd=99999999999"] {
             assert_eq!(parse(text), Err(Error::Metrics(text.into())), "{text}");
         }
+    }
+
+    #[test]
+    fn outputs() {
+        let parse = |text: &str| OutputConfig::parse(OsStr::new(text));
+        assert_eq!(parse("stdout"), Ok(OutputConfig::Stdout));
+        assert_eq!(parse("file=a=b"), Ok(OutputConfig::File("a=b".into())));
+        assert_eq!(parse("fd=3"), Ok(OutputConfig::Descriptor(3)));
+        for text in ["", "stdio", "file=", "fd=", "fd=-1", "fd=+1", "a"] {
+            assert_eq!(parse(text), Err(Error::Output(text.into())), "{text}");
+        }
+        let mut config = Config::new("vmlinux");
+        config.output = Some(OutputConfig::Stdout);
+        assert_eq!(config.validate(), Err(Error::OutputTwice));
+        config.serial = SerialConfig::None;
+        assert_eq!(config.validate(), Ok(()));
     }
 
     #[test]

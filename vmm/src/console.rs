@@ -1,8 +1,9 @@
-//! The host's side of the serial port: where the guest's output goes, and where its input comes from.
+//! The host's side of the serial ports: where the guest's output goes, and where its input comes from.
 
 use std::fs::File;
 use std::io::{self, IsTerminal, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::Path;
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
@@ -11,27 +12,46 @@ use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use tandem_devices::serial::SerialPort;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::config::SerialConfig;
+use crate::config::{OutputConfig, SerialConfig};
+use crate::descriptor;
 use crate::error::{Error, HostContext, Result};
 use crate::exit::{Exit, ExitReason};
 use crate::terminal::{EscapeKey, RawTerminal};
 
-/// Opens what the guest's output goes to.
-pub(crate) fn open_output(
+/// Opens what the console's output goes to.
+pub(crate) fn open_console(
     config: &SerialConfig,
     exit: &Arc<Exit>,
 ) -> Result<Box<dyn Write + Send>> {
     let file = match config {
         SerialConfig::None => return Ok(Box::new(io::sink())),
         SerialConfig::Stdio => duplicate(io::stdout())?.into(),
-        SerialConfig::File(path) => File::create(path).map_err(|source| Error::File {
-            file: path.clone(),
-            action: "create",
-            source,
-        })?,
+        SerialConfig::File(path) => create(path)?,
     };
     let exit = exit.clone();
     Ok(Box::new(Output { file, exit }))
+}
+
+/// Opens what the second serial port's output goes to.
+pub(crate) fn open_output(
+    config: &OutputConfig,
+    exit: &Arc<Exit>,
+) -> Result<Box<dyn Write + Send>> {
+    let file = match config {
+        OutputConfig::Stdout => duplicate(io::stdout())?.into(),
+        OutputConfig::File(path) => create(path)?,
+        OutputConfig::Descriptor(number) => descriptor::duplicate_output(*number)?,
+    };
+    let exit = exit.clone();
+    Ok(Box::new(Output { file, exit }))
+}
+
+fn create(path: &Path) -> Result<File> {
+    File::create(path).map_err(|source| Error::File {
+        file: path.to_owned(),
+        action: "create",
+        source,
+    })
 }
 
 fn duplicate(fd: impl AsFd) -> Result<OwnedFd> {

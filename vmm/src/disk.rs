@@ -1,5 +1,6 @@
 //! The disks: opened as configured, and put behind a virtio-mmio transport.
 
+use std::fs;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -7,7 +8,7 @@ use kvm_ioctls::VmFd;
 use tandem_block::qcow2::{
     BackingFormat, Base, DataFileLayout, OpenOptions, OverlayOptions, OverlayPlace, Qcow2,
 };
-use tandem_block::{CacheMode, Disk, ImageView, LiveDisk, LiveImage, Locking, Raw};
+use tandem_block::{CacheMode, Disk, FileUsers, ImageView, LiveDisk, LiveImage, Locking, Raw};
 use tandem_devices::GuestMemory;
 use tandem_devices::bus::Bus;
 use tandem_devices::virtio::block::{Block, Handle, Options};
@@ -81,6 +82,10 @@ pub fn describe(image: ImageView<'_>) -> Description {
 
 /// Opens the image of `config`.
 pub fn open(config: &DiskConfig) -> Result<Image> {
+    open_image(config).map_err(with_users)
+}
+
+fn open_image(config: &DiskConfig) -> Result<Image> {
     if let Some(place) = &config.overlay {
         return open_overlay(config, place);
     }
@@ -153,6 +158,21 @@ fn with_hint(error: tandem_block::Error) -> Error {
     match error {
         tandem_block::Error::NotQcow2 { file, .. } => Error::NotQcow2 { path: file },
         error => error.into(),
+    }
+}
+
+/// Adds who uses a file that is in use.
+fn with_users(error: Error) -> Error {
+    let Error::Disk(error) = error else {
+        return error;
+    };
+    let file = match &error {
+        tandem_block::Error::Locked { file, .. } => fs::metadata(file).ok(),
+        _ => None,
+    };
+    match file.and_then(|file| FileUsers::of(&file).lock_holders()) {
+        Some(users) => Error::DiskInUse { error, users },
+        None => error.into(),
     }
 }
 
@@ -245,7 +265,6 @@ impl Attached {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::fs;
     use std::path::Path;
 
     use tandem_block::qcow2::{CreateOptions, create};

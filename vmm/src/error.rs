@@ -25,11 +25,8 @@ pub enum Error {
     NoKvm,
 
     /// `/dev/kvm` may not be opened.
-    #[error(
-        "/dev/kvm is for root and for members of the group kvm: \
-         add yourself with 'sudo usermod -aG kvm $USER' and log in again"
-    )]
-    KvmPermission,
+    #[error("/dev/kvm cannot be opened by this user: {0}")]
+    KvmPermission(String),
 
     /// A KVM call failed.
     #[error("KVM could not {action}: {source}")]
@@ -72,6 +69,15 @@ pub enum Error {
         path: PathBuf,
     },
 
+    /// A file of a disk is in use, and it can be seen by whom.
+    #[error("{error} It is: {users}")]
+    DiskInUse {
+        /// Which file, and what could not be had.
+        error: tandem_block::Error,
+        /// The processes.
+        users: String,
+    },
+
     /// The name of a socket to make belongs to a file of another kind.
     #[error("'{}' is there already, and is no socket", .0.display())]
     NotASocket(PathBuf),
@@ -99,6 +105,15 @@ pub enum Error {
     /// Metrics cannot be written to a descriptor.
     #[error("could not write metrics to fd={descriptor}: {source}")]
     Metrics {
+        /// The number of the descriptor.
+        descriptor: i32,
+        /// The system's answer.
+        source: io::Error,
+    },
+
+    /// The guest's output cannot be written to a descriptor.
+    #[error("could not send output to fd={descriptor}: {source}")]
+    Output {
         /// The number of the descriptor.
         descriptor: i32,
         /// The system's answer.

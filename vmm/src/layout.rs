@@ -50,15 +50,22 @@ pub const KVM_TSS: usize = 0xfffb_d000;
 /// Second region of RAM.
 pub const HIGH_RAM: u64 = 0x1_0000_0000;
 
-/// I/O ports of the first serial port.
-pub const SERIAL_PORT: u16 = 0x3f8;
+/// I/O ports of the serial ports of a PC.
+pub const SERIAL_PORTS: [u16; 3] = [0x3f8, 0x2f8, 0x3e8];
 /// I/O ports of the keyboard controller.
 pub const KEYBOARD_PORT: u16 = 0x60;
 /// I/O port of the ACPI sleep and reset register.
 pub const POWER_PORT: u16 = 0x600;
 
-/// Interrupt line of the first serial port.
-pub const SERIAL_GSI: u32 = 4;
+/// Interrupt lines of the serial ports. That of the third one is the keyboard's in a PC, and free here;
+/// it cannot have the first one's, as edges are not shared.
+pub const SERIAL_GSIS: [u32; 3] = [4, 3, 1];
+/// Which serial port is the console.
+pub const CONSOLE: usize = 0;
+/// Which serial port takes the guest's output.
+pub const OUTPUT: usize = 1;
+/// Which serial port takes its exit status.
+pub const EXIT: usize = 2;
 /// Interrupt line of the first disk; each further disk has the next.
 pub const DISK_GSI: u32 = 5;
 /// Interrupt lines of the IOAPIC.

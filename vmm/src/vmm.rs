@@ -1,6 +1,6 @@
 //! The virtual machine as a whole: built from a [`Config`], run to its end.
 
-use std::io;
+use std::io::{self, Write};
 use std::sync::{Arc, RwLock};
 use std::time::Instant;
 
@@ -20,9 +20,10 @@ use crate::control::{Control, GrowthWatch, MachineInfo};
 use crate::cpuid;
 use crate::disk::{self, Attached};
 use crate::error::{Error, HostContext, KvmContext, Result};
-use crate::exit::{Exit, ExitReason};
+use crate::exit::{Exit, ExitReason, StatusLine};
 use crate::gate::Gate;
 use crate::interrupts;
+use crate::kvm_access;
 use crate::layout;
 use crate::memory;
 use crate::sandbox::{self, Role};
@@ -41,7 +42,7 @@ pub struct Vmm {
     machine: Arc<Machine>,
 }
 
-/// The serial port and the event that tells of room for input, where there is any input.
+/// A serial port, and the event that tells of room for input.
 type InputPort = (Arc<SerialPort>, EventFd);
 
 /// What SIGUSR1 has done.
@@ -198,7 +199,7 @@ impl Vmm {
 fn open_kvm(config: &Config) -> Result<Kvm> {
     let kvm = Kvm::new().map_err(|errno| match errno.errno() {
         libc::ENOENT | libc::ENODEV | libc::ENXIO => Error::NoKvm,
-        libc::EACCES | libc::EPERM => Error::KvmPermission,
+        libc::EACCES | libc::EPERM => Error::KvmPermission(kvm_access::advice()),
         _ => Error::Kvm {
             action: "be opened at /dev/kvm",
             source: errno.into(),
@@ -269,11 +270,10 @@ fn build_ports(vm: &VmFd, config: &Config, exit: &Arc<Exit>) -> Result<(Bus, Opt
             }));
         }
     });
-    let output = console::open_output(&config.serial, exit)?;
-    let irq = interrupts::line(vm, layout::SERIAL_GSI)?;
-    let (serial, ready) = SerialPort::new(irq, output).host("make the serial port")?;
-    let devices: [(u16, u64, Arc<dyn BusDevice>); 3] = [
-        (layout::SERIAL_PORT, SerialPort::REGION_SIZE, serial.clone()),
+    let console = console::open_console(&config.serial, exit)?;
+    let (base, (serial, ready)) = serial_port(vm, layout::CONSOLE, console)?;
+    let mut devices: Vec<(u16, u64, Arc<dyn BusDevice>)> = vec![
+        (base, SerialPort::REGION_SIZE, serial.clone()),
         (
             layout::KEYBOARD_PORT,
             Keyboard::REGION_SIZE,
@@ -285,6 +285,16 @@ fn build_ports(vm: &VmFd, config: &Config, exit: &Arc<Exit>) -> Result<(Bus, Opt
             Arc::new(AcpiPower::new(power)),
         ),
     ];
+    if let Some(output) = &config.output {
+        let output = console::open_output(output, exit)?;
+        let (base, (port, _)) = serial_port(vm, layout::OUTPUT, output)?;
+        devices.push((base, SerialPort::REGION_SIZE, port));
+    }
+    if config.exit_port {
+        let status = StatusLine::new(exit.clone());
+        let (base, (port, _)) = serial_port(vm, layout::EXIT, Box::new(status))?;
+        devices.push((base, SerialPort::REGION_SIZE, port));
+    }
     let mut ports = Bus::new();
     for (base, len, device) in devices {
         ports
@@ -294,6 +304,17 @@ fn build_ports(vm: &VmFd, config: &Config, exit: &Arc<Exit>) -> Result<(Bus, Opt
     }
     let has_input = config.serial == SerialConfig::Stdio;
     Ok((ports, has_input.then_some((serial, ready))))
+}
+
+/// One of the serial ports of a PC, and where its registers are.
+fn serial_port(
+    vm: &VmFd,
+    number: usize,
+    output: Box<dyn Write + Send>,
+) -> Result<(u16, InputPort)> {
+    let irq = interrupts::line(vm, layout::SERIAL_GSIS[number])?;
+    let port = SerialPort::new(irq, output).host("make a serial port")?;
+    Ok((layout::SERIAL_PORTS[number], port))
 }
 
 /// Wakes the event loop at the end of the VM.

@@ -4,7 +4,12 @@
 #[allow(dead_code, reason = "each test program uses a part of it")]
 mod common;
 
-use std::process::Command;
+use std::fs::Permissions;
+use std::io::Write;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
 
 use common::{Code, Ended, Guest, run, tandem_run};
 
@@ -153,6 +158,10 @@ fn help_tells_everything_there_is() {
         "fork, commit, rebase",
         "--allow-dir",
         "--no-sandbox",
+        "--output",
+        "--exit-port",
+        "--config",
+        "--print-config",
         "SIGSYS",
         "cache=MODE",
         "locking=on|force-share|off",
@@ -169,4 +178,221 @@ fn help_tells_everything_there_is() {
     }
     assert!(help(&["run", "-h"]).contains("Examples"));
     assert!(help(&["--help"]).contains("run"));
+    for command in ["run", "serve", "completions", "man"] {
+        assert!(
+            help(&[command, "--help"]).contains("Examples:"),
+            "{command}"
+        );
+    }
+    assert!(help(&["-h"]).contains("Examples:"));
+}
+
+/// The output of a shell that is given what `tandem` prints with `arguments`.
+fn piped(arguments: &[&str], shell: &str) -> std::process::Output {
+    let mut tandem = Command::new(env!("CARGO_BIN_EXE_tandem"));
+    let mut tandem = tandem
+        .args(arguments)
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut shell = Command::new("sh")
+        .args(["-c", shell])
+        .stdin(tandem.stdout.take().unwrap())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    assert!(tandem.wait().unwrap().success());
+    shell.wait().unwrap();
+    shell.wait_with_output().unwrap()
+}
+
+#[test]
+fn completions_for_each_shell() {
+    for (shell, check, words) in [
+        ("bash", "bash -n", "--print-config"),
+        ("zsh", "zsh -n", "--print-config"),
+        ("fish", "fish -n", "print-config"),
+    ] {
+        let script = piped(&["completions", shell], "cat");
+        assert!(
+            String::from_utf8_lossy(&script.stdout).contains(words),
+            "{shell}"
+        );
+        // The shell itself is not everywhere.
+        let installed = Command::new("sh")
+            .args(["-c", &format!("command -v {shell}")])
+            .output();
+        if installed.unwrap().status.success() {
+            let checked = piped(&["completions", shell], &format!("{check} /dev/stdin"));
+            assert!(
+                checked.status.success() && checked.stderr.is_empty(),
+                "{checked:?}"
+            );
+        }
+    }
+}
+
+#[test]
+fn manual_pages_have_no_faults() {
+    for page in [
+        &["man"] as &[_],
+        &["man", "run"],
+        &["man", "serve"],
+        &["man", "man"],
+    ] {
+        let text = piped(page, "cat");
+        let text = String::from_utf8(text.stdout).unwrap();
+        for section in [".SH NAME", ".SH SYNOPSIS", ".SH EXAMPLES"] {
+            assert!(text.contains(section), "{page:?}: {section}");
+        }
+        let installed = Command::new("sh").args(["-c", "command -v groff"]).output();
+        if installed.unwrap().status.success() {
+            let shown = piped(page, "groff -man -Tutf8 -ww -z -");
+            assert!(
+                shown.status.success() && shown.stderr.is_empty(),
+                "{page:?}: {shown:?}"
+            );
+        }
+    }
+}
+
+#[test]
+fn options_in_a_file() {
+    let guest = Guest::new(&Code::default().power_off());
+    let file = guest.path("machine.toml");
+    let tandem = |arguments: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_tandem"));
+        let output = command.arg("run").args(arguments).output().unwrap();
+        let text = |bytes| String::from_utf8(bytes).unwrap();
+        (
+            output.status.code(),
+            text(output.stdout),
+            text(output.stderr),
+        )
+    };
+    let kernel = guest.kernel.to_str().unwrap();
+    let printed = tandem(&[
+        "--kernel",
+        kernel,
+        "--memory=8M",
+        "--disk=/none,cache=none",
+        "--print-config",
+    ]);
+    let expected = format!(
+        "kernel = \"{kernel}\"\nmemory = \"8M\"\n\n[[disk]]\npath = \"/none\"\ncache = \"none\"\n"
+    );
+    assert_eq!(printed, (Some(0), expected.clone(), String::new()));
+    std::fs::write(&file, &expected).unwrap();
+    let config = format!("--config={}", file.display());
+    assert_eq!(tandem(&[&config, "--print-config"]).1, expected);
+    let (status, _, message) = tandem(&[&config]);
+    assert!(
+        status == Some(1) && message.contains("'/none'"),
+        "{message}"
+    );
+    // What is on the command line counts.
+    let (status, _, message) = tandem(&[&config, "--disk=/other"]);
+    assert!(
+        status == Some(1) && message.contains("'/other'"),
+        "{message}"
+    );
+    let (status, _, message) = tandem(&["--print-config", "--kernel=k", "--memory=1M"]);
+    assert!(
+        status == Some(2) && message.contains("at least 2 MiB"),
+        "{message}"
+    );
+
+    std::fs::write(&file, "cpus = 2\n\nmemroy = '1G'\n").unwrap();
+    let (status, _, message) = tandem(&[&config]);
+    let start = format!(
+        "tandem: '{}', line 3: unknown key 'memroy'; known are ",
+        file.display()
+    );
+    assert!(
+        status == Some(2) && message.starts_with(&start),
+        "{message}"
+    );
+    std::fs::write(&file, "cpus = 2\n").unwrap();
+    let (status, _, message) = tandem(&[&config]);
+    assert!(
+        status == Some(2) && message.contains("--kernel <FILE>"),
+        "{message}"
+    );
+    let (status, _, message) = tandem(&["--config=/none", "--kernel=k"]);
+    assert!(
+        status == Some(2) && message.starts_with("tandem: could not read '/none': "),
+        "{message}"
+    );
+}
+
+/// Fails with `text` unless the system does not let a test do what `command` needs, which is said then.
+fn refused(command: &mut Command, text: &str) {
+    match command.output() {
+        Ok(output) if output.status.code() == Some(1) => {
+            let message = String::from_utf8(output.stderr).unwrap();
+            assert!(message.contains(text), "{message}");
+        }
+        other => {
+            // Not by `eprintln!`, whose output is kept back when a test passes.
+            let _ = writeln!(std::io::stderr(), "skipped: {other:?}");
+        }
+    }
+}
+
+#[test]
+fn a_kvm_that_is_missing_or_forbidden() {
+    let guest = Guest::new(&Code::default().power_off());
+    let tandem = guest.command();
+    let mut hidden = Command::new("unshare");
+    hidden.args([
+        "-m",
+        "sh",
+        "-c",
+        "mount -t tmpfs none /dev || exit 9; exec \"$@\"",
+        "sh",
+    ]);
+    hidden.arg(tandem.get_program()).args(tandem.get_args());
+    refused(&mut hidden, "there is no /dev/kvm: enable virtualization");
+
+    let everybody = std::fs::metadata("/dev/kvm").map(|device| device.mode() & 0o006 == 0o006);
+    if everybody.unwrap_or(true) || !rustix::process::geteuid().is_root() {
+        return;
+    }
+    std::fs::set_permissions(guest.dir.path(), Permissions::from_mode(0o755)).unwrap();
+    let nobody = 65534;
+    let text = "/dev/kvm cannot be opened by this user: it is for root";
+    refused(guest.command().uid(nobody).gid(nobody), text);
+}
+
+#[test]
+fn an_image_in_use_is_told_with_its_user() {
+    let guest = Guest::new(&Code::default().power_off());
+    let (disk, socket) = (guest.path("raw"), guest.path("socket"));
+    std::fs::write(&disk, [0; 4096]).unwrap();
+    let disk = format!("--disk={},format=raw", disk.display());
+    let serve = |socket: &Path| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_tandem"));
+        command.args(["serve", "--socket"]).arg(socket).arg(&disk);
+        command
+            .stderr(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap()
+    };
+    let mut user = serve(&socket);
+    while !socket.exists() {
+        assert!(user.try_wait().unwrap().is_none());
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    let text = format!(
+        "is another process using it? It is: process {} (tandem)",
+        user.id()
+    );
+    let mut second = guest.command();
+    second.arg(&disk);
+    run(second).assert_says(1, &text);
+    common::wait(serve(&guest.path("other"))).assert_says(1, &text);
+    user.kill().unwrap();
+    user.wait().unwrap();
 }

@@ -102,7 +102,7 @@ pub fn execute(session: &mut Session, line: &str) -> bool {
         return true;
     };
     output::print(&failed.output);
-    output::complain(&failed.message);
+    output::complain_of(&failed.message);
     if failed.usage {
         output::print(&command.synopsis(command.name));
     }

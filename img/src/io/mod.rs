@@ -68,13 +68,14 @@ pub fn run(name: OsString, args: &[OsString]) -> ExitCode {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(failure) => {
-            output::complain(&failure.message);
+            output::complain_of(&failure.message);
             ExitCode::from(failure.status)
         }
     }
 }
 
-fn program() -> Command {
+/// The definition of the program.
+pub fn program() -> Command {
     Command::new("tandem-io")
         .about(
             "Reads and writes disk images, one command after another, in the language of qemu-io",

@@ -1,7 +1,7 @@
 //! `completions` and `man`
 
 use std::fs;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::process::{Command, Stdio};
 
 use crate::run::{Place, words};
@@ -22,9 +22,10 @@ fn offered(script: &str, line: &str) -> Vec<String> {
     fs::write(place.path("completions"), script).unwrap();
     fs::write(place.path("disk.qcow2"), "").unwrap();
     let words: Vec<_> = line.split(' ').map(|word| format!("'{word}'")).collect();
+    let name = line.split(' ').next().unwrap();
     let program = format!(
         "cd '{}'; source completions; COMP_WORDS=({}); COMP_CWORD={}; COMP_LINE='{line}'; \
-         COMP_POINT={}; f=$(complete -p tandem-img); f=${{f#*-F }}; ${{f%% *}} tandem-img '{}' '{}'; printf '%s\\n' \"${{COMPREPLY[@]}}\"",
+         COMP_POINT={}; f=$(complete -p {name}); f=${{f#*-F }}; ${{f%% *}} {name} '{}' '{}'; printf '%s\\n' \"${{COMPREPLY[@]}}\"",
         place.path("").display(),
         words.join(" "),
         words.len() - 1,
@@ -74,6 +75,16 @@ fn bash_completes() {
     assert!(script.contains("-o default tandem-img"));
     offers("tandem-img man ch", &["check"]);
     offers("tandem-img completions z", &["zsh"]);
+    let io = print("completions bash tandem-io");
+    for (line, expected) in [
+        ("tandem-io --", ["--read-only", "--cache"]),
+        ("tandem-io -t ", ["none", "writeback"]),
+        ("tandem-io -d ", ["unmap", "ignore"]),
+    ] {
+        let offered = offered(&io, line);
+        let is_offered = |word: &&str| offered.iter().any(|found| found == word);
+        assert!(expected.iter().all(is_offered), "{line}: {offered:?}");
+    }
     // Options that are refused are not offered.
     let check = offered(&script, "tandem-img check --");
     assert!(!check.contains(&"--object".to_owned()), "{check:?}");
@@ -82,10 +93,16 @@ fn bash_completes() {
 /// Each script is one that its shell can read, where the shell is there.
 #[test]
 fn scripts_are_valid() {
-    for shell in ["bash", "zsh", "fish"] {
-        let script = print(&format!("completions {shell}"));
-        for command in COMMANDS {
-            assert!(script.contains(command), "{shell}: {command}");
+    let shells = ["bash", "zsh", "fish"].map(|shell| [(shell, ""), (shell, " tandem-io")]);
+    for (shell, program) in shells.into_iter().flatten() {
+        let script = print(&format!("completions {shell}{program}"));
+        let words = if program.is_empty() {
+            &COMMANDS[..]
+        } else {
+            &["read-only", "cache"]
+        };
+        for word in words {
+            assert!(script.contains(word), "{shell}{program}: {word}");
         }
         let place = Place::tandem();
         fs::write(place.path("script"), script).unwrap();
@@ -171,6 +188,8 @@ fn pages_tell_what_the_help_tells() {
         );
     }
     assert!(rendered(&program).is_none_or(|text| text.contains("SUBCOMMANDS")));
+    let io = rendered(&print("man tandem-io"));
+    assert!(io.is_none_or(|text| text.contains("--copy-on-read") && text.contains("EXAMPLES")));
 }
 
 #[test]
@@ -180,6 +199,10 @@ fn mistakes_are_named() {
         (
             "completions csh",
             "Unknown shell 'csh': it must be bash, zsh or fish\n",
+        ),
+        (
+            "completions bash tandem",
+            "Expecting one shell: bash, zsh or fish\n",
         ),
         (
             "completions bash zsh",
@@ -196,4 +219,63 @@ fn mistakes_are_named() {
             run.stderr
         );
     }
+}
+
+/// What is written to a terminal by a program of this package.
+fn on_terminal(place: &Place, line: &str) -> String {
+    let typed = Command::new("script")
+        .args(["-qec", line, "/dev/null"])
+        .current_dir(place.path(""))
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    String::from_utf8(typed.stdout).unwrap().replace('\r', "")
+}
+
+/// Beyond QEMU's text, a terminal gets a hint.
+#[test]
+fn people_get_hints() {
+    let place = Place::tandem();
+    place.make("create -q -f raw raw 1M");
+    place.make("create -q -f qcow2 image 1M");
+    let (img, io) = (
+        env!("CARGO_BIN_EXE_tandem-img"),
+        env!("CARGO_BIN_EXE_tandem-io"),
+    );
+    for line in [
+        format!("{img} info -f qcow2 raw"),
+        format!("{io} -f qcow2 -c map raw"),
+    ] {
+        let said = on_terminal(&place, &line);
+        let lines: Vec<_> = said.lines().collect();
+        assert!(
+            lines[0].ends_with(": Image is not in qcow2 format"),
+            "{said}"
+        );
+        assert_eq!(
+            &lines[1..],
+            ["A raw disk has no header; say that it is one with -f raw"]
+        );
+    }
+    let mut user = Command::new(io)
+        .arg(place.path("image"))
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    user.stdout
+        .as_mut()
+        .unwrap()
+        .read_exact(&mut [0; 10])
+        .unwrap();
+    for line in [
+        format!("{img} resize image 2M"),
+        format!("{io} -c map image"),
+    ] {
+        let said = on_terminal(&place, &line);
+        let hint = format!("\nIt is: process {} (tandem-io)\n", user.id());
+        assert!(said.ends_with(&hint), "{said}");
+    }
+    user.kill().unwrap();
+    user.wait().unwrap();
 }

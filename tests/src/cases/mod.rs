@@ -10,6 +10,7 @@ mod live;
 mod machine;
 mod operate;
 mod roundtrip;
+mod sandbox;
 mod served;
 mod soak;
 mod tour;
@@ -30,6 +31,7 @@ pub fn all() -> Vec<Case> {
         served::cases(),
         disks::cases(),
         forks::cases(),
+        sandbox::cases(),
         abrupt::cases(),
         machine::cases(),
         tour::cases(),

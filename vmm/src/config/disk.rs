@@ -336,7 +336,7 @@ impl FromStr for DiskConfig {
 }
 
 /// Splits at single commas; two commas stand for one that belongs to the part.
-fn split_commas(text: &[u8]) -> Vec<Vec<u8>> {
+pub fn split_commas(text: &[u8]) -> Vec<Vec<u8>> {
     let mut parts = vec![Vec::new()];
     let mut bytes = text.iter().copied().peekable();
     while let Some(byte) = bytes.next() {

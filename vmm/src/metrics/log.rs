@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::AsFd;
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 use std::sync::Arc;
@@ -12,12 +12,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, poll};
-use rustix::fs::{OFlags, fcntl_getfl};
 use serde::Serialize;
 
 use super::Metrics;
 use crate::config::MetricsTarget;
 use crate::control::Control;
+use crate::descriptor;
 use crate::error::{Error, HostContext, Result};
 use crate::sandbox::{self, Role};
 
@@ -74,7 +74,7 @@ impl MetricsOutput {
                     descriptor: *number,
                     source,
                 };
-                duplicate(*number).map(Self).map_err(error)
+                descriptor::duplicate(*number).map(Self).map_err(error)
             }
             MetricsTarget::File(path) => {
                 let error = |source| Error::File {
@@ -95,20 +95,6 @@ impl MetricsOutput {
         let stderr = io::stderr().as_fd().try_clone_to_owned();
         Ok(Self(stderr.host("duplicate standard error")?.into()))
     }
-}
-
-fn duplicate(number: RawFd) -> io::Result<File> {
-    // SAFETY: the call takes any number, and tells if no file is open under it.
-    let number = unsafe { libc::fcntl(number, libc::F_DUPFD_CLOEXEC, 3) };
-    if number < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the descriptor is new and belongs to nobody else.
-    let file = unsafe { OwnedFd::from_raw_fd(number) };
-    if fcntl_getfl(&file)? & OFlags::ACCMODE == OFlags::RDONLY {
-        return Err(io::Error::other("it is open for reading only"));
-    }
-    Ok(file.into())
 }
 
 /// For reading, too: so the other end of a named pipe need not be open, and may come and go.

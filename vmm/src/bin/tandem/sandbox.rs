@@ -3,16 +3,18 @@
 use std::io::{self, Write};
 use std::path::PathBuf;
 
-use clap::Args;
+use clap::{ArgAction, Args};
 use rustix::process::{Resource, Rlimit, setrlimit};
 use tandem_vmm::Result;
 use tandem_vmm::sandbox::{self, Enforced, FileRules, Role};
 
 /// Whether the process confines itself.
-#[derive(Args)]
+#[derive(Args, Debug, PartialEq)]
 pub struct SandboxArgs {
     /// Do without the filters of system calls and the rules for files that confine this program
-    #[arg(long)]
+    #[arg(long, num_args = 0..=1, require_equals = true, value_name = "true|false")]
+    #[arg(action = ArgAction::Set, default_value_t = false, default_missing_value = "true")]
+    #[arg(hide_default_value = true, hide_possible_values = true)]
     no_sandbox: bool,
 }
 

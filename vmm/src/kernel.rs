@@ -133,6 +133,7 @@ pub fn load_initrd(mem: &GuestMemory, kernel: &Kernel, path: &Path) -> Result<(u
             need: kernel.end.saturating_add(size.next_multiple_of(4096)),
             initrd: true,
         })?;
+    memory::expect_writes(mem, address, size);
     mem.read_exact_volatile_from(GuestAddress(address), &mut source.file, size as usize)
         .map_err(|e| source.read_error(io::Error::other(e)))?;
     Ok((address, size))
@@ -329,6 +330,7 @@ fn check_memory(mem: &GuestMemory, need: u64) -> Result<()> {
 mod tests {
     use super::*;
     use linux_loader::elf::PT_NOTE;
+    use vm_memory::GuestMemoryBackend;
 
     const MIB: u64 = 1 << 20;
 
@@ -465,6 +467,17 @@ mod tests {
         );
     }
 
+    /// Whether the mapping that begins at `place` asks for large pages.
+    fn may_be_large(place: *const u8) -> bool {
+        let mappings = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let begin = format!("{:x}-", place as usize);
+        let mut lines = mappings
+            .lines()
+            .skip_while(|line| !line.starts_with(&begin));
+        let flags = lines.find(|line| line.starts_with("VmFlags:"));
+        flags.is_some_and(|flags| flags.split(' ').any(|flag| flag == "hg"))
+    }
+
     #[test]
     fn initrd_lies_at_the_top_and_above_the_kernel() {
         let (mem, kernel) = load(&bzimage(2 << 20, 100), 8 * MIB);
@@ -480,6 +493,14 @@ mod tests {
         kernel.initrd_last = 5 * MIB - 1;
         let placed = load_initrd(&mem, &kernel, &path).unwrap();
         assert_eq!(placed, (5 * MIB - 8192, 5000));
+
+        if Path::new("/sys/kernel/mm/transparent_hugepage").exists() {
+            let place = GuestMemoryBackend::get_host_address(&mem, GuestAddress(placed.0));
+            assert!(
+                may_be_large(place.unwrap()),
+                "the host gives it large pages"
+            );
+        }
 
         std::fs::write(&path, vec![7; 4 << 20]).unwrap();
         let message = load_initrd(&mem, &kernel, &path).unwrap_err().to_string();

@@ -1,7 +1,9 @@
 //! The virtual machine as a whole: built from a [`Config`], run to its end.
 
 use std::io::{self, Write};
+use std::panic::resume_unwind;
 use std::sync::{Arc, RwLock};
+use std::thread;
 use std::time::Instant;
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
@@ -56,20 +58,23 @@ impl Vmm {
         let images = images.collect::<Result<Vec<_>>>()?;
         let places: Vec<_> = (0..images.len()).map(disk::place).collect();
         let mem = memory::create(config.memory)?;
-        let entry = boot::prepare(&mem, config, &places)?;
-
-        let kvm = open_kvm(config)?;
-        let vm = kvm.create_vm().context("make a virtual machine")?;
-        vm.set_tss_address(layout::KVM_TSS)
-            .context("reserve guest memory for itself")?;
-        interrupts::create_controllers(&vm)?;
-        // SAFETY: three things keep KVM's VM alive: `vm`, CPUs that do not run yet, and CPUs on
-        // threads. Until `build` returns, they are locals declared after `mem`, and so dropped before
-        // it. Then `mem` belongs to the `Machine`. The `Vmm` holds that in its last member, behind
-        // the CPUs and `vm`; each CPU's thread holds it by an `Arc` of its own, which it drops after
-        // its CPU (see `Vcpu::start`). So whichever of them ends last, however it ends, and even if a
-        // panic in `run` leaves threads behind, the memory goes after the VM.
-        unsafe { memory::attach(&vm, &mem)? };
+        // KVM waits for other processors most of the time, which the kernel and the initrd are read in.
+        let (entry, made) = thread::scope(|scope| {
+            // SAFETY: three things keep KVM's VM alive: `vm`, CPUs that do not run yet, and CPUs on
+            // threads. Until `build` returns, they are locals of the thread here, which ends before
+            // `mem` does, or declared after `mem`, and so dropped before it. Then `mem` belongs to the
+            // `Machine`. The `Vmm` holds that in its last member, behind the CPUs and `vm`; each CPU's
+            // thread holds it by an `Arc` of its own, which it drops after its CPU (see `Vcpu::start`).
+            // So whichever of them ends last, however it ends, and even if a panic in `run` leaves
+            // threads behind, the memory goes after the VM.
+            let make = || unsafe { make_vm(config, &mem) };
+            let making = thread::Builder::new().spawn_scoped(scope, make);
+            let entry = boot::prepare(&mem, config, &places);
+            let made = making.map(|making| making.join().unwrap_or_else(|e| resume_unwind(e)));
+            (entry, made)
+        });
+        let entry = entry?;
+        let (kvm, vm) = made.host("start a thread")??;
 
         let exit = Arc::new(Exit::new()?);
         let gate = Arc::new(Gate::new(exit.clone()));
@@ -193,6 +198,21 @@ impl Vmm {
         running.into_iter().for_each(vcpu::Running::stop);
         exit.take().unwrap_or(Ok(ExitReason::Stopped))
     }
+}
+
+/// A virtual machine without CPUs and devices, whose memory is `mem`.
+///
+/// # Safety
+/// As [`memory::attach`].
+unsafe fn make_vm(config: &Config, mem: &GuestMemory) -> Result<(Kvm, VmFd)> {
+    let kvm = open_kvm(config)?;
+    let vm = kvm.create_vm().context("make a virtual machine")?;
+    vm.set_tss_address(layout::KVM_TSS)
+        .context("reserve guest memory for itself")?;
+    interrupts::create_controllers(&vm)?;
+    // SAFETY: our caller says it.
+    unsafe { memory::attach(&vm, mem)? };
+    Ok((kvm, vm))
 }
 
 /// Opens KVM and checks that it can do what every VM here needs.

@@ -1,10 +1,10 @@
 //! The buffers of one descriptor chain, as two streams of bytes.
 
-use virtio_queue::DescriptorChain;
-use vm_memory::{Bytes, GuestAddress, GuestMemory as _, Permissions, VolatileSlice};
+use vm_memory::{ByteValued, Bytes, GuestAddress, VolatileMemory, VolatileSlice};
 
+use super::chain::Chain;
 use super::queue::RingError;
-use crate::GuestMemory;
+use super::regions::Regions;
 
 /// Descriptors that a chain may have, wherever its table lies. More than any honest driver needs
 /// (the largest queue has 256 entries), and a bound on what one request can make us hold.
@@ -53,14 +53,14 @@ impl<'m> Buffers<'m> {
     /// The chain is broken in a way that leaves it unclear which buffers the driver meant.
     pub(super) fn load(
         &mut self,
-        mem: &'m GuestMemory,
-        chain: DescriptorChain<&'m GuestMemory>,
+        regions: &Regions<'m>,
+        chain: Chain<'_, 'm>,
     ) -> Result<(), RingError> {
         self.clear();
         let mut count = 0;
-        let mut is_complete = false;
         let mut seen_writable = false;
         for desc in chain {
+            let desc = desc?;
             count += 1;
             if count > MAX_DESCRIPTORS {
                 return Err(RingError::TooManyDescriptors);
@@ -70,16 +70,9 @@ impl<'m> Buffers<'m> {
             } else if seen_writable {
                 return Err(RingError::ReadableAfterWritable);
             }
-            self.push(mem, desc.addr(), desc.len(), desc.is_write_only());
-            is_complete = !desc.has_next();
+            self.push(regions, desc.addr(), desc.len(), desc.is_write_only());
         }
-        // The iterator ends alike at the end of the chain, at an index out of range, in a loop, at
-        // a table that cannot be read and at more than 2^32 bytes.
-        if is_complete {
-            Ok(())
-        } else {
-            Err(RingError::BrokenChain)
-        }
+        Ok(())
     }
 
     /// Whether a buffer lies outside guest memory; it is then in neither stream.
@@ -110,9 +103,9 @@ impl<'m> Buffers<'m> {
         self.status.is_some()
     }
 
-    /// Reads and consumes `buf.len()` bytes. `None` if there are not as many.
-    pub(super) fn read_front(&mut self, buf: &mut [u8]) -> Option<()> {
-        self.readable.take_front(buf)
+    /// Reads and consumes a value. `None` if there are not as many bytes.
+    pub(super) fn read_front<T: ByteValued>(&mut self) -> Option<T> {
+        self.readable.take_front()
     }
 
     /// What remains to be read.
@@ -133,16 +126,16 @@ impl<'m> Buffers<'m> {
         self.is_end_unmapped = false;
     }
 
-    fn push(&mut self, mem: &'m GuestMemory, addr: GuestAddress, len: u32, is_writable: bool) {
+    fn push(&mut self, regions: &Regions<'m>, addr: GuestAddress, len: u32, is_writable: bool) {
         if len == 0 {
             return;
         }
-        let (stream, access) = if is_writable {
-            (&mut self.writable, Permissions::Write)
+        let stream = if is_writable {
+            &mut self.writable
         } else {
-            (&mut self.readable, Permissions::Read)
+            &mut self.readable
         };
-        let is_mapped = stream.push(mem, addr, len, access);
+        let is_mapped = regions.push(addr, len, &mut stream.slices);
         self.is_unmapped |= !is_mapped;
         self.is_end_unmapped = is_writable && !is_mapped;
     }
@@ -165,48 +158,27 @@ impl<'m> Stream<'m> {
         &self.slices[self.start..]
     }
 
-    /// Appends guest memory, all of it or nothing. A buffer that spans regions becomes several
-    /// slices.
-    fn push(
-        &mut self,
-        mem: &'m GuestMemory,
-        addr: GuestAddress,
-        len: u32,
-        access: Permissions,
-    ) -> bool {
-        // Nearly always it lies in one region.
-        if let Ok(slice) = vm_memory::GuestMemoryBackend::get_slice(mem, addr, len as usize) {
-            self.slices.push(slice);
-            return true;
+    fn take_front<T: ByteValued>(&mut self) -> Option<T> {
+        // Nearly always it is a buffer of its own.
+        if let Some(first) = self.slices.get(self.start)
+            && first.len() == size_of::<T>()
+        {
+            self.start += 1;
+            return Some(first.get_ref(0).ok()?.load());
         }
-        let before = self.slices.len();
-        let Ok(slices) = mem.get_slices(addr, len as usize, access) else {
-            return false;
-        };
-        for slice in slices {
-            match slice {
-                Ok(slice) => self.slices.push(slice),
-                Err(_) => {
-                    self.slices.truncate(before);
-                    return false;
-                }
-            }
-        }
-        true
-    }
-
-    fn take_front(&mut self, mut buf: &mut [u8]) -> Option<()> {
-        while !buf.is_empty() {
+        let mut value = T::zeroed();
+        let mut bytes = value.as_mut_slice();
+        while !bytes.is_empty() {
             let first = self.slices.get_mut(self.start)?;
-            let n = first.len().min(buf.len());
-            let (now, later) = buf.split_at_mut(n);
+            let n = first.len().min(bytes.len());
+            let (now, later) = bytes.split_at_mut(n);
             first.read_slice(now, 0).ok()?;
             *first = first.offset(n).ok()?;
             if first.is_empty() {
                 self.start += 1;
             }
-            buf = later;
+            bytes = later;
         }
-        Some(())
+        Some(value)
     }
 }

@@ -6,10 +6,12 @@
 
 pub mod block;
 mod buffers;
+mod chain;
 mod interrupt;
 pub mod mmio;
 mod queue;
 mod queue_setup;
+mod regions;
 #[cfg(feature = "vhost-user")]
 pub mod vhost_user;
 

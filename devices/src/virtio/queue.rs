@@ -3,14 +3,19 @@
 use std::sync::atomic::{Ordering, fence};
 
 use virtio_bindings::bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
-use virtio_queue::{Queue, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestAddress};
+use virtio_queue::{Queue, QueueT};
+use vm_memory::{Bytes, GuestAddress, VolatileMemory};
 
 use super::buffers::Buffers;
+use super::chain::Chain;
+use super::regions::Regions;
 use crate::GuestMemory;
 
-/// Flags and index before the entries of the available ring (virtio 1.3, section 2.7.6).
+/// Where the index is in the available ring, where its entries begin, and how long one is (virtio
+/// 1.3, section 2.7.6).
+const AVAIL_INDEX: u64 = 2;
 const AVAIL_HEADER_SIZE: u64 = 4;
+const AVAIL_ENTRY_SIZE: u64 = 2;
 /// Where the index is in the used ring, where its entries begin, and how long one is (section
 /// 2.7.8).
 const USED_INDEX: u64 = 2;
@@ -44,8 +49,10 @@ pub(super) enum RingError {
 
 /// A queue that a device serves. One thread owns it.
 pub(super) struct ActiveQueue<'m> {
-    mem: &'m GuestMemory,
+    regions: Regions<'m>,
     queue: Queue,
+    /// The available index that has been seen last: what lies before it can be taken.
+    seen: u16,
     /// Which heads have been taken and not completed: a driver may not offer them again meanwhile.
     taken: Vec<bool>,
     /// The used index that the driver has been shown.
@@ -58,7 +65,8 @@ impl<'m> ActiveQueue<'m> {
     /// `queue` is ready and lies in `mem`.
     pub(super) fn new(mem: &'m GuestMemory, queue: Queue) -> Self {
         Self {
-            mem,
+            regions: Regions::new(mem),
+            seen: queue.next_avail(),
             taken: vec![false; queue.size().into()],
             published: queue.next_used(),
             signalled: queue.next_used(),
@@ -71,30 +79,34 @@ impl<'m> ActiveQueue<'m> {
         self.queue
     }
 
-    /// How many chains the driver has made available and we have not taken. More than the queue is
-    /// long is an error, which [`take`](Self::take) reports.
-    pub(super) fn available(&self) -> Result<u16, RingError> {
-        let index = self.queue.avail_idx(self.mem, Ordering::Acquire);
-        let index = index.map_err(|_| RingError::Unmapped)?.0;
-        Ok(index.wrapping_sub(self.queue.next_avail()))
+    /// Looks how many chains the driver has made available that have not been taken.
+    pub(super) fn available(&mut self) -> Result<u16, RingError> {
+        self.seen = self.load_avail(AVAIL_INDEX, Ordering::Acquire)?;
+        let count = self.seen.wrapping_sub(self.queue.next_avail());
+        if count > self.queue.size() {
+            return Err(RingError::AvailIndex);
+        }
+        Ok(count)
     }
 
-    /// Takes the next available chain, loads its buffers, and returns the index to
-    /// [`complete`](Self::complete) it with. `None` if there is none.
+    /// Takes the next of the chains that were [`available`](Self::available), loads its buffers, and
+    /// returns the index to [`complete`](Self::complete) it with. `None` if there is none.
     pub(super) fn take(&mut self, buffers: &mut Buffers<'m>) -> Result<Option<u16>, RingError> {
-        let next = match self.queue.iter(self.mem) {
-            Ok(mut chains) => chains.next(),
-            Err(virtio_queue::Error::InvalidAvailRingIndex) => return Err(RingError::AvailIndex),
-            Err(_) => return Err(RingError::Unmapped),
-        };
-        let Some(chain) = next else { return Ok(None) };
-        let head = chain.head_index();
+        let next = self.queue.next_avail();
+        if next == self.seen {
+            return Ok(None);
+        }
+        let (size, table) = (self.queue.size(), self.queue.desc_table());
+        let offset = AVAIL_HEADER_SIZE + AVAIL_ENTRY_SIZE * u64::from(next % size);
+        let head = self.load_avail(offset, Ordering::Relaxed)?;
+        self.queue.set_next_avail(next.wrapping_add(1));
         match self.taken.get_mut(usize::from(head)) {
             None => return Err(RingError::HeadIndex(head)),
             Some(true) => return Err(RingError::HeadInUse(head)),
             Some(taken) => *taken = true,
         }
-        buffers.load(self.mem, chain)?;
+        let chain = Chain::new(&self.regions, table, size, head);
+        buffers.load(&self.regions, chain)?;
         Ok(Some(head))
     }
 
@@ -106,10 +118,12 @@ impl<'m> ActiveQueue<'m> {
         let next = self.queue.next_used();
         let index = u64::from(next % self.queue.size());
         let addr = self.used_ring(USED_HEADER_SIZE + index * USED_ENTRY_SIZE)?;
-        let entry = u64::from(head) | u64::from(written) << 32;
-        self.mem
-            .write_obj(entry.to_le(), addr)
-            .map_err(|_| RingError::Unmapped)?;
+        let entry = (u64::from(head) | u64::from(written) << 32).to_le();
+        match self.regions.within_one(addr.0, size_of_val(&entry)) {
+            Some(slice) => slice.get_ref(0).map(|place| place.store(entry)).ok(),
+            None => self.regions.all().write_obj(entry, addr).ok(),
+        }
+        .ok_or(RingError::Unmapped)?;
         self.queue.set_next_used(next.wrapping_add(1));
         if let Some(taken) = self.taken.get_mut(usize::from(head)) {
             *taken = false;
@@ -124,8 +138,8 @@ impl<'m> ActiveQueue<'m> {
             return Ok(false);
         }
         let addr = self.used_ring(USED_INDEX)?;
-        self.mem
-            .store(next.to_le(), addr, Ordering::Release)
+        let mem = self.regions.all();
+        mem.store(next.to_le(), addr, Ordering::Release)
             .map_err(|_| RingError::Unmapped)?;
         self.published = next;
         Ok(true)
@@ -134,7 +148,7 @@ impl<'m> ActiveQueue<'m> {
     /// Asks the driver not to ring the doorbell.
     pub(super) fn disable_doorbell(&mut self) -> Result<(), RingError> {
         self.queue
-            .disable_notification(self.mem)
+            .disable_notification(self.regions.all())
             .map_err(|_| RingError::Unmapped)
     }
 
@@ -142,7 +156,7 @@ impl<'m> ActiveQueue<'m> {
     /// available already, for which it may not ring.
     pub(super) fn enable_doorbell(&mut self) -> Result<bool, RingError> {
         self.queue
-            .enable_notification(self.mem)
+            .enable_notification(self.regions.all())
             .map_err(|_| RingError::Unmapped)
     }
 
@@ -154,18 +168,18 @@ impl<'m> ActiveQueue<'m> {
         // The driver writes its wish, then looks at the used index; we do the reverse.
         fence(Ordering::SeqCst);
         if !self.queue.event_idx_enabled() {
-            let flags = self.load_avail(0)?;
+            let flags = self.load_avail(0, Ordering::Relaxed)?;
             return Ok(flags & VRING_AVAIL_F_NO_INTERRUPT as u16 == 0);
         }
-        let event = self.load_avail(AVAIL_HEADER_SIZE + 2 * u64::from(self.queue.size()))?;
+        let end = AVAIL_HEADER_SIZE + AVAIL_ENTRY_SIZE * u64::from(self.queue.size());
+        let event = self.load_avail(end, Ordering::Relaxed)?;
         Ok(new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old))
     }
 
-    fn load_avail(&self, offset: u64) -> Result<u16, RingError> {
+    fn load_avail(&self, offset: u64, order: Ordering) -> Result<u16, RingError> {
         let addr = self.queue.avail_ring().checked_add(offset);
-        let addr = GuestAddress(addr.ok_or(RingError::Unmapped)?);
-        let value = self.mem.load(addr, Ordering::Relaxed);
-        value.map(u16::from_le).map_err(|_| RingError::Unmapped)
+        let value = addr.and_then(|addr| self.regions.load_u16(addr, order));
+        value.ok_or(RingError::Unmapped)
     }
 
     fn used_ring(&self, offset: u64) -> Result<GuestAddress, RingError> {
@@ -191,7 +205,19 @@ mod tests {
         let mem = guest_memory();
         let mut ring = Ring::new(&mem, 0, SIZE);
         driver(&mem, &mut ring);
-        ActiveQueue::new(&mem, ring.queue(false)).take(&mut Buffers::new())
+        next(
+            &mut ActiveQueue::new(&mem, ring.queue(false)),
+            &mut Buffers::new(),
+        )
+    }
+
+    /// What the device makes of what has become available.
+    fn next<'m>(
+        queue: &mut ActiveQueue<'m>,
+        buffers: &mut Buffers<'m>,
+    ) -> Result<Option<u16>, RingError> {
+        queue.available()?;
+        queue.take(buffers)
     }
 
     fn take_chain(descs: &[Desc]) -> Result<Option<u16>, RingError> {
@@ -230,12 +256,43 @@ mod tests {
         ring.offer_chain(&[readable(DATA, 1), indirect(TABLE, 32)]);
         let mut buffers = Buffers::new();
         let mut queue = ActiveQueue::new(&mem, ring.queue(false));
-        assert_eq!(queue.take(&mut buffers), Ok(Some(0)));
+        assert_eq!(next(&mut queue, &mut buffers), Ok(Some(0)));
         let lens = |slices: &[vm_memory::VolatileSlice<'_>]| -> Vec<_> {
             slices.iter().map(|slice| slice.len()).collect()
         };
         assert_eq!(lens(buffers.readable()), [1, 2]);
         assert_eq!(lens(buffers.writable()), [3]);
+    }
+
+    #[test]
+    fn rings_across_two_regions() {
+        let places: [fn(&mut Ring); 3] = [
+            |ring| ring.table = REGION - 16,
+            |ring| ring.avail = REGION - 4,
+            |ring| ring.used = REGION - 8,
+        ];
+        for place in places {
+            let mem = guest_memory();
+            let mut ring = Ring::new(&mem, 0, SIZE);
+            place(&mut ring);
+            ring.offer_chain(&[readable(DATA, 1), writable(DATA, 1)]);
+            let mut queue = ActiveQueue::new(&mem, ring.queue(false));
+            assert_eq!(next(&mut queue, &mut Buffers::new()), Ok(Some(0)));
+            queue.complete(0, 7).unwrap();
+            assert_eq!(queue.publish(), Ok(true));
+            assert_eq!((ring.used_idx(), ring.used(0)), (1, (0, 7)));
+        }
+    }
+
+    #[test]
+    fn indirect_table_across_two_regions() {
+        // Its second descriptor lies in both.
+        let table = REGION - 24;
+        let result = take(|mem, ring| {
+            write_table(mem, table, 0, &many(3));
+            ring.offer_chain(&[indirect(table, 48)]);
+        });
+        assert_eq!(result, Ok(Some(0)));
     }
 
     #[test]
@@ -255,12 +312,12 @@ mod tests {
         let mut queue = ActiveQueue::new(&mem, ring.queue(false));
         let mut buffers = Buffers::new();
         ring.offer_chain(&[readable(DATA, 1)]);
-        assert_eq!(queue.take(&mut buffers), Ok(Some(0)));
+        assert_eq!(next(&mut queue, &mut buffers), Ok(Some(0)));
         queue.complete(0, 0).unwrap();
         ring.offer(0);
-        assert_eq!(queue.take(&mut buffers), Ok(Some(0)), "once more");
+        assert_eq!(next(&mut queue, &mut buffers), Ok(Some(0)), "once more");
         ring.offer(0);
-        assert_eq!(queue.take(&mut buffers), Err(RingError::HeadInUse(0)));
+        assert_eq!(next(&mut queue, &mut buffers), Err(RingError::HeadInUse(0)));
     }
 
     #[test]

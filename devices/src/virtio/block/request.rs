@@ -193,14 +193,12 @@ impl Rules {
 
 impl Header {
     fn read(buffers: &mut Buffers<'_>) -> Result<Self, RequestError> {
-        let mut bytes = [0; 16];
-        buffers
-            .read_front(&mut bytes)
-            .ok_or(RequestError::ShortHeader)?;
-        let [k0, k1, k2, k3, _, _, _, _, sector @ ..] = bytes;
+        // 32 bits of type, 32 reserved ones, and 64 of the sector.
+        let fields = buffers.read_front().map(u128::from_le);
+        let fields = fields.ok_or(RequestError::ShortHeader)?;
         Ok(Self {
-            kind: u32::from_le_bytes([k0, k1, k2, k3]),
-            sector: u64::from_le_bytes(sector),
+            kind: fields as u32,
+            sector: (fields >> 64) as u64,
         })
     }
 
@@ -229,20 +227,19 @@ fn read_segments(
         return Err(RequestError::SegmentList(len));
     }
     segments.clear();
-    let mut bytes = [0; SEGMENT_SIZE as usize];
     // What is not supported is said before what is too much, whichever segment has it.
     let (mut unsupported, mut unfit) = (Ok(()), Ok(()));
-    while buffers.read_front(&mut bytes).is_some() {
-        let [sector @ .., c0, c1, c2, c3, f0, f1, f2, f3] = bytes;
-        let sectors = u32::from_le_bytes([c0, c1, c2, c3]);
-        let flags = u32::from_le_bytes([f0, f1, f2, f3]);
+    while let Some(fields) = buffers.read_front().map(u128::from_le) {
+        // 64 bits of the first sector, 32 of their number, and 32 of flags.
+        let (sector, sectors) = (fields as u64, (fields >> 64) as u32);
+        let flags = (fields >> 96) as u32;
         if flags & !allowed_flags != 0 {
             unsupported = Err(RequestError::SegmentFlags(flags));
         }
         if sectors > max_sectors {
             unfit = Err(RequestError::SegmentTooLong(sectors));
         }
-        match to_bytes(u64::from_le_bytes(sector)) {
+        match to_bytes(sector) {
             Ok(offset) => segments.push(Segment {
                 offset,
                 len: u64::from(sectors) * SECTOR_SIZE,

@@ -362,12 +362,14 @@ impl<'m> Server<'_, '_, '_, 'm> {
                 continue;
             }
             self.complete(&mut slot, now)?;
-            let mut joined = std::mem::take(&mut slot.joined);
-            for mut slot in joined.drain(..) {
-                self.complete(&mut slot, now)?;
-                self.free.push(slot);
+            if !slot.joined.is_empty() {
+                let mut joined = std::mem::take(&mut slot.joined);
+                for mut slot in joined.drain(..) {
+                    self.complete(&mut slot, now)?;
+                    self.free.push(slot);
+                }
+                slot.joined = joined;
             }
-            slot.joined = joined;
             self.free.push(slot);
         }
         self.finished = finished;

@@ -122,9 +122,15 @@ pub fn bench(suite: &mut Suite) {
 }
 
 pub fn check(suite: &mut Suite) {
+    for kind in [Kind::Internal, Kind::External] {
+        check_kind(suite, kind);
+    }
+}
+
+fn check_kind(suite: &mut Suite, kind: Kind) {
     let dir = suite.memory();
     let own = dir.path().join("disk");
-    image_with(&own, Kind::Internal, 1 << 40, Preallocation::Metadata);
+    image_with(&own, kind, 1 << 40, Preallocation::Metadata);
     let tandem = suite.program("tandem-img");
     let program = |name, role, path| Program {
         name,
@@ -138,7 +144,7 @@ pub fn check(suite: &mut Suite) {
     ];
     let [wall, processor] = compare(suite, &own, &programs, &[]);
     for (what, series) in [("time that goes by", wall), ("processor time", processor)] {
-        let text = format!("check of 1 TiB, internal, all mapped: {what}");
+        let text = format!("check of 1 TiB, {}, all mapped: {what}", kind.name());
         let line = Line::new(text, Unit::Seconds, series);
         suite.add(line.goal(Goal::TimesPeers(3.0)));
     }

@@ -76,6 +76,7 @@ impl Bench {
         let now = Instant::now();
         let mut slot = Slot::new(now);
         let mut queue = ActiveQueue::new(&self.mem, ring.queue(false));
+        assert_eq!(queue.available(), Ok(1));
         assert_eq!(queue.take(&mut slot.buffers).unwrap(), Some(0));
         slot.parse(0, &self.target.rules, now);
         let mut gather = Gather::new();

@@ -182,7 +182,10 @@ impl Check<'_> {
         let mut is_special = false;
         for (k, entry) in Entry::all(&words, g).enumerate() {
             let raw = words[k * g.l2_entry_words()];
-            if raw == 0 && !g.extended_l2 || self.count_plain(entry.word, owner, &mut expected) {
+            let guest = (i * g.l2_entries() + k as u64).saturating_mul(g.cluster_size());
+            if raw == 0 && !g.extended_l2
+                || self.count_plain(entry.word, guest, owner, &mut expected)
+            {
                 continue;
             }
             is_special = true;
@@ -191,7 +194,6 @@ impl Check<'_> {
                     "ERROR found l2 entry with reserved bits set: {raw:x}"
                 ));
             }
-            let guest = (i * g.l2_entries() + k as u64).saturating_mul(g.cluster_size());
             let counted = self.count_entry(k, entry, guest, owner, &mut expected);
             if counted == Counted::HasNoPlace {
                 self.misplaced.push((offset, k));
@@ -280,19 +282,37 @@ impl Check<'_> {
     }
 
     /// Does what [`count_entry`](Self::count_entry) would, and quickly, if `entry` says of a cluster of
-    /// data in the image file that it is used once, and it is, as far as is known. Returns whether that is
-    /// so.
-    fn count_plain(&mut self, entry: L2Entry, owner: Owner, expected: &mut Option<u64>) -> bool {
+    /// data in the image file that it is used once, and it is, as far as is known; or that it is at its
+    /// guest offset in the data file. Returns whether that is so.
+    fn count_plain(
+        &mut self,
+        entry: L2Entry,
+        guest: u64,
+        owner: Owner,
+        expected: &mut Option<u64>,
+    ) -> bool {
         let g = self.geometry;
+        if g.extended_l2 {
+            return false;
+        }
+        if let Some(layout) = self.header.data_file_layout() {
+            // An offset that no file can have has bits in the places of flags.
+            let has_flags = entry.is_compressed() || entry.reserved() != 0;
+            let is_plain = entry.0 == COPIED | guest && !has_flags;
+            if layout != DataFileLayout::Standard || !is_plain {
+                return false;
+            }
+            if owner == Owner::Disk {
+                self.count_allocated(guest, expected);
+            }
+            return true;
+        }
         let offset = entry.0 & !COPIED;
         let cluster = g.cluster(offset);
         let is_plain = entry.is_copied() && cluster != 0 && g.in_cluster(offset) == 0;
         // What leads into the file, and to the start of a cluster, has no other flag.
         let is_inside = offset < self.file_len;
-        if !is_plain || !is_inside || g.extended_l2 || self.header.has_data_file() {
-            return false;
-        }
-        if !self.references.set_first(cluster) {
+        if !is_plain || !is_inside || !self.references.set_first(cluster) {
             return false;
         }
         if owner == Owner::Disk {

@@ -20,7 +20,7 @@
 //! | `live` | what is done to the image of a disk in use |
 //! | `rebase`, `commit` | putting an image on another backing file; moving its data to one below |
 //! | `placement`, `packed` | where data lies: in the image, or in a data file of some kind |
-//! | `cache`, `l1`, `words`, `refcount` | L2 slices, the L1 table and refcounts, in memory |
+//! | `cache`, `summary`, `l1`, `words`, `refcount` | L2 slices, the L1 table and refcounts, in memory |
 //! | `allocator`, `free_map`, `reserved` | free clusters, and those that can never be free |
 //! | `overlap` | keeping guest data off metadata, and marking damaged images |
 //! | `requests`, `retired` | when clusters that lost their mapping may be used again |
@@ -102,6 +102,7 @@ mod retired;
 mod snapshot;
 mod stamp;
 mod subclusters;
+mod summary;
 mod switch;
 mod table;
 mod vm_state;

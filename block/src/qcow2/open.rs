@@ -248,7 +248,11 @@ impl Qcow2 {
             has_snapshots: header.nb_snapshots != 0,
             read_only,
             l1,
-            l2: SliceCache::new(geometry.slice_words(), options.l2_cache_size),
+            l2: SliceCache::new(
+                geometry.slice_words(),
+                geometry.cluster_size(),
+                options.l2_cache_size,
+            ),
             metadata,
             incompatible_features: header.incompatible_features,
             compression_type: header.compression(),

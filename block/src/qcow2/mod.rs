@@ -182,9 +182,9 @@ pub struct Qcow2 {
     read_only: bool,
     l1: L1Table,
     l2: SliceCache,
-    /// Where metadata lies that guest data must not land on: in the image file, if it holds guest
-    /// data and may be written.
-    metadata: Option<Arc<Filter>>,
+    /// Where metadata lies that guest data must not land on: in the image file, once guest data has
+    /// been written in place there.
+    metadata: OnceLock<Arc<Filter>>,
     incompatible_features: u64,
     compression_type: CompressionType,
     decompressed: Mutex<Decompressed>,

@@ -11,13 +11,14 @@
 //! the bitmaps stay marked as in use.
 
 use std::ops::Range;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 use crate::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use super::Qcow2;
 use super::header::incompatible;
 use super::parse::offset;
+use super::placement::Placement;
 use crate::{Error, Result};
 
 /// Bits of a filter for each cluster of metadata, so that it is seldom in doubt.
@@ -122,13 +123,24 @@ impl Qcow2 {
         self.check_clusters(offset, len, |_| Ok(false))
     }
 
-    /// Whether [`check_overlap`](Self::check_overlap) would have to ask the exact list.
+    /// Whether [`check_overlap`](Self::check_overlap) would have to ask the exact list, or to wait for the
+    /// refcounts to make the filter.
     #[inline]
     pub(super) fn may_overlap(&self, offset: u64, len: u64) -> bool {
+        if !matches!(self.placement, Placement::Internal) {
+            return false;
+        }
         let g = self.geometry;
         let mut clusters = g.cluster(offset)..g.clusters(offset + len);
-        let filter = self.metadata.as_ref();
-        filter.is_some_and(|filter| clusters.any(|cluster| filter.may_contain(cluster)))
+        let filter = self.metadata.get().or_else(|| self.try_make_filter());
+        filter.is_none_or(|filter| clusters.any(|cluster| filter.may_contain(cluster)))
+    }
+
+    /// The filter, if nobody uses the refcounts now.
+    #[cold]
+    fn try_make_filter(&self) -> Option<&Arc<Filter>> {
+        let filter = self.refcounts.as_ref()?.try_lock().ok()?.metadata();
+        Some(self.metadata.get_or_init(|| filter))
     }
 
     /// As [`check_overlap`](Self::check_overlap), of a place that is about to lose its mapping, and
@@ -153,8 +165,15 @@ impl Qcow2 {
         len: u64,
         mut is_allowed: impl FnMut(u64) -> Result<bool>,
     ) -> Result<()> {
-        let Some(filter) = &self.metadata else {
+        if !matches!(self.placement, Placement::Internal) {
             return Ok(());
+        }
+        let filter = match self.metadata.get() {
+            Some(filter) => filter,
+            None => {
+                let filter = self.refcounts()?.metadata();
+                self.metadata.get_or_init(|| filter)
+            }
         };
         let g = self.geometry;
         for cluster in g.cluster(offset)..g.clusters(offset + len) {

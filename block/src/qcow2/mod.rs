@@ -56,9 +56,10 @@
 //! (`crate::live`).
 //!
 //! Reads of clusters whose mapping is cached, and writes to them, take none, but for the first request
-//! to each L2 table of a raw disk. A request whose slice is not in the cache takes its set to read it;
-//! if every slice of the set waits to be written back, the request writes back first, waits for that,
-//! and fails if that fails.
+//! to each L2 table of a raw disk, and one of many to a slice of the cache or to the image file, which
+//! makes a summary of that slice or the filter of metadata. A request whose slice is not in the cache
+//! takes its set to read it; if every slice of the set waits to be written back, the request writes
+//! back first, waits for that, and fails if that fails.
 
 mod allocator;
 mod amend;

@@ -327,6 +327,7 @@ impl Error {
     }
 
     /// An [`Error::Io`] for `action` at `offset` of `file`.
+    #[cold]
     pub(crate) fn io_at(file: &Path, action: &'static str, offset: u64, source: io::Error) -> Self {
         Self::Io {
             file: file.to_owned(),

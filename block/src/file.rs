@@ -3,6 +3,7 @@
 use crate::sync::{Mutex, lock};
 use std::fs::File;
 use std::io;
+use std::ops::Deref;
 use std::os::fd::BorrowedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -33,7 +34,11 @@ impl FileOptions {
     /// # Errors
     /// [`Error::Io`] if it cannot be opened, [`Error::Locked`] if another program uses it.
     pub fn open(self, path: &Path, read_only: bool) -> Result<Box<dyn Storage>> {
-        Ok(ImageFile::open(path, Access::new(read_only), self)?.storage)
+        let file = ImageFile::open(path, Access::new(read_only), self)?;
+        Ok(match file.storage {
+            Store::File(file) => Box::new(file),
+            Store::Other(storage) => storage,
+        })
     }
 }
 
@@ -43,10 +48,29 @@ const ZEROS: usize = 1 << 20;
 /// Attempts to open a file while others replace it.
 const ATTEMPTS: usize = 16;
 
+/// What a file below a disk is kept in.
+#[derive(Debug)]
+pub(crate) enum Store {
+    /// As in most cases: requests find their way without a call through a table of functions.
+    File(FileStorage),
+    Other(Box<dyn Storage>),
+}
+
+impl Deref for Store {
+    type Target = dyn Storage;
+
+    fn deref(&self) -> &Self::Target {
+        match self {
+            Self::File(file) => file,
+            Self::Other(storage) => &**storage,
+        }
+    }
+}
+
 /// The image file, the external data file, or a raw disk.
 #[derive(Debug)]
 pub(crate) struct ImageFile {
-    pub storage: Box<dyn Storage>,
+    pub storage: Store,
     pub path: PathBuf,
     /// A sync failed: what had been written before it may be lost, and no later sync can tell.
     sync_failed: Mutex<bool>,
@@ -59,6 +83,10 @@ pub(crate) struct ImageFile {
 impl ImageFile {
     /// Storage that is called `path`. Of `cache`, only what is done above the storage counts.
     pub fn new(storage: Box<dyn Storage>, path: &Path, cache: CacheMode) -> Self {
+        Self::with_store(Store::Other(storage), path, cache)
+    }
+
+    fn with_store(storage: Store, path: &Path, cache: CacheMode) -> Self {
         Self {
             units: storage.units(),
             storage,
@@ -106,13 +134,13 @@ impl ImageFile {
         read_only: bool,
         cache: CacheMode,
     ) -> Result<Self> {
-        let storage: Box<dyn Storage> = if cache.is_direct() {
+        let storage = if cache.is_direct() {
             let direct = Direct::new(storage, read_only);
-            Box::new(direct.map_err(|e| Error::io(path, "open", e))?)
+            Store::Other(Box::new(direct.map_err(|e| Error::io(path, "open", e))?))
         } else {
-            Box::new(storage)
+            Store::File(storage)
         };
-        Ok(Self::new(storage, path, cache))
+        Ok(Self::with_store(storage, path, cache))
     }
 
     /// Gives up the locks, so that the file can be opened in another way.
@@ -147,33 +175,45 @@ impl ImageFile {
         stat.ok().map(|stat| (stat.st_dev, stat.st_ino))
     }
 
+    #[inline(always)]
     pub fn read_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> Result<()> {
-        self.storage
-            .read_at(bufs, offset)
-            .map_err(|e| Error::io_at(&self.path, "read", offset, e))
+        match &self.storage {
+            Store::File(file) => file.read_at(bufs, offset),
+            Store::Other(storage) => storage.read_at(bufs, offset),
+        }
+        .map_err(|e| Error::io_at(&self.path, "read", offset, e))
     }
 
+    #[inline(always)]
     pub fn write_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> Result<()> {
-        self.storage
-            .write_at(bufs, offset)
-            .map_err(|e| Error::io_at(&self.path, "write to", offset, e))
+        match &self.storage {
+            Store::File(file) => file.write_at(bufs, offset),
+            Store::Other(storage) => storage.write_at(bufs, offset),
+        }
+        .map_err(|e| Error::io_at(&self.path, "write to", offset, e))
     }
 
     /// As [`Storage::try_read_at`].
+    #[inline(always)]
     pub fn try_read_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> Result<bool> {
-        self.storage
-            .try_read_at(bufs, offset)
-            .map_err(|e| Error::io_at(&self.path, "read", offset, e))
+        match &self.storage {
+            Store::File(file) => file.try_read_at(bufs, offset),
+            Store::Other(storage) => storage.try_read_at(bufs, offset),
+        }
+        .map_err(|e| Error::io_at(&self.path, "read", offset, e))
     }
 
     /// As [`Storage::try_write_at`]; if a write is to be durable when it completes, it waits.
+    #[inline(always)]
     pub fn try_write_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> Result<bool> {
         if self.is_write_through() {
             return Ok(false);
         }
-        self.storage
-            .try_write_at(bufs, offset)
-            .map_err(|e| Error::io_at(&self.path, "write to", offset, e))
+        match &self.storage {
+            Store::File(file) => file.try_write_at(bufs, offset),
+            Store::Other(storage) => storage.try_write_at(bufs, offset),
+        }
+        .map_err(|e| Error::io_at(&self.path, "write to", offset, e))
     }
 
     pub fn read_bytes_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {

@@ -1,4 +1,8 @@
 //! `preadv`, `pwritev` and `preadv2` on volatile memory: the one place where guest memory meets the kernel.
+//!
+//! Most requests have one buffer. The way of those from [`Disk`](crate::Disk) to the system call is one
+//! function, all of it inlined: processors do not predict where a function returns to after a system
+//! call, so that each level of calls costs more than what it does.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -31,20 +35,31 @@ pub(crate) enum Direction {
 ///
 /// `unit` is what offsets must be a multiple of: a read that stops elsewhere has met the end of the
 /// file, and the system would refuse to go on from there.
+#[inline(always)]
 pub(crate) fn transfer(
+    fd: BorrowedFd<'_>,
+    bufs: &[VolatileSlice<'_>],
+    offset: u64,
+    unit: u64,
+    direction: Direction,
+) -> io::Result<()> {
+    if let [buf] = bufs
+        && transfer_whole(fd, buf, offset, direction)?
+    {
+        return Ok(());
+    }
+    transfer_chunks(fd, bufs, offset, unit, direction)
+}
+
+/// [`transfer`], chunk by chunk.
+#[inline(never)]
+fn transfer_chunks(
     fd: BorrowedFd<'_>,
     bufs: &[VolatileSlice<'_>],
     mut offset: u64,
     unit: u64,
     direction: Direction,
 ) -> io::Result<()> {
-    if let [buf] = bufs {
-        if transfer_whole(fd, buf, offset, direction)? {
-            return Ok(());
-        }
-        return transfer_chunk::<1>(fd, std::slice::from_ref(buf), offset, unit, direction)
-            .map(drop);
-    }
     for chunk in bufs.chunks(MAX_IOV) {
         // Filling in the larger array would cost more than a small request's lookup.
         let done = if chunk.len() <= FEW_IOV {
@@ -61,6 +76,7 @@ pub(crate) fn transfer(
 
 /// Moves `buf` in a single system call, which is all that most requests need. Returns whether all of it
 /// has been moved; if not, everything is to be moved again.
+#[inline(always)]
 fn transfer_whole(
     fd: BorrowedFd<'_>,
     buf: &VolatileSlice<'_>,
@@ -70,6 +86,10 @@ fn transfer_whole(
     let position = i64::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
     let (fd, len) = (fd.as_raw_fd(), buf.len());
     let start = buf.ptr_guard_mut().as_ptr().cast();
+    let iov = libc::iovec {
+        iov_base: start,
+        iov_len: len,
+    };
     // SAFETY: `start` and `len` describe memory of a `VolatileSlice` whose lifetime outlives this
     // call and which is not borrowed as a Rust reference anywhere; the kernel may read or write
     // it at will. The memory stays mapped without the guard that the pointer came from, since that
@@ -77,17 +97,24 @@ fn transfer_whole(
     let n = unsafe {
         match direction {
             Direction::Read => libc::pread(fd, start, len, position),
+            Direction::ReadNoWait => libc::preadv2(fd, &iov, 1, position, libc::RWF_NOWAIT),
             Direction::Write => libc::pwrite(fd, start, len, position),
-            Direction::ReadNoWait => return Ok(false),
         }
     };
     if n < 0 {
-        let error = io::Error::last_os_error();
-        if error.kind() != io::ErrorKind::Interrupted {
-            return Err(error);
-        }
+        return check_interrupted();
     }
     Ok(n as usize == len)
+}
+
+/// `Ok(false)` if the system call that has just failed was interrupted, or its error.
+#[cold]
+fn check_interrupted() -> io::Result<bool> {
+    let error = io::Error::last_os_error();
+    if error.kind() == io::ErrorKind::Interrupted {
+        return Ok(false);
+    }
+    Err(error)
 }
 
 /// Moves the at most `N` buffers of `bufs`, and returns their length.

@@ -8,10 +8,14 @@
 //!
 //! Filling and changing a frame takes the lock of its set. A slice that was changed is dirty until
 //! it has been written back, and stays in its frame until then.
+//!
+//! A frame also has a [`Summary`], which most lookups of single entries need no more than.
 
 use crate::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence};
+use std::ops::Range;
 use std::sync::OnceLock;
 
+use super::summary::Summary;
 use crate::sync::{Mutex, MutexGuard, lock};
 
 /// Frames in a set; the model checkers have one, which is evicted at every turn.
@@ -26,15 +30,20 @@ pub(crate) struct SliceCache {
     /// Sets are made when first used: a small disk in a large cache costs little memory.
     sets: Box<[OnceLock<Box<Set>>]>,
     entries: usize,
+    /// By how much the entries of clusters differ that lie one behind the other.
+    step: u64,
     dirty: AtomicUsize,
     max_dirty: usize,
 }
 
+/// All tags are in one line of the processor's cache.
+#[repr(C, align(64))]
 struct Set {
     tags: [AtomicU64; WAYS],
     /// Used since the clock hand passed; a hint, so relaxed.
     used: [AtomicBool; WAYS],
     words: Box<[AtomicU64]>,
+    summaries: [Summary; WAYS],
     state: Mutex<SetState>,
 }
 
@@ -69,12 +78,14 @@ pub(crate) enum LoadError<E> {
 }
 
 impl SliceCache {
-    /// A cache for slices of `entries` entries that takes up to `limit` bytes, at least one set.
-    pub fn new(entries: usize, limit: usize) -> Self {
+    /// A cache for slices of `entries` entries that takes up to `limit` bytes for those, at least one
+    /// set. The entries of clusters that lie one behind the other differ by `step`.
+    pub fn new(entries: usize, step: u64, limit: usize) -> Self {
         let sets = 1 << (limit / (WAYS * entries * 8)).max(1).ilog2();
         Self {
             sets: (0..sets).map(|_| OnceLock::new()).collect(),
             entries,
+            step,
             dirty: AtomicUsize::new(0),
             max_dirty: (sets * WAYS / 4).max(1),
         }
@@ -94,13 +105,42 @@ impl SliceCache {
     /// dropped then. It must cope with any value and have no effect.
     #[inline]
     pub fn read<R>(&self, slice: u64, look: impl Fn(&[AtomicU64]) -> R) -> Option<R> {
+        self.read_frame(slice, |set, way| look(set.words(way)))
+    }
+
+    /// Entry `index` of `slice`, if it is cached.
+    #[inline]
+    pub fn entry(&self, slice: u64, index: usize) -> Option<u64> {
+        let (entry, wants_summary) =
+            self.read_frame(slice, |set, way| set.entry(way, index, self.step))?;
+        if wants_summary {
+            self.summarise(slice);
+        }
+        Some(entry)
+    }
+
+    /// Makes the summary of `slice`, if that need not wait.
+    #[cold]
+    fn summarise(&self, slice: u64) {
+        let set = self.set(slice);
+        if let Ok(mut state) = set.state.try_lock()
+            && let Some(way) = set.way_of(slice)
+        {
+            set.hide(way);
+            set.summaries[way].make(set.words(way), self.step);
+            set.show(&mut state, way, slice);
+        }
+    }
+
+    #[inline]
+    fn read_frame<R>(&self, slice: u64, look: impl Fn(&Set, usize) -> R) -> Option<R> {
         let set = self.set(slice);
         for way in 0..WAYS {
             let tag = set.tags[way].load(Ordering::Acquire);
             if tag >> VERSION_BITS != slice + 1 {
                 continue;
             }
-            let result = look(set.words(way));
+            let result = look(set, way);
             fence(Ordering::Acquire);
             if set.tags[way].load(Ordering::Relaxed) != tag {
                 return None;
@@ -127,10 +167,12 @@ impl SliceCache {
         Ok(look(set.words(way)))
     }
 
-    /// Changes entries of `slice` and marks it dirty, loading it first where necessary.
+    /// Changes the entries of `slice` with indices in `changed` and marks it dirty, loading it first
+    /// where necessary.
     pub fn update<E>(
         &self,
         slice: u64,
+        changed: Range<usize>,
         fill: impl FnOnce(&[AtomicU64]) -> Result<(), E>,
         change: impl FnOnce(&[AtomicU64]),
     ) -> Result<(), LoadError<E>> {
@@ -139,6 +181,7 @@ impl SliceCache {
         let way = set.load(&mut state, slice, fill)?;
         set.hide(way);
         change(set.words(way));
+        set.summaries[way].forget(changed);
         set.show(&mut state, way, slice);
         if !state.frames[way].dirty {
             state.frames[way].dirty = true;
@@ -208,6 +251,7 @@ impl Set {
             tags: Default::default(),
             used: Default::default(),
             words: (0..WAYS * entries).map(|_| AtomicU64::new(0)).collect(),
+            summaries: Default::default(),
             state: Mutex::default(),
         }
     }
@@ -215,6 +259,18 @@ impl Set {
     fn words(&self, way: usize) -> &[AtomicU64] {
         let entries = self.words.len() / WAYS;
         &self.words[way * entries..(way + 1) * entries]
+    }
+
+    /// Entry `index` of a frame, and whether its summary should be made.
+    #[inline]
+    fn entry(&self, way: usize, index: usize, step: u64) -> (u64, bool) {
+        let summary = &self.summaries[way];
+        if let Some(entry) = summary.get(index, step) {
+            return (entry, false);
+        }
+        let entry = self.words(way)[index].load(Ordering::Acquire);
+        // Those that are not there yet are about to change.
+        (entry, entry != 0 && summary.missed())
     }
 
     /// Number of the slice in a filled frame.
@@ -229,16 +285,22 @@ impl Set {
         slice: u64,
         fill: impl FnOnce(&[AtomicU64]) -> Result<(), E>,
     ) -> Result<usize, LoadError<E>> {
-        let holds =
-            |way: &usize| self.tags[*way].load(Ordering::Relaxed) >> VERSION_BITS == slice + 1;
-        if let Some(way) = (0..WAYS).find(holds) {
+        if let Some(way) = self.way_of(slice) {
             return Ok(way);
         }
         let way = self.victim(state).ok_or(LoadError::Full)?;
         self.hide(way);
+        self.summaries[way].forget(0..self.words(way).len());
         fill(self.words(way)).map_err(LoadError::Read)?;
         self.show(state, way, slice);
         Ok(way)
+    }
+
+    /// The frame that holds `slice`.
+    fn way_of(&self, slice: u64) -> Option<usize> {
+        let holds =
+            |way: &usize| self.tags[*way].load(Ordering::Relaxed) >> VERSION_BITS == slice + 1;
+        (0..WAYS).find(holds)
     }
 
     /// Keeps readers from a frame, whose words are about to change: they must not see new ones under
@@ -283,6 +345,8 @@ mod tests {
     use super::*;
     use std::convert::Infallible;
 
+    const STEP: u64 = 1 << 16;
+
     fn fill_with(value: u64) -> impl FnOnce(&[AtomicU64]) -> Result<(), Infallible> {
         move |words| {
             words.iter().for_each(|w| w.store(value, Ordering::Relaxed));
@@ -296,7 +360,7 @@ mod tests {
 
     #[test]
     fn holds_what_was_loaded() {
-        let cache = SliceCache::new(64, 64 << 10);
+        let cache = SliceCache::new(64, STEP, 64 << 10);
         assert_eq!(first(&cache, 3), None);
         cache.load(3, fill_with(33), |_| ()).unwrap();
         cache.load(3, fill_with(44), |_| ()).unwrap();
@@ -311,16 +375,16 @@ mod tests {
             (3 * WAYS * 512, 2),
             (4 * WAYS * 512, 4),
         ] {
-            assert_eq!(SliceCache::new(64, limit).sets.len(), sets, "{limit}");
+            assert_eq!(SliceCache::new(64, STEP, limit).sets.len(), sets, "{limit}");
         }
     }
 
     #[test]
     fn dirty_slices_are_never_evicted() {
-        let cache = SliceCache::new(64, 0);
+        let cache = SliceCache::new(64, STEP, 0);
         for slice in 0..WAYS as u64 {
             cache
-                .update(slice, fill_with(0), |w| {
+                .update(slice, 0..1, fill_with(0), |w| {
                     w[0].store(slice, Ordering::Relaxed)
                 })
                 .unwrap();
@@ -345,21 +409,53 @@ mod tests {
 
     #[test]
     fn changes_during_write_back_are_kept() {
-        let cache = SliceCache::new(64, 0);
+        let cache = SliceCache::new(64, STEP, 0);
         cache
-            .update(1, fill_with(0), |w| w[0].store(1, Ordering::Relaxed))
+            .update(1, 0..1, fill_with(0), |w| w[0].store(1, Ordering::Relaxed))
             .unwrap();
         assert_eq!(cache.take_dirty()[0].entries[0], 1);
         cache
-            .update(1, fill_with(9), |w| w[0].store(2, Ordering::Relaxed))
+            .update(1, 0..1, fill_with(9), |w| w[0].store(2, Ordering::Relaxed))
             .unwrap();
         cache.written();
         assert_eq!(cache.take_dirty()[0].entries[0], 2);
     }
 
+    /// Whether they are in a summary or not.
+    #[test]
+    fn entries_are_those_stored_last() {
+        let cache = SliceCache::new(64, STEP, 0);
+        cache.load(1, fill_with(5), |_| ()).unwrap();
+        let check = |first: u64, step: u64| {
+            // Often enough for a summary.
+            for _ in 0..10 {
+                let seen = (0..64).map(|index| cache.entry(1, index).unwrap());
+                assert!(seen.eq((0..64).map(|index| first + index * step)));
+            }
+        };
+        check(5, 0);
+        for first in [7, 8] {
+            let change = |words: &[AtomicU64]| {
+                for (word, index) in words.iter().zip(0..) {
+                    word.store(first + index * STEP, Ordering::Relaxed);
+                }
+            };
+            cache.update(1, 0..64, fill_with(0), change).unwrap();
+            check(first, STEP);
+            assert!(cache.set(1).summaries[0].get(63, STEP).is_some());
+        }
+        cache.take_dirty();
+        cache.written();
+        (2..).take(3 * WAYS).for_each(|slice| {
+            cache.load(slice, fill_with(slice), |_| ()).unwrap();
+            assert_eq!(cache.entry(slice, 63), Some(slice));
+        });
+        assert_eq!(cache.entry(1, 0), None);
+    }
+
     #[test]
     fn a_failed_fill_leaves_no_slice() {
-        let cache = SliceCache::new(64, 0);
+        let cache = SliceCache::new(64, STEP, 0);
         cache.load(1, fill_with(1), |_| ()).unwrap();
         assert!(matches!(
             cache.load(2, |_| Err("no"), |_| ()),
@@ -371,7 +467,7 @@ mod tests {
     /// Readers race with refills of a cache far too small; no reader may see a foreign entry.
     #[test]
     fn readers_never_see_another_slice() {
-        let cache = SliceCache::new(16, 0);
+        let cache = SliceCache::new(16, STEP, 0);
         let done = AtomicBool::new(false);
         let hits = AtomicU64::new(0);
         std::thread::scope(|scope| {
@@ -413,6 +509,8 @@ mod loom_tests {
     use loom::thread;
     use std::convert::Infallible;
 
+    const STEP: u64 = 1 << 16;
+
     fn fill(value: u64) -> impl FnOnce(&[AtomicU64]) -> Result<(), Infallible> {
         move |words| {
             words.iter().for_each(|w| w.store(value, Ordering::Relaxed));
@@ -428,7 +526,7 @@ mod loom_tests {
     }
 
     fn cache() -> Arc<SliceCache> {
-        let cache = Arc::new(SliceCache::new(2, 0));
+        let cache = Arc::new(SliceCache::new(2, STEP, 0));
         cache.load(1, fill(1), |_| ()).unwrap();
         cache
     }
@@ -467,7 +565,7 @@ mod loom_tests {
                     let store = |words: &[AtomicU64]| {
                         words.iter().for_each(|w| w.store(9, Ordering::Relaxed));
                     };
-                    cache.update(1, fill(0), store).unwrap();
+                    cache.update(1, 0..2, fill(0), store).unwrap();
                 }
             });
             if let Some(seen) = look(&cache, 1) {
@@ -475,6 +573,33 @@ mod loom_tests {
             }
             change.join().unwrap();
             assert_eq!(look(&cache, 1), Some([9, 9]));
+        });
+    }
+
+    /// An entry is changed, and the slice evicted, during a lookup by way of a summary.
+    #[test]
+    fn loom_entries_of_a_summary() {
+        loom::model(|| {
+            let cache = cache();
+            cache.summarise(1);
+            let change = thread::spawn({
+                let cache = cache.clone();
+                move || {
+                    let store = |words: &[AtomicU64]| words[0].store(9, Ordering::Release);
+                    cache.update(1, 0..1, fill(0), store).unwrap();
+                    cache.summarise(1);
+                    cache.take_dirty();
+                    cache.written();
+                    cache.load(2, fill(2), |_| ()).unwrap();
+                }
+            });
+            for (slice, values) in [(1, [1, 9]), (2, [2, 2])] {
+                if let Some(seen) = cache.entry(slice, 0) {
+                    assert!(values.contains(&seen), "{seen}");
+                }
+            }
+            change.join().unwrap();
+            assert_eq!(cache.entry(2, 0), Some(2));
         });
     }
 
@@ -488,7 +613,7 @@ mod loom_tests {
                 let cache = cache.clone();
                 move || {
                     let store = |words: &[AtomicU64]| words[1].store(9, Ordering::Release);
-                    cache.update(1, fill(0), store).unwrap();
+                    cache.update(1, 1..2, fill(0), store).unwrap();
                 }
             });
             let first = cache.take_dirty();

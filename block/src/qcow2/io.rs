@@ -69,16 +69,15 @@ impl Disk for Qcow2 {
         let len = total_len(bufs);
         check_range(offset, len, self.size())?;
         self.track(offset, len)?;
-        if let Some(file) = self.passthrough(offset, len)? {
-            file.write_at(bufs, offset)?;
-            // No metadata has changed.
-            return if self.image.is_write_through() {
-                self.write_back()
-            } else {
-                Ok(())
-            };
+        if !self.write_there(bufs, offset, len)? {
+            return self.with_space(|| self.write_mapped(bufs, offset, len, Area::Disk));
         }
-        self.with_space(|| self.write_mapped(bufs, offset, len, Area::Disk))
+        // No metadata has changed.
+        if self.image.is_write_through() {
+            self.write_back()
+        } else {
+            Ok(())
+        }
     }
 
     fn try_read_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> Result<bool> {
@@ -245,6 +244,7 @@ impl Qcow2 {
     }
 
     /// Fills `bufs` through the mapping.
+    #[inline]
     pub(super) fn read_mapped(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> Result<()> {
         let len = total_len(bufs);
         let _running = self.requests.begin();
@@ -255,6 +255,7 @@ impl Qcow2 {
     }
 
     /// [`read_mapped`](Self::read_mapped), run by run.
+    #[inline(never)]
     fn read_runs(&self, bufs: &[VolatileSlice<'_>], offset: u64, len: u64) -> Result<()> {
         let mut buffers = Buffers::new(bufs);
         let mut done = 0;
@@ -271,6 +272,25 @@ impl Qcow2 {
         Ok(())
     }
 
+    /// Writes `bufs`, of `len` bytes, where data is already, if that place is found in a few steps.
+    /// Returns whether they have been written.
+    #[inline(always)]
+    fn write_there(&self, bufs: &[VolatileSlice<'_>], offset: u64, len: u64) -> Result<bool> {
+        if let Some(file) = self.passthrough(offset, len)? {
+            return file.write_at(bufs, offset).map(|()| true);
+        }
+        let _running = self.requests.begin();
+        let Some(Place {
+            offset,
+            in_place: true,
+        }) = self.data_in_cluster(offset, len)
+        else {
+            return Ok(false);
+        };
+        self.check_overlap(offset, len)?;
+        self.data().write_at(bufs, offset).map(|()| true)
+    }
+
     /// Writes `bufs`, of `len` bytes in `area`, through the mapping.
     pub(super) fn write_mapped(
         &self,
@@ -280,26 +300,6 @@ impl Qcow2 {
         area: Area,
     ) -> Result<()> {
         let _running = self.requests.begin();
-        match self.data_in_cluster(offset, len) {
-            Some(Place {
-                offset,
-                in_place: true,
-            }) => {
-                self.check_overlap(offset, len)?;
-                self.data().write_at(bufs, offset)
-            }
-            _ => self.write_runs(bufs, offset, len, area),
-        }
-    }
-
-    /// [`write_mapped`](Self::write_mapped), run by run.
-    fn write_runs(
-        &self,
-        bufs: &[VolatileSlice<'_>],
-        offset: u64,
-        len: u64,
-        area: Area,
-    ) -> Result<()> {
         let mut buffers = Buffers::new(bufs);
         let mut done = 0;
         while done < len {

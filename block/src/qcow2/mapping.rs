@@ -170,19 +170,15 @@ impl Qcow2 {
 
     /// Where the `len` bytes at `offset` are, if that is found in a few steps: they are data, in one
     /// cluster that is not divided, and its entry is in the cache, and not bad.
-    #[inline]
+    #[inline(always)]
     pub(super) fn data_in_cluster(&self, offset: u64, len: u64) -> Option<Place> {
         let g = self.geometry;
         let (cluster, skip) = (g.cluster(offset), g.in_cluster(offset));
         if g.extended_l2 || len > g.cluster_size() - skip {
             return None;
         }
-        if self.l1.get(g.l1_index(cluster)).offset() == 0 {
-            return None;
-        }
-        let index = g.slice_index(cluster);
-        let load = |words: &[AtomicU64]| words[index].load(Ordering::Acquire);
-        let entry = L2Entry(self.l2.read(g.slice(cluster), load)?);
+        // A slice of a table that does not exist is not in the cache.
+        let entry = L2Entry(self.l2.entry(g.slice(cluster), g.slice_index(cluster))?);
         let layout = self.placement.data_file_layout();
         match entry.cluster(layout) {
             Cluster::Normal(start) if self.check_place(start, layout, cluster).is_ok() => {

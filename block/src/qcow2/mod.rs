@@ -20,7 +20,7 @@
 //! | `live` | what is done to the image of a disk in use |
 //! | `rebase`, `commit` | putting an image on another backing file; moving its data to one below |
 //! | `placement`, `packed` | where data lies: in the image, or in a data file of some kind |
-//! | `cache`, `l1`, `words`, `refcount` | L2 slices, the L1 table and refcounts, in memory |
+//! | `cache`, `summary`, `l1`, `words`, `refcount` | L2 slices, the L1 table and refcounts, in memory |
 //! | `allocator`, `free_map`, `reserved` | free clusters, and those that can never be free |
 //! | `overlap` | keeping guest data off metadata, and marking damaged images |
 //! | `requests`, `retired` | when clusters that lost their mapping may be used again |
@@ -56,9 +56,10 @@
 //! (`crate::live`).
 //!
 //! Reads of clusters whose mapping is cached, and writes to them, take none, but for the first request
-//! to each L2 table of a raw disk. A request whose slice is not in the cache takes its set to read it;
-//! if every slice of the set waits to be written back, the request writes back first, waits for that,
-//! and fails if that fails.
+//! to each L2 table of a raw disk, and one of many to a slice of the cache or to the image file, which
+//! makes a summary of that slice or the filter of metadata. A request whose slice is not in the cache
+//! takes its set to read it; if every slice of the set waits to be written back, the request writes
+//! back first, waits for that, and fails if that fails.
 
 mod allocator;
 mod amend;
@@ -102,6 +103,7 @@ mod retired;
 mod snapshot;
 mod stamp;
 mod subclusters;
+mod summary;
 mod switch;
 mod table;
 mod vm_state;
@@ -183,9 +185,9 @@ pub struct Qcow2 {
     read_only: bool,
     l1: L1Table,
     l2: SliceCache,
-    /// Where metadata lies that guest data must not land on: in the image file, if it holds guest
-    /// data and may be written.
-    metadata: Option<Arc<Filter>>,
+    /// Where metadata lies that guest data must not land on: in the image file, once guest data has
+    /// been written in place there.
+    metadata: OnceLock<Arc<Filter>>,
     incompatible_features: u64,
     compression_type: CompressionType,
     decompressed: Mutex<Decompressed>,

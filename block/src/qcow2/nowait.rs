@@ -56,13 +56,15 @@ impl Qcow2 {
             return file.try_write_at(bufs, offset);
         }
         let _running = self.requests.begin();
+        let write = |place: Place, len, bufs: &[VolatileSlice<'_>]| {
+            let may_write = place.in_place && !self.may_overlap(place.offset, len);
+            Ok(may_write && self.data().try_write_at(bufs, place.offset)?)
+        };
+        if let Some(place) = self.data_in_cluster(offset, len) {
+            return write(place, len, bufs);
+        }
         self.try_runs(bufs, offset, len, |kind, bufs, _| match kind {
-            Kind::Data(Place {
-                offset,
-                in_place: true,
-            }) if !self.may_overlap(offset, total_len(bufs)) => {
-                self.data().try_write_at(bufs, offset)
-            }
+            Kind::Data(place) => write(place, total_len(bufs), bufs),
             _ => Ok(false),
         })
     }

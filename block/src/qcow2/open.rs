@@ -1,7 +1,7 @@
 //! From files to a [`Qcow2`].
 
+use crate::sync::Mutex;
 use crate::sync::atomic::{AtomicBool, AtomicU64};
-use crate::sync::{Mutex, lock};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
@@ -230,10 +230,6 @@ impl Qcow2 {
             Placement::Packed(packed) => packed.file.size()?,
             _ => image.size()?,
         };
-        let metadata = match (&placement, &refcounts) {
-            (Placement::Internal, Some(refcounts)) => Some(lock(refcounts).metadata()),
-            _ => None,
-        };
         if !read_only {
             // Last: an image that is refused stays as it is.
             clear_unknown_autoclear(&image, &header)?;
@@ -249,8 +245,12 @@ impl Qcow2 {
             has_snapshots: header.nb_snapshots != 0,
             read_only,
             l1,
-            l2: SliceCache::new(geometry.slice_words(), options.l2_cache_size),
-            metadata,
+            l2: SliceCache::new(
+                geometry.slice_words(),
+                geometry.cluster_size(),
+                options.l2_cache_size,
+            ),
+            metadata: OnceLock::new(),
             incompatible_features: header.incompatible_features,
             compression_type: header.compression(),
             decompressed: Mutex::default(),
@@ -299,7 +299,7 @@ pub(super) fn open_refcounts(
     let mut refcounts = Refcounts::open(image, geometry, header.refcount_width(), table, clusters)?;
     let l1_size = u64::from(header.l1_size) * ENTRY_SIZE;
     let l1_clusters = l1_size.div_ceil(geometry.cluster_size());
-    let mut reserved = Reserved::new(geometry.cluster_bits);
+    let mut reserved = Reserved::new(geometry.cluster_bits, header.nb_snapshots != 0);
     reserved.push(Field::Header, 0, 1);
     reserved.push(Field::RefcountTable, geometry.cluster(table), clusters);
     let l1_table = geometry.cluster(header.l1_table_offset);
@@ -312,7 +312,7 @@ pub(super) fn open_refcounts(
     }
     reserve_snapshots(image, geometry, header, &mut reserved)?;
     bitmaps::reserve(image, header, &mut reserved)?;
-    reserved.complete(image)?;
+    reserved.sort(image)?;
     refcounts.reserve(image, reserved)?;
     Ok(refcounts)
 }

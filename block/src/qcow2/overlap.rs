@@ -11,13 +11,14 @@
 //! the bitmaps stay marked as in use.
 
 use std::ops::Range;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 use crate::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use super::Qcow2;
 use super::header::incompatible;
 use super::parse::offset;
+use super::placement::Placement;
 use crate::{Error, Result};
 
 /// Bits of a filter for each cluster of metadata, so that it is seldom in doubt.
@@ -28,8 +29,6 @@ const WORD_BITS: u64 = u64::BITS as u64;
 const MIN_WORDS: usize = 128;
 /// How many times as large as the one before a level is.
 const GROWTH: usize = 8;
-/// Enough for all clusters that a file can have.
-const LEVELS: usize = 12;
 
 /// A set of clusters that is read without locks, and contains more than was added.
 ///
@@ -37,26 +36,26 @@ const LEVELS: usize = 12;
 /// next.
 #[derive(Debug)]
 pub(crate) struct Filter {
-    levels: [OnceLock<Level>; LEVELS],
-}
-
-#[derive(Debug)]
-struct Level {
     /// Each cluster has one bit, which it shares with others.
     words: Box<[AtomicU64]>,
-    /// How many more clusters it is made for.
+    /// How many more clusters this level is made for.
     room: AtomicUsize,
+    next: OnceLock<Box<Self>>,
 }
 
 impl Filter {
     /// For about `clusters` clusters, and those that come later.
     pub fn new(clusters: usize) -> Self {
         let words = clusters.saturating_mul(BITS_PER_CLUSTER) / u64::BITS as usize;
-        let filter = Self {
-            levels: Default::default(),
-        };
-        filter.levels[0].get_or_init(|| Level::new(words.max(MIN_WORDS).next_power_of_two()));
-        filter
+        Self::with_words(words.max(MIN_WORDS).next_power_of_two())
+    }
+
+    fn with_words(words: usize) -> Self {
+        Self {
+            words: (0..words).map(|_| AtomicU64::new(0)).collect(),
+            room: AtomicUsize::new(words * u64::BITS as usize / BITS_PER_CLUSTER),
+            next: OnceLock::new(),
+        }
     }
 
     /// Adds `clusters`, those that share a word at once. One thread does so at a time.
@@ -71,41 +70,37 @@ impl Filter {
 
     /// Adds `count` clusters from `first` on, which share a word.
     fn insert_row(&self, first: u64, count: u64) {
-        let mut words = MIN_WORDS;
-        for (i, level) in self.levels.iter().enumerate() {
-            let level = level.get_or_init(|| Level::new(words * GROWTH));
-            let room = level.room.load(Ordering::Relaxed);
-            if room > 0 || i + 1 == LEVELS {
-                let room = room.saturating_sub(count as usize);
-                level.room.store(room, Ordering::Relaxed);
-                let ones = u64::MAX >> (WORD_BITS - count);
-                let (word, shift) = level.place(first);
-                word.fetch_or(ones.rotate_left(shift), Ordering::Release);
-                return;
-            }
-            words = level.words.len();
+        let mut level = self;
+        while level.room.load(Ordering::Relaxed) == 0 {
+            let words = level.words.len() * GROWTH;
+            level = level.next.get_or_init(|| Box::new(Self::with_words(words)));
         }
+        let room = level.room.load(Ordering::Relaxed);
+        let room = room.saturating_sub(count as usize);
+        level.room.store(room, Ordering::Relaxed);
+        let ones = u64::MAX >> (WORD_BITS - count);
+        let (word, shift) = level.place(first);
+        word.fetch_or(ones.rotate_left(shift), Ordering::Release);
     }
 
     /// Whether `cluster` may have been added.
+    #[inline]
     pub fn may_contain(&self, cluster: u64) -> bool {
-        let levels = self.levels.iter().map_while(OnceLock::get);
-        levels.into_iter().any(|level| {
+        let mut level = self;
+        loop {
             let (word, bit) = level.place(cluster);
-            word.load(Ordering::Acquire) >> bit & 1 != 0
-        })
-    }
-}
-
-impl Level {
-    fn new(words: usize) -> Self {
-        Self {
-            words: (0..words).map(|_| AtomicU64::new(0)).collect(),
-            room: AtomicUsize::new(words * u64::BITS as usize / BITS_PER_CLUSTER),
+            if word.load(Ordering::Acquire) >> bit & 1 != 0 {
+                return true;
+            }
+            match level.next.get() {
+                Some(next) => level = next,
+                None => return false,
+            }
         }
     }
 
-    /// The word of `cluster`, and the bit of it there.
+    /// The word of `cluster` in this level, and the bit of it there.
+    #[inline]
     fn place(&self, cluster: u64) -> (&AtomicU64, u32) {
         // Neighbours share a word; tables that lie at regular distances do not share a bit.
         let hash = (cluster / WORD_BITS).wrapping_mul(0x9e37_79b9_7f4a_7c15);
@@ -128,13 +123,24 @@ impl Qcow2 {
         self.check_clusters(offset, len, |_| Ok(false))
     }
 
-    /// Whether [`check_overlap`](Self::check_overlap) would have to ask the exact list.
+    /// Whether [`check_overlap`](Self::check_overlap) would have to ask the exact list, or to wait for the
+    /// refcounts to make the filter.
     #[inline]
     pub(super) fn may_overlap(&self, offset: u64, len: u64) -> bool {
+        if !matches!(self.placement, Placement::Internal) {
+            return false;
+        }
         let g = self.geometry;
         let mut clusters = g.cluster(offset)..g.clusters(offset + len);
-        let filter = self.metadata.as_ref();
-        filter.is_some_and(|filter| clusters.any(|cluster| filter.may_contain(cluster)))
+        let filter = self.metadata.get().or_else(|| self.try_make_filter());
+        filter.is_none_or(|filter| clusters.any(|cluster| filter.may_contain(cluster)))
+    }
+
+    /// The filter, if nobody uses the refcounts now.
+    #[cold]
+    fn try_make_filter(&self) -> Option<&Arc<Filter>> {
+        let filter = self.refcounts.as_ref()?.try_lock().ok()?.metadata();
+        Some(self.metadata.get_or_init(|| filter))
     }
 
     /// As [`check_overlap`](Self::check_overlap), of a place that is about to lose its mapping, and
@@ -152,14 +158,22 @@ impl Qcow2 {
 
     /// Refuses the `len` bytes at `offset` of the file that holds guest data, which an L2 entry leads
     /// to, if there is metadata, in a cluster that is not allowed.
+    #[inline(never)]
     pub(super) fn check_clusters(
         &self,
         offset: u64,
         len: u64,
         mut is_allowed: impl FnMut(u64) -> Result<bool>,
     ) -> Result<()> {
-        let Some(filter) = &self.metadata else {
+        if !matches!(self.placement, Placement::Internal) {
             return Ok(());
+        }
+        let filter = match self.metadata.get() {
+            Some(filter) => filter,
+            None => {
+                let filter = self.refcounts()?.metadata();
+                self.metadata.get_or_init(|| filter)
+            }
         };
         let g = self.geometry;
         for cluster in g.cluster(offset)..g.clusters(offset + len) {

@@ -218,7 +218,7 @@ impl Qcow2 {
 
     /// The data file, if the bytes of the range lie there at their guest offset, every one of
     /// them, and always will. The range lies within the disk.
-    #[inline]
+    #[inline(always)]
     pub(super) fn passthrough(&self, offset: u64, len: u64) -> Result<Option<&ImageFile>> {
         let Placement::Raw(external, tables) = &self.placement else {
             return Ok(None);
@@ -236,6 +236,7 @@ impl Qcow2 {
     }
 
     /// Whether all of `range` are complete; those that have not been looked at are.
+    #[inline(never)]
     fn examine_all(&self, range: RangeInclusive<usize>, tables: &Passthrough) -> Result<bool> {
         for table in range {
             if !tables.is_complete(table) {

@@ -130,7 +130,7 @@ impl Refcounts {
             unlinked: Vec::new(),
             slices: HashMap::default(),
             clock: 0,
-            reserved: Reserved::new(geometry.cluster_bits),
+            reserved: Reserved::new(geometry.cluster_bits, false),
             with_free: FreeMap::default(),
             examined: 0,
             untouched: file_size.div_ceil(geometry.cluster_size()),
@@ -172,14 +172,15 @@ impl Refcounts {
             first = end;
         }
         self.check_no_more(image)?;
-        let mut next = Some(0);
-        while let Some(cluster) = next.filter(|_| self.slices.len() < MAX_SLICES) {
-            next = self.reserved.first_from(cluster);
-            if let Some(cluster) = next {
-                let per_slice = self.counts_per_slice();
-                self.slice(image, cluster)?;
-                next = Some((cluster / per_slice + 1) * per_slice);
-            }
+        let mut counts = vec![0; self.geometry.slice_size() as usize];
+        let mut next = 0;
+        for _ in 0..MAX_SLICES {
+            let Some(cluster) = self.reserved.first_from(next) else {
+                break;
+            };
+            let number = cluster / self.counts_per_slice();
+            self.read_counts(image, number, &mut counts)?;
+            next = (number + 1) * self.counts_per_slice();
         }
         Ok(())
     }
@@ -379,12 +380,8 @@ impl Refcounts {
 
     fn read_slice(&self, image: &ImageFile, number: u64) -> Result<Slice> {
         let mut counts = vec![0; self.geometry.slice_size() as usize].into_boxed_slice();
-        image.read_bytes_at(&mut counts, self.slice_position(number))?;
+        self.read_counts(image, number, &mut counts)?;
         let first = number * self.counts_per_slice();
-        self.reserved
-            .check(image, first..first + self.counts_per_slice(), |cluster| {
-                self.width.get(&counts, (cluster - first) as usize)
-            })?;
         let mut free = FreeMap::default();
         let room = self.end.saturating_sub(first).min(self.counts_per_slice());
         for index in 0..room as usize {
@@ -398,6 +395,16 @@ impl Refcounts {
             dirty: false,
             last_used: 0,
         })
+    }
+
+    /// Reads slice `number`, whose refcount block exists, and verifies that it counts the metadata.
+    fn read_counts(&self, image: &ImageFile, number: u64, counts: &mut [u8]) -> Result<()> {
+        image.read_bytes_at(counts, self.slice_position(number))?;
+        let first = number * self.counts_per_slice();
+        self.reserved
+            .check(image, first..first + self.counts_per_slice(), |cluster| {
+                self.width.get(counts, (cluster - first) as usize)
+            })
     }
 
     fn evict(&mut self, image: &ImageFile) -> Result<()> {

@@ -282,9 +282,13 @@ impl Qcow2 {
         let g = self.geometry;
         self.own_table(g.l1_index(clusters.start))?;
         let slice = g.slice(clusters.start);
+        let words = g.l2_entry_words();
+        let count = (clusters.end - clusters.start) as usize * words;
+        let start = g.slice_index(clusters.start);
         self.retry_when_full(|| {
             self.l2.update(
                 slice,
+                start..start + count,
                 |words| self.fill_slice(slice, words),
                 |words| {
                     for cluster in clusters.clone() {

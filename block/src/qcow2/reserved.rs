@@ -2,7 +2,7 @@
 //! must not land on.
 
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use super::geometry::ENTRY_SIZE;
 use super::header::MAX_L1_SIZE;
@@ -14,18 +14,21 @@ use crate::file::ImageFile;
 /// image.
 pub(crate) const MAX_SNAPSHOT_TABLES: usize = 1 << 24;
 
-/// Clusters of metadata, in order; 16 bytes for each L2 table and refcount block.
+/// Clusters of metadata, in order; 16 bytes for each L2 table and refcount block, but for those that
+/// lie one behind the other in an image without snapshots.
 #[derive(Debug)]
 pub(crate) struct Reserved {
     pieces: Vec<Piece>,
     /// How many of them are known to differ.
     distinct: usize,
     cluster_bits: u32,
-    /// Of all pieces there have been, for those who must not wait.
-    filter: Arc<Filter>,
+    /// Snapshots may share L2 tables with the disk, each of which has a piece then.
+    has_snapshots: bool,
+    /// Of all pieces there have been since it was first asked for, for those who must not wait.
+    filter: OnceLock<Arc<Filter>>,
 }
 
-/// Clusters in a row that one field leads to.
+/// Clusters in a row that one field leads to, or fields of the same name.
 #[derive(Clone, Copy, Debug)]
 struct Piece {
     first: u64,
@@ -103,6 +106,14 @@ impl Piece {
         self.first + u64::from(self.clusters)
     }
 
+    /// The first cluster of the structure that `cluster`, one of these, is a part of.
+    fn start_of(&self, cluster: u64) -> u64 {
+        match self.field {
+            Field::L2Table | Field::RefcountBlock => cluster,
+            _ => self.first,
+        }
+    }
+
     fn part(&self, range: Range<u64>) -> Self {
         Self {
             first: range.start,
@@ -113,20 +124,27 @@ impl Piece {
 }
 
 impl Reserved {
-    /// None yet, in clusters of `1 << cluster_bits` bytes.
-    pub fn new(cluster_bits: u32) -> Self {
+    /// None yet, in clusters of `1 << cluster_bits` bytes, of an image with or without snapshots.
+    pub fn new(cluster_bits: u32, has_snapshots: bool) -> Self {
         Self {
             pieces: Vec::new(),
             distinct: 0,
             cluster_bits,
-            filter: Arc::new(Filter::new(0)),
+            has_snapshots,
+            filter: OnceLock::new(),
         }
     }
 
     /// Adds `clusters` clusters, which the format limits to the size of an L1 table, from `first`
     /// on. [`sort`](Self::sort) follows.
     pub fn push(&mut self, field: Field, first: u64, clusters: u64) {
-        if clusters > 0 {
+        let last = self.pieces.last_mut().filter(|last| {
+            let is_alike = last.field == field && last.start_of(first) == first;
+            is_alike && last.end() == first && !self.has_snapshots
+        });
+        if let Some(last) = last {
+            last.clusters += clusters as u32;
+        } else if clusters > 0 {
             self.pieces.push(Piece {
                 first,
                 clusters: clusters as u32,
@@ -179,7 +197,8 @@ impl Reserved {
     /// How many L2 tables there are.
     pub fn l2_tables(&self) -> usize {
         let is_l2 = |piece: &&Piece| piece.field.is_like(Field::L2Table);
-        self.pieces.iter().filter(is_l2).count()
+        let tables = self.pieces.iter().filter(is_l2);
+        tables.map(|piece| piece.clusters as usize).sum()
     }
 
     /// Puts the pieces in order.
@@ -194,22 +213,11 @@ impl Reserved {
                 let reason = format!(
                     "what it leads to overlaps that of {} at {:#x}",
                     pair[0].field.name(),
-                    pair[0].first << self.cluster_bits
+                    pair[0].start_of(pair[1].first) << self.cluster_bits
                 );
                 let offset = pair[1].first << self.cluster_bits;
                 return Err(image.invalid(pair[1].field.name(), offset, reason));
             }
-        }
-        Ok(())
-    }
-
-    /// [`sort`](Self::sort), after which no more are [`push`](Self::push)ed.
-    pub fn complete(&mut self, image: &ImageFile) -> Result<()> {
-        self.sort(image)?;
-        let clusters = self.pieces.iter().map(|piece| u64::from(piece.clusters));
-        self.filter = Arc::new(Filter::new(clusters.sum::<u64>() as usize));
-        for piece in &self.pieces {
-            self.filter.insert(piece.first..piece.end());
         }
         Ok(())
     }
@@ -224,7 +232,9 @@ impl Reserved {
             field,
         };
         self.pieces.insert(index, piece);
-        self.filter.insert(first..piece.end());
+        if let Some(filter) = self.filter.get() {
+            filter.insert(first..piece.end());
+        }
     }
 
     /// The structure that `cluster` is a part of.
@@ -247,9 +257,17 @@ impl Reserved {
         (piece.first <= cluster).then_some(piece)
     }
 
-    /// Contains all clusters of metadata, now and later.
+    /// Contains all clusters of metadata, now and later. It has 8 bytes for each.
     pub fn filter(&self) -> Arc<Filter> {
-        self.filter.clone()
+        let make = || {
+            let clusters = self.pieces.iter().map(|piece| piece.clusters as usize);
+            let filter = Filter::new(clusters.sum());
+            for piece in &self.pieces {
+                filter.insert(piece.first..piece.end());
+            }
+            Arc::new(filter)
+        };
+        self.filter.get_or_init(make).clone()
     }
 
     /// Checks that each cluster of metadata in `range` is used as often as `count` tells, or less:
@@ -279,7 +297,7 @@ impl Reserved {
                     "cluster {cluster} holds metadata and {counted}; repair the image first: \
                      tandem-img check -r all"
                 );
-                let offset = piece.first << self.cluster_bits;
+                let offset = piece.start_of(cluster) << self.cluster_bits;
                 return Err(image.invalid(piece.field.name(), offset, reason));
             }
         }
@@ -330,7 +348,7 @@ mod tests {
 
     #[test]
     fn pieces_can_be_released_cluster_by_cluster() {
-        let mut reserved = Reserved::new(9);
+        let mut reserved = Reserved::new(9, true);
         reserved.push(Field::L1Table, 5, 4);
         reserved.push(Field::L2Table, 12, 1);
         assert_eq!(clusters(&reserved), [5, 6, 7, 8, 12]);
@@ -351,7 +369,7 @@ mod tests {
 
     #[test]
     fn a_shared_table_is_metadata_until_its_last_user_is_gone() {
-        let mut reserved = Reserved::new(9);
+        let mut reserved = Reserved::new(9, true);
         for field in [
             Field::SnapshotL2Table,
             Field::L2Table,
@@ -377,7 +395,7 @@ mod tests {
         let file = tempfile::NamedTempFile::new().unwrap();
         let storage = Box::new(FileStorage::open(file.path(), true).unwrap());
         let image = ImageFile::new(storage, file.path(), CacheMode::default());
-        let mut reserved = Reserved::new(9);
+        let mut reserved = Reserved::new(9, true);
         for cluster in [20, 21, 20, 22, 21] {
             reserved.push(Field::SnapshotL2Table, cluster, 1);
         }

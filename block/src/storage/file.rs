@@ -103,6 +103,7 @@ impl FileStorage {
         Ok(true)
     }
 
+    #[inline(always)]
     fn read_nowait(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> io::Result<bool> {
         self.nowait.try_read(|| {
             let direction = vectored::Direction::ReadNoWait;
@@ -146,6 +147,7 @@ impl Drop for FileStorage {
 }
 
 impl Storage for FileStorage {
+    #[inline(always)]
     fn read_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> io::Result<()> {
         vectored::transfer(
             self.file.as_fd(),
@@ -156,6 +158,7 @@ impl Storage for FileStorage {
         )
     }
 
+    #[inline(always)]
     fn write_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> io::Result<()> {
         vectored::transfer(
             self.file.as_fd(),
@@ -166,6 +169,7 @@ impl Storage for FileStorage {
         )
     }
 
+    #[inline(always)]
     fn try_read_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> io::Result<bool> {
         if self.nowait.is_in_memory() {
             return self.read_at(bufs, offset).map(|()| true);
@@ -173,6 +177,7 @@ impl Storage for FileStorage {
         self.read_nowait(bufs, offset)
     }
 
+    #[inline(always)]
     fn try_write_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> io::Result<bool> {
         let (len, begun) = (total_len(bufs), Instant::now());
         if !self.nowait.may_write(begun)

@@ -102,6 +102,10 @@ impl Turns {
                 for i in 0..count {
                     let i = (i + turn) % count;
                     let Contender { run, floor, .. } = &mut contenders[i];
+                    // What the system has of the file is as near for the first of the two as for the other.
+                    if let Some(floor) = floor {
+                        floor(2 * turn + 3);
+                    }
                     // Requests of another turn, as the data of this one are in the processor's caches.
                     pieces[i].0.push(run(2 * turn));
                     pieces[i]

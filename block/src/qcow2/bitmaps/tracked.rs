@@ -134,6 +134,7 @@ impl Bitmaps {
     }
 
     /// Reads the bits for a disk of `size` bytes, and marks the bitmaps on disk.
+    #[inline(never)]
     fn start(&self, image: &ImageFile, geometry: Geometry, size: u64) -> Result<()> {
         let _starting = lock(&self.starting);
         if self.has_started() {
@@ -207,6 +208,7 @@ impl Qcow2 {
     }
 
     /// The `len` bytes at `offset` are about to change.
+    #[inline]
     pub(in crate::qcow2) fn track(&self, offset: u64, len: u64) -> Result<()> {
         let Some(bitmaps) = self.bitmaps.as_ref().filter(|_| len > 0) else {
             return Ok(());

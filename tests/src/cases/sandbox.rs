@@ -104,6 +104,8 @@ fn several_at_once(bench: &Bench) -> Result<()> {
     let before = sha256(&setting.base)?;
     let outcomes = fifty::run_all(&setting, SCRIPT, AT_ONCE);
     let outcomes = outcomes.map_err(|error| Error::new(error.to_string()))?;
+    let peak = fifty::peak_memory().map_err(|error| Error::new(error.to_string()))?;
+    println!("sandbox::several_at_once: {AT_ONCE} guests have taken at most {peak} MiB");
     for outcome in outcomes {
         assert_eq!(outcome.status, Ok(42));
         assert_eq!(String::from_utf8_lossy(&outcome.output), expected());

@@ -270,6 +270,24 @@ impl Error {
         }
     }
 
+    /// What it comes down to in the standard library's terms, for those who have one kind of error.
+    pub fn kind(&self) -> io::ErrorKind {
+        match self {
+            Self::Io { source, .. } => source.kind(),
+            Self::NotQcow2 { .. } | Self::Invalid { .. } | Self::Corrupt { .. } => {
+                io::ErrorKind::InvalidData
+            }
+            Self::Unsupported { .. } => io::ErrorKind::Unsupported,
+            Self::Locked { .. } => io::ErrorKind::ResourceBusy,
+            Self::Option(_) | Self::HeaderFull { .. } | Self::OutOfRange { .. } => {
+                io::ErrorKind::InvalidInput
+            }
+            Self::NoSnapshot { .. } => io::ErrorKind::NotFound,
+            Self::ReadOnly => io::ErrorKind::ReadOnlyFilesystem,
+            _ => io::ErrorKind::Other,
+        }
+    }
+
     /// Whether there is no space left where something was to be written.
     pub(crate) fn is_no_space(&self) -> bool {
         matches!(self, Self::Io { source, .. } if source.kind() == io::ErrorKind::StorageFull)
@@ -319,6 +337,13 @@ impl Error {
     }
 }
 
+/// For programs that have but `io::Error`: of that [`kind`](Error::kind), with this error inside.
+impl From<Error> for io::Error {
+    fn from(error: Error) -> Self {
+        Self::new(error.kind(), error)
+    }
+}
+
 /// The system's text for an error, without the number that the standard library adds.
 pub(crate) fn system_text(error: &io::Error) -> String {
     let text = error.to_string();
@@ -330,4 +355,35 @@ pub(crate) fn system_text(error: &io::Error) -> String {
 
 fn at(offset: Option<u64>) -> String {
     offset.map_or_else(String::new, |o| format!(" at offset {o:#x}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn becomes_an_error_of_the_standard_library() {
+        let file = Path::new("disk.qcow2");
+        let full = Error::io_at(file, "write", 512, io::ErrorKind::StorageFull.into());
+        let locked = Error::Locked {
+            file: file.to_owned(),
+            permission: "write",
+            shared: false,
+        };
+        for (error, kind) in [
+            (full, io::ErrorKind::StorageFull),
+            (locked, io::ErrorKind::ResourceBusy),
+            (Error::ReadOnly, io::ErrorKind::ReadOnlyFilesystem),
+            (
+                Error::invalid(file, "size", 1, "wrong"),
+                io::ErrorKind::InvalidData,
+            ),
+            (Error::unsupported(file, "zstd"), io::ErrorKind::Unsupported),
+        ] {
+            let text = error.to_string();
+            let error = io::Error::from(error);
+            assert_eq!((error.kind(), error.to_string()), (kind, text));
+            assert!(error.downcast::<Error>().is_ok());
+        }
+    }
 }

@@ -39,6 +39,30 @@
 //! assert_eq!(back, sector);
 //! # Ok::<(), tandem_block::Error>(())
 //! ```
+//!
+//! # What to begin with
+//! | to | there is |
+//! | --- | --- |
+//! | open a disk | [`Qcow2::open`](qcow2::Qcow2::open), [`Raw::open`]; [`Qcow2::with_storage`](qcow2::Qcow2::with_storage) for storage of your own |
+//! | make one | [`qcow2::create`], [`Raw::create`]; [`NewImage`] for one that takes its name when it has its content |
+//! | have many guests share one image | [`qcow2::Base`] and its overlays |
+//! | change what a disk in use consists of | [`LiveDisk`]: forks, commits, rebases |
+//! | copy a disk in use | [`Backup`], and [`backup_stream`] to keep it |
+//! | check, repair, amend | [`qcow2::check`], [`qcow2::amend`] |
+//!
+//! The folder `examples` of this crate has a program for each of the first ones.
+//!
+//! # Threads
+//! Every method of [`Disk`] and [`Storage`] takes `&self` and may be called by many threads at once. There
+//! is no runtime: a call does its work on the thread that makes it, and returns when it is done.
+//!
+//! # Errors
+//! [`Error`] can be matched, names what is wrong in words, and becomes a [`std::io::Error`] of a fitting kind.
+//! Nothing is logged. No image, option or request leads to a panic.
+//!
+//! # Features
+//! `zstd`: images whose clusters are compressed by Zstandard, for which a library in C is built. Without it
+//! they are refused ([`Error::Unsupported`]). It is off unless you turn it on.
 #![deny(missing_docs, clippy::missing_errors_doc)]
 
 mod backup;

@@ -242,10 +242,11 @@ fn compressed_clusters_of_another_image_are_refused() {
         open(&image, None).unwrap()
     };
     let disk = new(CompressionType::Deflate, CLUSTER);
-    for other in [
-        new(CompressionType::Zstd, CLUSTER),
-        new(CompressionType::Deflate, 4096),
-    ] {
+    let mut others = vec![new(CompressionType::Deflate, 4096)];
+    if cfg!(feature = "zstd") {
+        others.push(new(CompressionType::Zstd, CLUSTER));
+    }
+    for other in others {
         let cluster = other.compress(vec![7; 4096]).unwrap();
         let refused = disk.write_compressed(cluster, 0).unwrap_err();
         assert!(matches!(refused, Error::Option(_)), "{refused}");

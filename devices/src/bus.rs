@@ -20,6 +20,7 @@ pub trait BusDevice: Send + Sync {
 
 /// Why a device cannot be placed on a [`Bus`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum Error {
     /// The range is empty or ends beyond the address space.
     #[error("{len:#x} bytes at {base:#x} are no range of addresses")]

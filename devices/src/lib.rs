@@ -44,7 +44,14 @@
 //!
 //! [`VirtioMmio::shutdown`]: virtio::mmio::VirtioMmio::shutdown
 //!
+//! # Features
+//! `vhost-user`: the module `virtio::vhost_user`, and with it the crate `vhost`. It is off unless you turn it
+//! on.
+//!
 //! # Example: a disk of your own
+//! The folder `examples` of this crate has whole programs, with the driver's side: `own_vmm` gives an image
+//! to a monitor, and `own_disk` a disk that is made up.
+//!
 //! Whatever implements [`Disk`](tandem_block::Disk) can be served. This one passes on to another
 //! disk, and counts.
 //!

@@ -73,7 +73,7 @@ pub fn print(text: &str) {
     }
 }
 
-/// As [`print`], for text that must not wait.
+/// As [`print()`], for text that must not wait.
 pub fn print_now(text: &str) {
     print(text);
     if let Some(kept) = &mut *pending() {

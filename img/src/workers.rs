@@ -141,7 +141,7 @@ impl Turn<'_> {
 }
 
 impl Drop for Turn<'_> {
-    /// Without [`end`](Turn::end) the piece has failed.
+    /// Without `end` the piece has failed.
     fn drop(&mut self) {
         if let Some(index) = self.index {
             let mut state = lock(&self.turns.state);

@@ -32,6 +32,7 @@
 
 pub mod cases;
 pub mod control;
+pub mod demo;
 pub mod disk;
 pub mod emulated;
 pub mod error;

@@ -39,7 +39,7 @@ pub struct Config {
     /// ends the machine with [`ExitReason::Exit`](crate::ExitReason::Exit).
     pub exit_port: bool,
     /// Whether the threads of the VM, among them the one that runs it, are confined to the system calls
-    /// that they need: see [`sandbox`](crate::sandbox).
+    /// that they need: see [`sandbox`](crate::sandbox). It needs the cargo feature of that name.
     pub seccomp: bool,
 }
 
@@ -113,6 +113,9 @@ impl Config {
         if self.cmdline.contains('\0') {
             return Err(Error::CmdlineNul);
         }
+        if self.seccomp && !cfg!(feature = "sandbox") {
+            return Err(Error::NoSandbox);
+        }
         if self.serial == SerialConfig::Stdio && self.output == Some(OutputConfig::Stdout) {
             return Err(Error::OutputTwice);
         }
@@ -180,6 +183,9 @@ pub enum Error {
     /// Command line with a NUL, which would end it.
     #[error("the kernel command line holds a NUL")]
     CmdlineNul,
+    /// Filters of system calls, which this crate is built without.
+    #[error("seccomp is asked for, but tandem-vmm is built without its feature sandbox")]
+    NoSandbox,
     /// A disk without a path.
     #[error("the path of the disk is missing: write PATH[,key=value...]")]
     DiskPath,
@@ -409,6 +415,8 @@ mod tests {
         assert!(check(&|c| c.cpus = 0).is_err());
         assert!(check(&|c| c.cpus = 33).is_err());
         assert!(check(&|c| c.cpus = 32).is_ok());
+        let confined = check(&|c| c.seccomp = true);
+        assert_eq!(confined.is_ok(), cfg!(feature = "sandbox"));
         assert!(check(&|c| c.cmdline = "x".repeat(2048)).is_err());
         assert!(check(&|c| c.cmdline = "a\0b".into()).is_err());
         assert!(check(&|c| c.disks = vec![DiskConfig::new("d"); 19]).is_ok());

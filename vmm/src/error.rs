@@ -87,6 +87,7 @@ pub enum Error {
     SocketInUse(PathBuf),
 
     /// Front ends can no longer be waited for.
+    #[cfg(feature = "vhost-user")]
     #[error(transparent)]
     FrontEnds(#[from] tandem_devices::virtio::vhost_user::Error),
 

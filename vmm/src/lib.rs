@@ -4,7 +4,7 @@
 //! it ended. The guest has RAM, CPUs, a serial console, virtio-mmio disks and ACPI tables to find
 //! them by; nothing else.
 //!
-//! [`Server`] offers a disk to other virtual machine monitors instead.
+//! [`Server`] offers a disk to other virtual machine monitors instead (feature `vhost-user`).
 //!
 //! ```no_run
 //! use tandem_vmm::{Config, DiskConfig, ExitReason, Vmm};
@@ -24,7 +24,12 @@
 //!
 //! [`sandbox`] confines all of that to what it needs, if it is told to.
 //!
-//! Threads: the one that calls [`Vmm::run`] handles the console and signals; each CPU has one, and so
+//! # Features
+//! All are on unless you say otherwise: `program` (the program `tandem`), `sandbox`, `vhost-user`, and `zstd`
+//! (images whose clusters are compressed by it).
+//!
+//! # Threads
+//! The one that calls [`Vmm::run`] handles the console and signals; each CPU has one, and so
 //! has each queue of a disk, besides those of the disk for requests that have to wait. A request goes
 //! from the guest's doorbell to the queue's thread and back as an interrupt inside KVM.
 #![deny(missing_docs)]
@@ -48,6 +53,7 @@ mod memory;
 pub mod metrics;
 mod private_socket;
 pub mod sandbox;
+#[cfg(feature = "vhost-user")]
 mod serve;
 pub mod signals;
 mod terminal;
@@ -60,6 +66,7 @@ pub use error::{Error, Result};
 pub use exit::ExitReason;
 pub use kernel::KernelError;
 pub use metrics::{MetricsLog, MetricsOutput};
+#[cfg(feature = "vhost-user")]
 pub use serve::{Incident, Server};
 pub use tandem_devices::virtio::block::Stats as DiskStats;
 pub use vmm::Vmm;

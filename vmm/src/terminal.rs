@@ -55,6 +55,7 @@ impl Drop for RawTerminal {
 }
 
 /// Restores the terminal, if one is in raw mode, in a signal handler of a process that is about to die.
+#[cfg(feature = "sandbox")]
 pub(crate) fn restore_in_crash() {
     crash::restore();
 }

@@ -9,7 +9,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
-use std::process::{Child, Command};
+use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
@@ -72,6 +72,24 @@ impl Machine {
         let mut line = String::new();
         BufReader::new(stream).read_line(&mut line).unwrap();
         serde_json::from_str(&line).unwrap()
+    }
+
+    /// `tandem control` in the guest's directory, with the socket behind the options.
+    fn control_command(&self, arguments: &[&str]) -> Ended {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_tandem"));
+        let options = arguments.iter().take_while(|a| a.starts_with('-')).count();
+        command.current_dir(&self.guest.dir).arg("control");
+        command.args(&arguments[..options]).arg("socket");
+        command.args(&arguments[options..]);
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        run(command)
+    }
+
+    /// What `tandem control` prints.
+    fn control(&self, arguments: &[&str]) -> Value {
+        let ended = self.control_command(arguments);
+        ended.assert_quiet(0);
+        serde_json::from_str(&ended.stdout).unwrap()
     }
 
     /// Has the VM carry out `command`, which leaves it in `state`.
@@ -168,7 +186,7 @@ fn input_waits_until_the_guest_goes_on() {
     let guest = Guest::new(&Code::default().print("ready").echo_until(b'q').power_off());
     let mut command = guest.command();
     command.arg("--control").arg(guest.path("socket"));
-    command.stdin(std::process::Stdio::piped());
+    command.stdin(Stdio::piped());
     let mut machine = Machine::spawn(guest, command);
     machine.await_text("ready");
     machine.change("pause", "paused");
@@ -381,23 +399,6 @@ fn a_socket_in_use_is_refused() {
     assert!(!socket.exists());
 }
 
-/// Waits for the job that `request` begins.
-fn carry_out_job(machine: &Machine, request: &Value) {
-    let job = machine.ask(request)["ok"]["job"].clone();
-    loop {
-        let jobs = machine.ask(&json!({"command": "jobs"}))["ok"]["jobs"].clone();
-        let jobs = jobs.as_array().unwrap().iter();
-        let found = jobs.clone().find(|found| found["job"] == job).unwrap();
-        match found["state"].as_str() {
-            Some("running") => thread::sleep(Duration::from_millis(1)),
-            state => {
-                assert_eq!(state, Some("done"), "{found}");
-                return;
-            }
-        }
-    }
-}
-
 /// The images of a disk change while the machine is confined to its files.
 #[test]
 fn images_change_under_a_guest() {
@@ -417,30 +418,58 @@ fn images_change_under_a_guest() {
     let mut machine = Machine::spawn(guest, command);
     machine.await_text("x");
     let path = |name: &str| machine.guest.path(name);
-    for (overlay, other) in [("a", "b"), ("c", "d")] {
-        let (overlay, other) = (path(overlay), path(other));
-        let fork = json!({"command": "fork", "disk": "vda", "overlay": overlay, "fork": other});
-        let forked = machine.ask(&fork);
-        assert!(forked["ok"]["stopped_us"].is_u64(), "{forked}");
-        let disks = machine.ask(&json!({"command": "disks"}));
-        assert_eq!(disks["ok"]["disks"][0]["path"], json!(overlay));
+    for [overlay, other] in [["a", "b"], ["c", "d"]] {
+        let arguments = [&format!("overlay={overlay}"), &format!("fork={other}")];
+        let forked = machine.control(&["fork", "disk=vda", arguments[0], arguments[1]]);
+        assert!(forked["stopped_us"].is_u64(), "{forked}");
+        let disks = machine.control(&["disks"]);
+        assert_eq!(disks["disks"][0]["path"], json!(path(overlay)));
     }
-    for more in [
-        json!({"command": "commit", "pivot": false}),
-        json!({"command": "commit", "pivot": true}),
+    for arguments in [
+        &["--wait", "commit", "disk=vda", "pivot=false"][..],
+        &["--wait", "commit", "disk=0", "pivot=true"],
+        &["--wait", "rebase", "disk=vda", "backing="],
     ] {
-        let mut request = more;
-        request["disk"] = json!("vda");
-        carry_out_job(&machine, &request);
+        let job = machine.control(arguments);
+        assert_eq!(job["state"], "done", "{job}");
     }
-    carry_out_job(
-        &machine,
-        &json!({"command": "rebase", "disk": "vda", "backing": ""}),
-    );
     let outside = std::env::temp_dir().join("tandem-test-of-an-image-that-is-not-allowed");
     let fork = json!({"command": "fork", "disk": "vda", "overlay": outside, "fork": path("e")});
     let refused = machine.ask(&fork)["error"]["message"].to_string();
     assert!(refused.contains("Permission denied"), "{refused}");
     machine.change("shutdown", "ended");
     machine.wait().assert_quiet(0);
+}
+
+#[test]
+fn a_machine_is_operated_from_a_shell() {
+    if !have_kvm() {
+        return;
+    }
+    let mut machine = Machine::start(&print_for_ever(), &[]);
+    machine.await_text("x");
+    assert_eq!(machine.control(&["pause"]), json!({"state": "paused"}));
+    let resize = ["resize", "disk=vda", "size=64K"];
+    assert_eq!(machine.control(&resize), json!({"size": 65536}));
+    let resize = ["resize", "disk=0", "size=8192", "shrink=true"];
+    assert_eq!(machine.control(&resize), json!({"size": 8192}));
+    for (arguments, status, says) in [
+        (&["resize", "disk=vda", "size=4096"][..], 1, "shrink"),
+        (&["resize", "disk=vdb", "size=1M"], 1, "vdb"),
+        (&["--wait", "commit", "disk=vda"], 1, "a raw disk"),
+        (
+            &["backup-read", "backup=1", "from=0"],
+            1,
+            "tandem-img backup",
+        ),
+    ] {
+        machine.control_command(arguments).assert_says(status, says);
+    }
+    let wrong = machine.control_command(&["resize", "disk"]);
+    assert_eq!(wrong.status.code(), Some(2), "{wrong:?}");
+    assert!(wrong.stderr.contains("ARGUMENT=VALUE"), "{wrong:?}");
+    assert_eq!(machine.control(&["shutdown"]), json!({"state": "ended"}));
+    machine.wait().assert_quiet(0);
+    let gone = machine.control_command(&["status"]);
+    gone.assert_says(1, "'socket': Could not connect: No such file");
 }

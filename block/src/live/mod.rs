@@ -35,6 +35,7 @@ mod passes;
 mod rebase;
 mod view;
 
+use std::fmt;
 use std::os::fd::BorrowedFd;
 use std::path::Path;
 use std::sync::{Arc, PoisonError, TryLockError};
@@ -64,6 +65,13 @@ pub use view::ImageView;
 /// It has no [`backing`](Disk::backing) and no [`host_file`](Disk::host_file), for these could be
 /// exchanged while the caller looks at them: see [`with_image`](LiveDisk::with_image).
 pub struct LiveDisk(ShardedLock<State>);
+
+impl fmt::Debug for LiveDisk {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Whoever looks does not wait for an operation.
+        f.debug_struct("LiveDisk").finish_non_exhaustive()
+    }
+}
 
 /// What requests and operations find behind the lock.
 pub(crate) struct State {

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use flate2::{Decompress, FlushDecompress};
 use vm_memory::VolatileSlice;
 
-use super::Qcow2;
+use super::{Qcow2, zstd};
 use crate::sync::lock;
 use crate::{Error, Result};
 
@@ -22,7 +22,8 @@ pub enum CompressionType {
     /// Raw deflate, called zlib by QEMU.
     #[default]
     Deflate,
-    /// Zstandard.
+    /// Zstandard. It needs the cargo feature `zstd`: without it, images of this type are neither made
+    /// nor opened.
     Zstd,
 }
 
@@ -84,7 +85,7 @@ impl Qcow2 {
         let mut cluster = vec![0; self.geometry.cluster_size() as usize];
         let is_whole = match self.compression_type {
             CompressionType::Deflate => inflate(&packed, &mut cluster),
-            CompressionType::Zstd => unzstd(&packed, &mut cluster),
+            CompressionType::Zstd => zstd::decompress(&packed, &mut cluster),
         };
         if is_whole {
             return Ok(cluster.into());
@@ -116,12 +117,6 @@ fn inflate(packed: &[u8], cluster: &mut [u8]) -> bool {
     result.is_ok() && stream.total_out() == cluster.len() as u64
 }
 
-/// Whether `packed` begins with zstd frames that fill `cluster`.
-fn unzstd(packed: &[u8], cluster: &mut [u8]) -> bool {
-    use std::io::Read;
-    zstd::Decoder::with_buffer(packed).is_ok_and(|mut stream| stream.read_exact(cluster).is_ok())
-}
-
 impl From<CompressionType> for u8 {
     fn from(kind: CompressionType) -> Self {
         match kind {
@@ -138,18 +133,11 @@ mod tests {
     #[test]
     fn what_does_not_fill_a_cluster_is_no_cluster() {
         let data: Vec<u8> = (0..4096).map(|i| (i / 7) as u8).collect();
-        let packed = zstd::encode_all(&data[..], 3).unwrap();
-        let mut cluster = vec![0; 4096];
-        assert!(unzstd(&[&packed[..], &[0; 100]].concat(), &mut cluster));
-        assert!(cluster == data);
-        assert!(!unzstd(&packed[..packed.len() / 2], &mut cluster));
-        assert!(!unzstd(&packed, &mut vec![0; 8192]));
-
         let mut deflate = flate2::Compress::new(flate2::Compression::default(), false);
         let mut packed = Vec::with_capacity(8192);
         let all = flate2::FlushCompress::Finish;
         deflate.compress_vec(&data, &mut packed, all).unwrap();
-        cluster.fill(0);
+        let mut cluster = vec![0; 4096];
         assert!(inflate(&[&packed[..], &[0; 100]].concat(), &mut cluster));
         assert!(cluster == data);
         assert!(!inflate(&packed[..packed.len() / 2], &mut cluster));

@@ -11,7 +11,7 @@
 //! | `mapping`, `remap` | guest offset → place, and changing it |
 //! | `io` | reads and writes on top of that |
 //! | `nowait` | those that wait for nothing |
-//! | `compressed`, `compress` | compressed clusters: reading them, and writing them |
+//! | `compressed`, `compress`, `zstd` | compressed clusters: reading them, and writing them |
 //! | `zeroes` | writing zeroes, and discarding |
 //! | `vm_state` | what lies behind the disk in the same mapping |
 //! | `resize`, `preallocate` | growing and shrinking the disk |
@@ -107,9 +107,11 @@ mod table;
 mod vm_state;
 mod words;
 mod zeroes;
+mod zstd;
 
 use crate::sync::Mutex;
 use crate::sync::atomic::{AtomicBool, AtomicU64};
+use std::fmt;
 use std::sync::{Arc, OnceLock};
 
 use bitmaps::Bitmaps;
@@ -212,4 +214,14 @@ pub struct Qcow2 {
     resizing: Mutex<()>,
     /// Held by whoever writes metadata back.
     flushing: Mutex<()>,
+}
+
+impl fmt::Debug for Qcow2 {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Qcow2")
+            .field("image", &self.image.path)
+            .field("size", &self.size)
+            .field("read_only", &self.read_only)
+            .finish_non_exhaustive()
+    }
 }

@@ -21,7 +21,7 @@ use super::requests::Requests;
 use super::reserved::{Field, Reserved};
 use super::retired::Retired;
 use super::snapshot::Snapshot;
-use super::{DataFileLayout, Qcow2, SnapshotName, bitmaps, snapshot, stamp, table};
+use super::{DataFileLayout, Qcow2, SnapshotName, bitmaps, snapshot, stamp, table, zstd};
 use crate::file::{FileOptions, ImageFile};
 use crate::lock::Access;
 use crate::ranges::RangeLocks;
@@ -196,6 +196,7 @@ impl Qcow2 {
     fn from_files(found: Found, options: &OpenOptions, files: Files) -> Result<Self> {
         let Found { image, mut header } = found;
         let Files { data, backing } = files;
+        zstd::check_built(header.compression(), &image.path)?;
         if !matches!(options.backing, Backing::File { .. }) {
             stamp::check(&image.path, &header, backing.as_ref())?;
         }

@@ -5,6 +5,7 @@
 //! of power before that can leave an image that is none, or nothing. The stamp of the base, which it
 //! keeps, is made durable before the first of them.
 
+use std::fmt;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -56,6 +57,15 @@ pub struct Base {
     stamp: Option<Stamp>,
     /// Whether the stamp is durable.
     is_synced: Arc<AtomicBool>,
+}
+
+impl fmt::Debug for Base {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Base")
+            .field("path", &self.path)
+            .field("format", &self.format)
+            .finish_non_exhaustive()
+    }
 }
 
 /// Where a new overlay is.

@@ -1,5 +1,6 @@
 //! The virtio-mmio transport, version 2 (virtio 1.3, section 4.2).
 
+use std::fmt;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -71,6 +72,14 @@ pub struct VirtioMmio {
     doorbells: Vec<EventFd>,
     interrupt: Arc<InterruptLine>,
     state: Mutex<State>,
+}
+
+impl fmt::Debug for VirtioMmio {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("VirtioMmio")
+            .field("doorbells", &self.doorbells)
+            .finish_non_exhaustive()
+    }
 }
 
 /// What negotiation changes. Lock order: this lock is held while the device's threads are stopped,

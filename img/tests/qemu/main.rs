@@ -1,7 +1,7 @@
 //! The same command lines for `tandem-img` and for the `qemu-img` that is installed: equal
 //! output, messages, exit status and images.
 //!
-//! Where the two differ on purpose, the test says how, and README.md tells the user.
+//! Where the two differ on purpose, the test says how, and docs/differences.md tells the user.
 #![expect(
     clippy::unwrap_used,
     clippy::panic,

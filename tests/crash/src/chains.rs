@@ -11,8 +11,8 @@ use std::ops::{ControlFlow, Range};
 use std::path::Path;
 
 use tandem_block::qcow2::{
-    BackingFormat, BackingName, Base, BitmapEditor, Commit, CreateOptions, OpenOptions,
-    OverlayOptions, OverlayPlace, Qcow2, create, stamp_base,
+    AmendOptions, BackingFormat, BackingName, Base, BitmapEditor, Commit, CreateOptions,
+    OpenOptions, OverlayOptions, OverlayPlace, Qcow2, amend, create, stamp_base,
 };
 use tandem_block::{CommitOptions, Disk, Error, ForkOptions, LiveDisk, RebaseOptions, Result};
 
@@ -29,6 +29,10 @@ use crate::trace::{Event, Trace};
 const SECTORS: usize = 141;
 /// The other backing file, and the stamp of its sectors.
 pub(crate) const OTHER: (&str, u64) = ("other.raw", 1 << 40);
+
+/// The end of the names of images with a data file, and the name of one that is a raw disk by itself.
+const EXTERNAL: &str = "external";
+pub(crate) const RAW_EXTERNAL: &str = "raw-external";
 
 /// An operation on a disk in use.
 #[derive(Clone, Copy, Debug)]
@@ -122,14 +126,25 @@ impl<'a> Case<'a> {
             true => BackingFormat::Raw,
             false => BackingFormat::Qcow2,
         };
+        let has_data_file = name.ends_with(EXTERNAL);
         let options = CreateOptions {
             size: (SECTORS * SECTOR) as u64,
             cluster_size: self.cluster_size,
+            data_file: has_data_file.then(|| dir.join(format!("{name}.data"))),
+            data_file_raw: name == RAW_EXTERNAL,
             backing_file: below.map(Into::into),
             backing_format: below.map(format),
             ..CreateOptions::default()
         };
         create(&dir.join(name), &options).unwrap();
+        if has_data_file {
+            // By its name alone, which it is found by in another directory as well.
+            let named = AmendOptions {
+                data_file: Some(format!("{name}.data").into()),
+                ..AmendOptions::default()
+            };
+            amend(&dir.join(name), &named, &mut |_, _| ()).unwrap();
+        }
     }
 }
 
@@ -424,6 +439,7 @@ pub fn forking(run: &mut Run) {
         ),
         (Case::new(4096, &["image"]).with_bitmap(), &ops),
         (Case::new(4096, &["image.raw"]), &more),
+        (Case::new(4096, &[RAW_EXTERNAL]), &more),
     ]) {
         operate(run, seed, &case, ops);
     }
@@ -440,6 +456,15 @@ pub fn committing_in_use(run: &mut Run) {
         (three.clone(), commit(1, true)),
         (three.clone().stamped(&["top"]), commit(1, false)),
         (three.stamped(&["mid", "top"]), commit(0, true)),
+        (
+            Case::new(4096, &[RAW_EXTERNAL, "top"]).stamped(&["top"]),
+            commit(0, true),
+        ),
+        (
+            Case::new(512, &["base.raw", EXTERNAL, "top"]),
+            commit(0, true),
+        ),
+        (Case::new(4096, &["base", EXTERNAL]), commit(0, true)),
     ]) {
         operate(
             run,
@@ -457,6 +482,7 @@ pub fn rebasing_in_use(run: &mut Run) {
         (case.clone(), true),
         (case.clone().with_bitmap(), false),
         (case.stamped(&["image"]), true),
+        (Case::new(4096, &["base.raw", EXTERNAL]), true),
     ]) {
         operate(
             run,
@@ -474,10 +500,12 @@ pub fn operating_on_chains(run: &mut Run) {
         Case::new(512, &["base", "image"]),
         Case::new(4096, &["base", "image"]).with_bitmap(),
         Case::new(4096, &["base.raw"]),
+        Case::new(4096, &[RAW_EXTERNAL, "image"]).stamped(&["image"]),
+        Case::new(4096, &["base", EXTERNAL, "image"]),
     ];
     for (seed, ()) in run.rounds([()]) {
         let mut random = Random(seed);
-        let case = &cases[random.below(4) as usize];
+        let case = &cases[random.below(cases.len() as u64) as usize];
         let mut op = || match random.below(12) {
             0 => Op::Fork,
             1 => commit(0, true),
@@ -504,6 +532,8 @@ pub fn committing_with_stamps(run: &mut Run) {
         (&["base.raw", "top"][..], 0),
         (&["base", "top"], 0),
         (&["base", "mid", "top"], 1),
+        (&[RAW_EXTERNAL, "top"], 0),
+        (&[EXTERNAL, "top"], 0),
     ]) {
         let case = Case {
             names,

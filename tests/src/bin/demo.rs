@@ -18,38 +18,6 @@ const TARGET: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../target");
 const SIZE: &str = "64M";
 const LIMIT: Duration = Duration::from_secs(300);
 
-/// The `/sbin/init` of the guest's root file system.
-const INIT: &str = r#"#!/bin/sh
-export PATH=/bin
-mount -t proc proc /proc
-mount -t sysfs sys /sys
-mount -t tmpfs tmp /tmp
-echo "booted" >>/boots
-boots=$(grep -c booted /boots)
-echo "Linux $(uname -r) wrote this in boot number $boots." >/hello
-
-echo
-echo "  This is Linux $(uname -r) on $(grep -c ^processor /proc/cpuinfo) CPU(s), boot number $boots from this disk."
-echo
-echo "  disk      size    mounted on"
-for disk in /sys/block/vd*; do
-    name=${disk##*/}
-    mount=$(grep "^/dev/$name " /proc/mounts | head -n 1 | cut -d' ' -f2,3)
-    echo "  /dev/$name  $(($(cat $disk/size) / 2048)) MiB  $mount"
-done
-echo
-echo "  \$ cat /hello"
-sed 's/^/  /' /hello
-echo
-if grep -qw demo.shell /proc/cmdline; then
-    echo "  A shell in the guest; Ctrl-D or exit powers it off."
-    setsid cttyhack sh
-fi
-sync
-mount -o remount,ro /
-poweroff -f
-"#;
-
 fn main() -> ExitCode {
     match run() {
         Ok(()) => ExitCode::SUCCESS,
@@ -109,8 +77,7 @@ impl Demo {
     }
 
     fn make_disk(&self) -> Result<()> {
-        let mut root = Tree::default();
-        root.busybox(&self.setting.lab)?.script("/sbin/init", INIT);
+        let root = tandem_tests::demo::root(&self.setting.lab)?;
         let tree = self.file("root");
         let _ = fs::remove_dir_all(&tree);
         root.write_to(&tree)?;

@@ -13,6 +13,7 @@ mod roundtrip;
 mod sandbox;
 mod served;
 mod soak;
+mod tour;
 
 pub use soak::case as soak;
 
@@ -33,6 +34,7 @@ pub fn all() -> Vec<Case> {
         sandbox::cases(),
         abrupt::cases(),
         machine::cases(),
+        tour::cases(),
     ]
     .into_iter()
     .flatten()

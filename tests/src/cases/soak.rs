@@ -51,7 +51,8 @@ files() {
     until [ -e /tmp/stop ]; do
         work & working=$!
         files
-        /bin/blkdiscard -o 12582912 -l 2097152 /dev/vda
+        # Without a look at what is on it: the end of the disk may just have gone.
+    /bin/blkdiscard -f -o 12582912 -l 2097152 /dev/vda
         # It is there, or not.
         dd if=/seed of=/dev/vdb bs=1M seek=20 oflag=direct 2>/dev/null || true
         wait $working

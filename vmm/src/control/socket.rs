@@ -19,7 +19,7 @@ const MAX_CLIENTS: usize = 16;
 /// How long to wait when the system has no room for another client.
 const RETRY_INTERVAL: Duration = Duration::from_millis(100);
 
-/// A Unix socket over which programs of the same user operate a VM. The README describes the
+/// A Unix socket over which programs of the same user operate a VM. docs/control.md describes the
 /// language. Clients wait until it is [served](Self::serve). Dropping it disconnects them all, and
 /// removes the socket's file.
 pub struct ControlSocket {

@@ -8,7 +8,8 @@ use seccompiler::SeccompCmpArgLen::{Dword, Qword};
 use seccompiler::SeccompCmpOp::{Eq, MaskedEq};
 use seccompiler::{BackendError, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompRule};
 
-use super::{Role, Rules};
+use super::Role;
+use super::filters::Rules;
 
 /// Memory, time, locks, signals of its own and the end: what every thread needs, most of it by way of
 /// the C library.

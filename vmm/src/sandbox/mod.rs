@@ -26,23 +26,36 @@
 //! # Ok::<(), tandem_vmm::Error>(())
 //! ```
 
+//!
+//! All this needs the cargo feature `sandbox`. Without it, there is but [`Role`], and a
+//! [`Config`](crate::Config) that asks for it is refused.
+
+#[cfg(not(feature = "sandbox"))]
+mod absent;
+#[cfg(feature = "sandbox")]
 mod calls;
+#[cfg(feature = "sandbox")]
 mod files;
+#[cfg(feature = "sandbox")]
+mod filters;
+#[cfg(feature = "sandbox")]
 mod violation;
 
-use std::collections::BTreeMap;
 use std::io;
 use std::sync::mpsc::sync_channel;
 use std::thread::{Builder, JoinHandle};
 
-use seccompiler::{
-    BpfProgram, SeccompAction, SeccompFilter, SeccompRule, TargetArch, apply_filter,
-};
-
 use crate::error::{HostContext, Result};
 
+#[cfg(not(feature = "sandbox"))]
+pub(crate) use absent::{enter, hint, install_handler};
+#[cfg(feature = "sandbox")]
 pub(crate) use files::hint;
+#[cfg(feature = "sandbox")]
 pub use files::{Enforced, FileRules, confine_files, is_refusal};
+#[cfg(feature = "sandbox")]
+pub use filters::enter;
+#[cfg(feature = "sandbox")]
 pub(crate) use violation::install_handler;
 
 /// What a thread does, which decides what it may ask of the system.
@@ -59,24 +72,6 @@ pub enum Role {
     Watch,
     /// Serves a vhost-user front end, and its queues.
     Server,
-}
-
-/// Rules for the numbers of system calls. Without a rule, any arguments will do.
-type Rules = BTreeMap<i64, Vec<SeccompRule>>;
-
-/// Confines this thread, and those that it will start, to what `role` needs. Entering another role
-/// later leaves what both allow.
-///
-/// A forbidden system call ends the process by SIGSYS, after a line on standard error, unless the
-/// process had a handler for that signal before.
-///
-/// # Errors
-/// [`Error::Host`](crate::Error::Host): the system has no such filters.
-pub fn enter(role: Role) -> Result<()> {
-    install_handler();
-    install(role)
-        .map_err(io::Error::other)
-        .host("filter its own system calls (--no-sandbox does without)")
 }
 
 /// Starts a thread that carries out `body`. Where it has a `role`, it has entered that on return.
@@ -99,33 +94,4 @@ pub(crate) fn spawn(
     let thread = Builder::new().name(name).spawn(body).host(failed)?;
     entered.recv().map_err(io::Error::other).host(failed)??;
     Ok(thread)
-}
-
-fn install(role: Role) -> std::result::Result<(), seccompiler::Error> {
-    // The strictest answer of several filters counts, and that of the last one is stricter than an
-    // error. So it lets pass what the first one refuses.
-    let mut allowed = calls::allowed(role)?;
-    let refused = calls::REFUSED.iter();
-    let refused = refused.filter(|call| !allowed.contains_key(call));
-    let refused: Rules = refused.map(|call| (*call, vec![])).collect();
-    allowed.extend(refused.clone());
-
-    let error = SeccompAction::Errno(libc::ENOSYS as u32);
-    for filter in [
-        compile(refused, SeccompAction::Allow, error)?,
-        compile(allowed, SeccompAction::Trap, SeccompAction::Allow)?,
-    ] {
-        apply_filter(&filter)?;
-    }
-    Ok(())
-}
-
-/// A filter that answers what `rules` match by `matched`, and everything else by `other`.
-fn compile(
-    rules: Rules,
-    other: SeccompAction,
-    matched: SeccompAction,
-) -> std::result::Result<BpfProgram, seccompiler::Error> {
-    let filter = SeccompFilter::new(rules, other, matched, TargetArch::x86_64)?;
-    Ok(filter.try_into()?)
 }

@@ -5,6 +5,7 @@
 //! changes to the new directory. After that the old clusters are given back. A crash leaves the old
 //! bitmaps or the new ones, and at worst leaked clusters.
 
+use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -30,6 +31,14 @@ pub struct BitmapEditor {
     draft: Draft,
 }
 
+impl fmt::Debug for BitmapEditor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("BitmapEditor")
+            .field("disk", &self.disk)
+            .finish_non_exhaustive()
+    }
+}
+
 impl BitmapEditor {
     /// Opens the image at `path` and its data file, but no backing file.
     ///
@@ -44,7 +53,7 @@ impl BitmapEditor {
     /// The bitmaps of `disk`, which nobody else uses, and which is closed with this.
     ///
     /// # Errors
-    /// [`Error::Io`], [`Error::Invalid`]
+    /// [`Error::Io`](crate::Error::Io), [`Error::Invalid`](crate::Error::Invalid)
     pub fn new(mut disk: Qcow2) -> Result<Self> {
         if !disk.read_only {
             // What the bitmaps have followed so far.
@@ -60,7 +69,7 @@ impl BitmapEditor {
     /// bytes; by default for a cluster, but at least 4 KiB and at most 64 KiB.
     ///
     /// # Errors
-    /// [`Error::Bitmap`] if there is such a bitmap, or there cannot be.
+    /// [`Error::Bitmap`](crate::Error::Bitmap) if there is such a bitmap, or there cannot be.
     pub fn add(&mut self, name: &[u8], granularity: Option<u64>) -> Result<()> {
         self.draft.add(&self.disk, name, granularity)
     }
@@ -68,7 +77,7 @@ impl BitmapEditor {
     /// Removes a bitmap, in whatever state it is.
     ///
     /// # Errors
-    /// [`Error::Bitmap`] if there is none called `name`.
+    /// [`Error::Bitmap`](crate::Error::Bitmap) if there is none called `name`.
     pub fn remove(&mut self, name: &[u8]) -> Result<()> {
         self.draft.remove(&self.disk, name)
     }
@@ -76,7 +85,7 @@ impl BitmapEditor {
     /// Clears all bits of a bitmap.
     ///
     /// # Errors
-    /// [`Error::Bitmap`] if there is none called `name`, or it cannot be used.
+    /// [`Error::Bitmap`](crate::Error::Bitmap) if there is none called `name`, or it cannot be used.
     pub fn clear(&mut self, name: &[u8]) -> Result<()> {
         self.draft.clear(&self.disk, name)
     }
@@ -92,7 +101,7 @@ impl BitmapEditor {
     /// Sets the bits in the bitmap `name` that are set in `source`, a bitmap of the same image.
     ///
     /// # Errors
-    /// As [`clear`](Self::clear), for either bitmap; [`Error::Io`].
+    /// As [`clear`](Self::clear), for either bitmap; [`Error::Io`](crate::Error::Io).
     pub fn merge(&mut self, name: &[u8], source: &[u8]) -> Result<()> {
         self.draft.merge(&self.disk, name, source)
     }
@@ -109,8 +118,9 @@ impl BitmapEditor {
     /// Makes the changes on disk, all of them or, after an error, none.
     ///
     /// # Errors
-    /// [`Error::ReadOnly`], [`Error::Corrupt`]; [`Error::HeaderFull`] if the header has no room for
-    /// bitmaps; [`Error::Io`], after which the new bitmaps may be there if the last sync failed.
+    /// [`Error::ReadOnly`](crate::Error::ReadOnly), [`Error::Corrupt`](crate::Error::Corrupt);
+    /// [`Error::HeaderFull`](crate::Error::HeaderFull) if the header has no room for bitmaps;
+    /// [`Error::Io`](crate::Error::Io), after which the new bitmaps may be there if the last sync failed.
     pub fn commit(mut self) -> Result<()> {
         if !self.draft.changed {
             return Ok(());
@@ -137,7 +147,7 @@ impl Qcow2 {
     /// should, have flags with `mark`.
     ///
     /// # Errors
-    /// [`Error::HeaderFull`], [`Error::Io`], [`Error::Invalid`]: nothing has changed.
+    /// [`Error::HeaderFull`](crate::Error::HeaderFull), [`Error::Io`](crate::Error::Io), [`Error::Invalid`](crate::Error::Invalid): nothing has changed.
     pub(super) fn plan_directory(
         &self,
         draft: &mut Draft,

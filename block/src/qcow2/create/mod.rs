@@ -22,6 +22,7 @@ use crate::file::{FileOptions, ImageFile};
 use crate::lock::Access;
 use crate::new_file::NewFile;
 use crate::qcow2::policy::is_same_file;
+use crate::qcow2::zstd;
 use crate::{Error, NewImage, Result};
 
 /// Creates the image `path`, and its data file if there is to be one.
@@ -66,6 +67,7 @@ pub(crate) fn begin(
     options: &CreateOptions,
     warn: &mut dyn FnMut(String),
 ) -> Result<NewFiles> {
+    zstd::check_built(options.compression_type, path)?;
     let layout = Layout::new(options)?;
     let header = layout.header(options).encode(path)?;
     if let Some(data_file) = &options.data_file {

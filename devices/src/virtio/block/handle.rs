@@ -1,5 +1,6 @@
 //! The device as whoever operates it sees it, while the guest uses it.
 
+use std::fmt;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -20,6 +21,12 @@ use crate::virtio::{Activation, Interrupt};
 /// The means to operate a device while a guest uses it. Cloning is cheap: clones share the device.
 #[derive(Clone)]
 pub struct Handle(pub(super) Arc<Shared>);
+
+impl fmt::Debug for Handle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Handle").finish_non_exhaustive()
+    }
+}
 
 /// What a device and those who operate it have in common.
 ///

@@ -100,6 +100,7 @@ mod stats;
 mod target;
 mod worker;
 
+use std::fmt;
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
@@ -159,6 +160,14 @@ impl Default for Options {
 pub struct Block {
     shared: Arc<Shared>,
     queue_sizes: Vec<u16>,
+}
+
+impl fmt::Debug for Block {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Block")
+            .field("queue_sizes", &self.queue_sizes)
+            .finish_non_exhaustive()
+    }
 }
 
 impl Block {

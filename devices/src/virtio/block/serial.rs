@@ -21,6 +21,7 @@ pub struct Serial([u8; LEN]);
 
 /// Why a text cannot be the serial number of a disk.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum InvalidSerial {
     /// The text is empty or too long.
     #[error("serial '{text}' has {len} bytes: give 1 to 20", len = text.len())]

@@ -2,6 +2,7 @@
 
 mod completions;
 mod config_file;
+mod control;
 mod disk_keys;
 mod man;
 mod run;
@@ -17,11 +18,12 @@ use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, Subcommand};
 use tandem_vmm::{Error, ExitReason, Result, signals};
 
 use completions::Completions;
+use control::Control;
 use man::Man;
 use run::Run;
 use serve::Serve;
 
-/// Runs Linux guests whose disks are qcow2 images, and offers such disks to other machines.
+/// Runs Linux guests whose disks are qcow2 images, and offers such disks to other machines
 #[derive(Parser)]
 #[command(name = "tandem", version, arg_required_else_help = true, after_help = EXAMPLES)]
 struct Cli {
@@ -44,6 +46,7 @@ enum Command {
     Run(Box<Run>),
     /// Offer a disk to other virtual machine monitors (vhost-user-blk)
     Serve(Box<Serve>),
+    Control(Control),
     /// Print a script that makes a shell complete command lines of this program
     Completions(Completions),
     /// Print a manual page: of this program, or of one of its commands
@@ -83,6 +86,7 @@ fn main() -> ExitCode {
             }
         }
         Command::Serve(serve) => status(serve.execute(), 1),
+        Command::Control(control) => control.execute(),
         Command::Completions(completions) => completions.print(),
         Command::Man(man) => man.print(),
     }

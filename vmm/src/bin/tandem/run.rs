@@ -137,7 +137,7 @@ Metrics and control:
   Programs of the same user, and root, send requests to the socket of --control, a JSON object on each
   line: {{\"command\":\"pause\"}}. The commands are status, disks, metrics, flush, pause, resume, resize,
   shutdown, and those for bitmaps, for backups, and for the images of a disk (fork, commit, rebase, and jobs).
-  README.md describes both.
+  docs/run.md and docs/control.md describe both; tandem control sends such requests.
 
 Output and exit status of a command:
   What the guest writes to /dev/ttyS1 goes to --output, byte for byte if the port is in raw mode. With

@@ -221,6 +221,27 @@ fn mistakes_are_named() {
     }
 }
 
+#[test]
+fn every_command_has_examples() {
+    let help = print("--help");
+    let commands = help.split("Commands:\n").nth(1).unwrap();
+    let commands = commands.lines().take_while(|line| !line.is_empty());
+    let names: Vec<_> = commands
+        .filter_map(|line| line.split_whitespace().next())
+        .collect();
+    assert!(
+        COMMANDS.iter().all(|name| names.contains(name)),
+        "{names:?}"
+    );
+    for name in names {
+        assert!(
+            print(&format!("{name} --help")).contains("Examples:"),
+            "{name}"
+        );
+    }
+    assert!(help.contains("Examples:"));
+}
+
 /// What is written to a terminal by a program of this package.
 fn on_terminal(place: &Place, line: &str) -> String {
     let typed = Command::new("script")

@@ -178,7 +178,7 @@ fn help_tells_everything_there_is() {
     }
     assert!(help(&["run", "-h"]).contains("Examples"));
     assert!(help(&["--help"]).contains("run"));
-    for command in ["run", "serve", "completions", "man"] {
+    for command in ["run", "serve", "control", "completions", "man"] {
         assert!(
             help(&[command, "--help"]).contains("Examples:"),
             "{command}"
@@ -239,6 +239,7 @@ fn manual_pages_have_no_faults() {
         &["man"] as &[_],
         &["man", "run"],
         &["man", "serve"],
+        &["man", "control"],
         &["man", "man"],
     ] {
         let text = piped(page, "cat");

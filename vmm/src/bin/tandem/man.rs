@@ -14,7 +14,7 @@ use crate::{Cli, complain, print};
 pub struct Man {
     /// The command (default: the page of the program)
     #[arg(value_name = "COMMAND")]
-    #[arg(value_parser = clap::builder::PossibleValuesParser::new(["run", "serve", "completions", "man"]))]
+    #[arg(value_parser = clap::builder::PossibleValuesParser::new(["run", "serve", "control", "completions", "man"]))]
     command: Option<String>,
 }
 

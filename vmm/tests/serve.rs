@@ -18,7 +18,7 @@ use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{run, send_signal, wait};
+use common::{heed_signals, run, send_signal, wait};
 use tempfile::TempDir;
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -41,6 +41,7 @@ impl Place {
 
     /// `tandem serve` with files in the directory, and no `umask`.
     fn command(&self, socket: &str, disk: &str) -> Command {
+        heed_signals();
         let mut command = Command::new("sh");
         command
             .args([

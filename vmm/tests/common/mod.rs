@@ -178,7 +178,16 @@ pub fn tandem_run(kernel: &Path) -> Command {
     command.arg("run").arg("--kernel").arg(kernel);
     command.stdin(Stdio::null());
     command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    heed_signals();
     command
+}
+
+/// Signals end what is started from here, though this was started to ignore them, as by `nohup`.
+pub fn heed_signals() {
+    for signal in [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT, libc::SIGTERM] {
+        // SAFETY: the default action is no code of ours.
+        unsafe { libc::signal(signal, libc::SIG_DFL) };
+    }
 }
 
 /// How a run of `tandem` ended.

@@ -38,7 +38,7 @@ Examples:
   tandem control --wait vm.sock commit disk=vda pivot=true
   tandem control vm.sock disks | jq -r '.disks[].path'")]
 pub struct Control {
-    /// Wait for the end of the job that the command begins, and fail if it does
+    /// Wait until the job that the command begins has ended, and fail if the job has failed
     #[arg(long)]
     wait: bool,
     /// The socket of the VM

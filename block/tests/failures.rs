@@ -22,6 +22,8 @@ struct Faults {
     writes: AtomicBool,
     syncs: AtomicBool,
     zeroes: AtomicBool,
+    /// Writes, until space is released.
+    is_full: AtomicBool,
 }
 
 /// A file with faults.
@@ -53,6 +55,7 @@ impl Storage for Faulty {
     }
     fn write_at(&self, bufs: &[VolatileSlice<'_>], offset: u64) -> io::Result<()> {
         fail_if(&self.faults.writes)?;
+        fail_if(&self.faults.is_full)?;
         self.file.write_at(bufs, offset)
     }
     fn read_bytes_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
@@ -66,6 +69,7 @@ impl Storage for Faulty {
         self.file.write_zeroes(offset, len, unmap)
     }
     fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.faults.is_full.store(false, Ordering::Relaxed);
         self.file.discard(offset, len)
     }
     fn next_data(&self, offset: u64) -> io::Result<Option<u64>> {
@@ -141,6 +145,24 @@ fn an_image_can_be_opened_after_its_data_could_not_be_written() {
         .unwrap();
         assert_eq!(report.allocated_clusters, 1);
     }
+}
+
+/// The place of a cluster may be a hole of the file, for which there is no space before that of another
+/// one has come back.
+#[test]
+fn a_write_in_place_waits_for_space_that_comes_back() {
+    let (_dir, path, _) = image(false);
+    let faults = Arc::new(Faults::default());
+    let disk = open(&path, None, &faults);
+    for offset in [0, 4096] {
+        write(&disk, offset).unwrap();
+    }
+    disk.flush().unwrap();
+    faults.is_full.store(true, Ordering::Relaxed);
+    assert!(matches!(write(&disk, 0), Err(Error::Io { .. })));
+    disk.discard(4096, 4096).unwrap();
+    write(&disk, 0).unwrap();
+    assert!(!faults.is_full.load(Ordering::Relaxed));
 }
 
 /// A disk that could not grow has a data file of its old length.

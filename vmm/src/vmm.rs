@@ -59,22 +59,22 @@ impl Vmm {
         let places: Vec<_> = (0..images.len()).map(disk::place).collect();
         let mem = memory::create(config.memory)?;
         // KVM waits for other processors most of the time, which the kernel and the initrd are read in.
+        // That is on the thread that is new: statistics of a VM bear the number of the one that made it.
         let (entry, made) = thread::scope(|scope| {
+            let read = || boot::prepare(&mem, config, &places);
+            let reading = thread::Builder::new().spawn_scoped(scope, read);
             // SAFETY: three things keep KVM's VM alive: `vm`, CPUs that do not run yet, and CPUs on
-            // threads. Until `build` returns, they are locals of the thread here, which ends before
-            // `mem` does, or declared after `mem`, and so dropped before it. Then `mem` belongs to the
-            // `Machine`. The `Vmm` holds that in its last member, behind the CPUs and `vm`; each CPU's
-            // thread holds it by an `Arc` of its own, which it drops after its CPU (see `Vcpu::start`).
-            // So whichever of them ends last, however it ends, and even if a panic in `run` leaves
-            // threads behind, the memory goes after the VM.
-            let make = || unsafe { make_vm(config, &mem) };
-            let making = thread::Builder::new().spawn_scoped(scope, make);
-            let entry = boot::prepare(&mem, config, &places);
-            let made = making.map(|making| making.join().unwrap_or_else(|e| resume_unwind(e)));
+            // threads. Until `build` returns, they are locals declared after `mem`, and so dropped before
+            // it. Then `mem` belongs to the `Machine`. The `Vmm` holds that in its last member, behind
+            // the CPUs and `vm`; each CPU's thread holds it by an `Arc` of its own, which it drops after
+            // its CPU (see `Vcpu::start`). So whichever of them ends last, however it ends, and even if a
+            // panic in `run` leaves threads behind, the memory goes after the VM.
+            let made = unsafe { make_vm(config, &mem) };
+            let entry = reading.map(|reading| reading.join().unwrap_or_else(|e| resume_unwind(e)));
             (entry, made)
         });
-        let entry = entry?;
-        let (kvm, vm) = made.host("start a thread")??;
+        let entry = entry.host("start a thread")??;
+        let (kvm, vm) = made?;
 
         let exit = Arc::new(Exit::new()?);
         let gate = Arc::new(Gate::new(exit.clone()));

@@ -8,7 +8,7 @@ use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -472,4 +472,28 @@ fn a_machine_is_operated_from_a_shell() {
     machine.wait().assert_quiet(0);
     let gone = machine.control_command(&["status"]);
     gone.assert_says(1, "'socket': Could not connect: No such file");
+}
+
+/// An answer that is none is no success.
+#[test]
+fn the_socket_of_another_program_is_told_apart() {
+    let dir = tempfile::tempdir().unwrap();
+    let listener = UnixListener::bind(dir.path().join("socket")).unwrap();
+    for answer in ["{\"return\": {}}", "{\"error\": \"no\"}", "[1]", "7"] {
+        let ended = thread::scope(|scope| {
+            scope.spawn(|| {
+                let (mut stream, _) = listener.accept().unwrap();
+                let mut request = String::new();
+                BufReader::new(&stream).read_line(&mut request).unwrap();
+                writeln!(stream, "{answer}").unwrap();
+            });
+            let mut command = Command::new(env!("CARGO_BIN_EXE_tandem"));
+            command
+                .current_dir(&dir)
+                .args(["control", "socket", "status"]);
+            command.stdout(Stdio::piped()).stderr(Stdio::piped());
+            run(command)
+        });
+        ended.assert_says(1, "this is not its socket");
+    }
 }

@@ -69,7 +69,12 @@ impl Disk for Qcow2 {
         let len = total_len(bufs);
         check_range(offset, len, self.size())?;
         self.track(offset, len)?;
-        if !self.write_there(bufs, offset, len)? {
+        let is_written = match self.write_there(bufs, offset, len) {
+            // Clusters may come back; that is waited for.
+            Err(e) if e.is_no_space() => false,
+            written => written?,
+        };
+        if !is_written {
             return self.with_space(|| self.write_mapped(bufs, offset, len, Area::Disk));
         }
         // No metadata has changed.

@@ -27,6 +27,9 @@ const BITS_PER_CLUSTER: usize = 64;
 const WORD_BITS: u64 = u64::BITS as u64;
 /// Fewest words of a level: 1 KiB.
 const MIN_WORDS: usize = 128;
+/// Most words of a level: 32 MiB, however much metadata an image claims to have. Clusters beyond that
+/// share the bits of others, and are looked up in the exact list more often.
+const MAX_WORDS: usize = 1 << 22;
 /// How many times as large as the one before a level is.
 const GROWTH: usize = 8;
 
@@ -47,7 +50,7 @@ impl Filter {
     /// For about `clusters` clusters, and those that come later.
     pub fn new(clusters: usize) -> Self {
         let words = clusters.saturating_mul(BITS_PER_CLUSTER) / u64::BITS as usize;
-        Self::with_words(words.max(MIN_WORDS).next_power_of_two())
+        Self::with_words(words.clamp(MIN_WORDS, MAX_WORDS).next_power_of_two())
     }
 
     fn with_words(words: usize) -> Self {
@@ -71,8 +74,8 @@ impl Filter {
     /// Adds `count` clusters from `first` on, which share a word.
     fn insert_row(&self, first: u64, count: u64) {
         let mut level = self;
-        while level.room.load(Ordering::Relaxed) == 0 {
-            let words = level.words.len() * GROWTH;
+        while level.room.load(Ordering::Relaxed) == 0 && level.words.len() < MAX_WORDS {
+            let words = (level.words.len() * GROWTH).min(MAX_WORDS);
             level = level.next.get_or_init(|| Box::new(Self::with_words(words)));
         }
         let room = level.room.load(Ordering::Relaxed);
@@ -231,6 +234,16 @@ mod tests {
             let wrong = others.filter(|cluster| filter.may_contain(*cluster));
             assert!(wrong.count() < 7000, "{added} every {stride}");
         }
+    }
+
+    /// An image of a few sparse MiB can name billions of clusters.
+    #[test]
+    fn a_filter_has_its_limit() {
+        let filter = Filter::new(usize::MAX);
+        assert_eq!(filter.words.len(), MAX_WORDS);
+        filter.room.store(0, Ordering::Relaxed);
+        filter.insert(5..7);
+        assert!(filter.may_contain(6) && filter.next.get().is_none());
     }
 
     #[test]

@@ -257,7 +257,7 @@ impl Reserved {
         (piece.first <= cluster).then_some(piece)
     }
 
-    /// Contains all clusters of metadata, now and later. It has 8 bytes for each.
+    /// Contains all clusters of metadata, now and later. It has 8 to 16 bytes for each, up to a limit.
     pub fn filter(&self) -> Arc<Filter> {
         let make = || {
             let clusters = self.pieces.iter().map(|piece| piece.clusters as usize);

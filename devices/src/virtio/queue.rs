@@ -81,11 +81,12 @@ impl<'m> ActiveQueue<'m> {
 
     /// Looks how many chains the driver has made available that have not been taken.
     pub(super) fn available(&mut self) -> Result<u16, RingError> {
-        self.seen = self.load_avail(AVAIL_INDEX, Ordering::Acquire)?;
-        let count = self.seen.wrapping_sub(self.queue.next_avail());
+        let seen = self.load_avail(AVAIL_INDEX, Ordering::Acquire)?;
+        let count = seen.wrapping_sub(self.queue.next_avail());
         if count > self.queue.size() {
             return Err(RingError::AvailIndex);
         }
+        self.seen = seen;
         Ok(count)
     }
 

@@ -267,6 +267,8 @@ impl Qcow2 {
         if let Some(new) = new {
             let counts = open::open_refcounts(&self.image, self.geometry, header, &self.l1)?;
             self.refcounts = Some(Mutex::new(counts));
+            // It is that of the old ones, and would not learn of what they reserve.
+            drop(self.metadata.take());
             // An error only leaves space in use.
             drop(new.discard_old(&self.image));
         }

@@ -38,7 +38,7 @@ Examples:
   tandem control --wait vm.sock commit disk=vda pivot=true
   tandem control vm.sock disks | jq -r '.disks[].path'")]
 pub struct Control {
-    /// Wait for the end of the job that the command begins, and fail if it does
+    /// Wait until the job that the command begins has ended, and fail if the job has failed
     #[arg(long)]
     wait: bool,
     /// The socket of the VM
@@ -125,11 +125,11 @@ impl Control {
             sent.map_err(wrong("send the request"))?;
         }
         read.map_err(wrong("read the answer"))?;
-        let answer: Value = serde_json::from_str(&line)
-            .map_err(|_| format!("'{socket}': the VM has ended, or this is not its socket"))?;
+        let answer: Value = serde_json::from_str(&line).unwrap_or_default();
         if let Some(message) = answer["error"]["message"].as_str() {
             return Err(message.to_owned());
         }
-        Ok(answer["ok"].clone())
+        let done = answer.get("ok").cloned();
+        done.ok_or_else(|| format!("'{socket}': the VM has ended, or this is not its socket"))
     }
 }

@@ -1,4 +1,4 @@
-//! Entries of a slice in a line of the processor's cache.
+//! Entries of a slice in a line or two of the processor's cache.
 //!
 //! The entries of 4 KiB fill 64 lines, which the data of requests soon drives out, and then it takes
 //! longer to get one of them than to do all the rest. But clusters mostly lie one behind the other, as

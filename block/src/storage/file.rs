@@ -31,6 +31,14 @@ pub struct FileStorage {
 /// Zeros are written from a buffer of this many bytes where the file system cannot zero a range.
 const ZERO_BUFFER: usize = 64 << 10;
 
+/// The system copies what is written page by page, and may stop behind any page of memory that it has to
+/// wait for, when the process is killed. So memory's pages have to begin where sectors do, or a sector would
+/// be half zeros.
+#[repr(align(4096))]
+struct Zeros([u8; ZERO_BUFFER]);
+
+static ZEROS: Zeros = Zeros([0; ZERO_BUFFER]);
+
 impl FileStorage {
     /// Opens the file or block device at `path`, for reading only or for both. No lock is taken.
     ///
@@ -127,10 +135,9 @@ impl FileStorage {
     }
 
     fn write_zero_bytes(&self, mut offset: u64, mut len: u64) -> io::Result<()> {
-        let zeros = vec![0; ZERO_BUFFER.min(usize::try_from(len).unwrap_or(ZERO_BUFFER))];
         while len > 0 {
-            let n = len.min(zeros.len() as u64);
-            self.file.write_all_at(&zeros[..n as usize], offset)?;
+            let n = len.min(ZERO_BUFFER as u64);
+            self.file.write_all_at(&ZEROS.0[..n as usize], offset)?;
             offset += n;
             len -= n;
         }

@@ -21,12 +21,17 @@ impl<'a, 'b> Buffers<'a, 'b> {
 
     /// Consumes `len` bytes, which must be there, and passes them to `visit` with their distance
     /// from the first of them: in one call unless they are spread over more than [`SEGMENTS`]
-    /// buffers.
+    /// buffers, of which some are cut.
     pub fn take<E>(
         &mut self,
         len: u64,
         mut visit: impl FnMut(&[VolatileSlice<'a>], u64) -> Result<(), E>,
     ) -> Result<(), E> {
+        if let Some(count) = self.whole(len) {
+            let (piece, rest) = self.bufs.split_at(count);
+            self.bufs = rest;
+            return visit(piece, 0);
+        }
         let mut done = 0;
         while done < len {
             let mut piece = [empty(); SEGMENTS];
@@ -43,6 +48,19 @@ impl<'a, 'b> Buffers<'a, 'b> {
             visit(&piece[..count], start)?;
         }
         Ok(())
+    }
+
+    /// How many buffers, none of which is consumed in part, have `len` bytes together.
+    #[inline]
+    fn whole(&self, len: u64) -> Option<usize> {
+        let mut left = len;
+        for (index, buf) in self.bufs.iter().enumerate() {
+            left = left.checked_sub(buf.len() as u64)?;
+            if left == 0 && len > 0 {
+                return (self.consumed == 0).then_some(index + 1);
+            }
+        }
+        None
     }
 
     /// The next run of at most `max` bytes in one buffer.

@@ -44,16 +44,16 @@ impl Refcounts {
         let goal = goal.map(|offset| self.geometry.cluster(offset));
         let (first, clusters) = match goal {
             Some(cluster) if self.is_hole(image, cluster)? => {
-                let index = cluster % self.counts_per_slice();
+                let index = self.index_in_slice(cluster);
                 let slice = self.slice(image, cluster)?;
-                (cluster, slice.free.run_length(index as usize, max))
+                (cluster, slice.free.run_length(index, max))
             }
             _ => self.find_free(image, max)?,
         };
         let end = first + clusters as u64;
-        for cluster in first..end {
-            self.set_count(image, cluster, 1)?;
-        }
+        let (width, index) = (self.width, self.index_in_slice(first));
+        self.slice(image, first)?
+            .set_counts(width, index..index + clusters, 1);
         let zeroed = first >= self.untouched;
         self.untouched = self.untouched.max(end);
         Ok(Allocation {
@@ -255,10 +255,8 @@ impl Refcounts {
 
     /// Whether `cluster` is free and lies between others that have been in use.
     fn is_hole(&mut self, image: &ImageFile, cluster: u64) -> Result<bool> {
-        let block = (cluster / self.counts_per_block()) as usize;
-        let is_counted = self.table.get(block).is_some_and(|offset| *offset != 0);
         let is_inside = cluster < self.untouched.min(self.end);
-        Ok(is_counted && is_inside && self.count(image, cluster)? == 0)
+        Ok(is_inside && self.has_block(cluster) && self.count(image, cluster)? == 0)
     }
 
     /// Up to `max` free clusters, counted by the first slice that counts any: the first of them,
@@ -271,7 +269,7 @@ impl Refcounts {
             };
             let first = number * self.counts_per_slice();
             self.check_room(image, first + 1)?;
-            let block = (first / self.counts_per_block()) as usize;
+            let block = self.block_of(first);
             if block >= self.table.len() {
                 self.grow_table(image)?;
                 continue;

@@ -100,7 +100,7 @@ impl Geometry {
         self.subcluster(start)..self.subcluster(last) + 1
     }
 
-    fn slice_size_bits(self) -> u32 {
+    pub fn slice_size_bits(self) -> u32 {
         self.cluster_bits.min(MAX_SLICE_BITS)
     }
 

@@ -307,6 +307,12 @@ impl Qcow2 {
         let _running = self.requests.begin();
         let mut buffers = Buffers::new(bufs);
         let mut done = 0;
+        let g = self.geometry;
+        let in_cluster = 1..=g.cluster_size() - g.in_cluster(offset);
+        if in_cluster.contains(&len) && !g.extended_l2 {
+            // `write_there` would have found data, but for what is not in the cache.
+            done = self.write_new(offset, len, area, &mut buffers)?;
+        }
         while done < len {
             let run = self.run(offset + done, len - done)?;
             done += match run.kind {

@@ -24,6 +24,10 @@ pub(crate) struct L1Table {
     new: Mutex<BTreeSet<usize>>,
 }
 
+fn owns_table(entry: L1Entry) -> bool {
+    entry.offset() != 0 && entry.is_copied()
+}
+
 /// Checks entry `index` of an L1 table of an image of `file_size` bytes.
 ///
 /// # Errors
@@ -83,6 +87,7 @@ impl L1Table {
     }
 
     /// The entry at `index`; that of an empty range if there is none.
+    #[inline]
     pub fn get(&self, index: usize) -> L1Entry {
         L1Entry(
             self.entries
@@ -99,6 +104,12 @@ impl L1Table {
             .filter(|offset| *offset != 0)
     }
 
+    /// Whether the entry at `index` has an L2 table of its own.
+    #[inline]
+    pub fn owns_table(&self, index: usize) -> bool {
+        owns_table(self.get(index))
+    }
+
     /// Gives the entry at `index` an L2 table from `make`, unless it has one of its own already.
     /// `make` is told the offset of the one that it shares with snapshots, or 0; a shared one is
     /// returned, and has one user less.
@@ -107,13 +118,9 @@ impl L1Table {
         index: usize,
         make: impl FnOnce(u64) -> Result<u64>,
     ) -> Result<Option<u64>> {
-        let owns = |entry: L1Entry| entry.offset() != 0 && entry.is_copied();
-        if owns(self.get(index)) {
-            return Ok(None);
-        }
         let mut new = lock(&self.new);
         let old = self.get(index);
-        if owns(old) {
+        if owns_table(old) {
             return Ok(None);
         }
         let entry = L1Entry::new(make(old.offset())?);

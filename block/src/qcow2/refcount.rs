@@ -5,8 +5,6 @@
 //! linked into the refcount table only after its content is on disk, or the table would name a
 //! cluster full of anything.
 
-use std::collections::HashMap;
-use std::hash::{BuildHasherDefault, Hasher};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -37,7 +35,10 @@ pub(crate) struct Refcounts {
     pub(super) table: Vec<u64>,
     /// Blocks that `table` names and the table on disk does not yet.
     pub(super) unlinked: Vec<usize>,
-    slices: HashMap<u64, Slice, BuildHasherDefault<NumberHasher>>,
+    /// In no order, and no more than [`MAX_SLICES`].
+    slices: Vec<Slice>,
+    /// Index of the one that was used last.
+    latest: usize,
     clock: u64,
     /// Metadata that must be counted.
     pub(super) reserved: Reserved,
@@ -72,32 +73,13 @@ pub(crate) struct Alike {
 }
 
 pub(super) struct Slice {
+    number: u64,
     /// As on disk.
     counts: Box<[u8]>,
     /// Indices of those that are zero and whose clusters the file can have.
     pub(super) free: FreeMap,
     dirty: bool,
     last_used: u64,
-}
-
-/// Hashes the numbers of slices. An image can be made to have some that hash alike, but no more than
-/// [`MAX_SLICES`] are there at a time.
-#[derive(Default)]
-struct NumberHasher(u64);
-
-impl Hasher for NumberHasher {
-    fn write(&mut self, bytes: &[u8]) {
-        bytes.iter().for_each(|byte| self.write_u64((*byte).into()));
-    }
-
-    fn write_u64(&mut self, number: u64) {
-        let product = (self.0 ^ number).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        self.0 = product ^ product >> 32;
-    }
-
-    fn finish(&self) -> u64 {
-        self.0
-    }
 }
 
 impl Refcounts {
@@ -128,7 +110,8 @@ impl Refcounts {
             table_clusters,
             table,
             unlinked: Vec::new(),
-            slices: HashMap::default(),
+            slices: Vec::new(),
+            latest: 0,
             clock: 0,
             reserved: Reserved::new(geometry.cluster_bits, false),
             with_free: FreeMap::default(),
@@ -253,7 +236,7 @@ impl Refcounts {
 
     /// Whether counts have changed that are not in the file.
     pub fn is_dirty(&self) -> bool {
-        self.slices.values().any(|slice| slice.dirty)
+        self.slices.iter().any(|slice| slice.dirty)
     }
 
     /// Writes changed counts to the file, without waiting for the disk.
@@ -279,22 +262,15 @@ impl Refcounts {
     }
 
     pub(super) fn write_dirty(&mut self, image: &ImageFile) -> Result<()> {
-        let dirty: Vec<u64> = self
-            .slices
-            .iter()
-            .filter(|(_, s)| s.dirty)
-            .map(|(number, _)| *number)
-            .collect();
-        dirty
-            .into_iter()
-            .try_for_each(|number| self.write_slice(image, number))
+        (0..self.slices.len()).try_for_each(|index| self.write_slice(image, index))
     }
 
-    fn write_slice(&mut self, image: &ImageFile, number: u64) -> Result<()> {
-        let at = self.slice_position(number);
-        if let Some(slice) = self.slices.get_mut(&number) {
-            image.write_bytes_at(&slice.counts, at)?;
-            slice.dirty = false;
+    /// Writes the slice at `index` in memory to the file, if it has changed.
+    fn write_slice(&mut self, image: &ImageFile, index: usize) -> Result<()> {
+        if self.slices[index].dirty {
+            let at = self.slice_position(self.slices[index].number);
+            image.write_bytes_at(&self.slices[index].counts, at)?;
+            self.slices[index].dirty = false;
             self.written = true;
         }
         Ok(())
@@ -302,13 +278,18 @@ impl Refcounts {
 
     /// How often `cluster`, which can be anything, is used.
     pub(super) fn count(&mut self, image: &ImageFile, cluster: u64) -> Result<u64> {
-        let block = (cluster / self.counts_per_block()) as usize;
-        if self.table.get(block).is_none_or(|offset| *offset == 0) {
+        if !self.has_block(cluster) {
             return Ok(0);
         }
-        let index = (cluster % self.counts_per_slice()) as usize;
+        let index = self.index_in_slice(cluster);
         let width = self.width;
         Ok(width.get(&self.slice(image, cluster)?.counts, index))
+    }
+
+    /// Whether a refcount block counts `cluster`, which can be anything.
+    pub(super) fn has_block(&self, cluster: u64) -> bool {
+        let offset = self.table.get(self.block_of(cluster));
+        offset.is_some_and(|offset| *offset != 0)
     }
 
     /// Adds a reference to `cluster`, which can be anything.
@@ -344,54 +325,61 @@ impl Refcounts {
 
     /// Sets the refcount of `cluster`, whose block exists, to one that it can have.
     pub(super) fn set_count(&mut self, image: &ImageFile, cluster: u64, count: u64) -> Result<()> {
-        let number = cluster / self.counts_per_slice();
-        let index = (cluster % self.counts_per_slice()) as usize;
+        let index = self.index_in_slice(cluster);
         let width = self.width;
         let slice = self.slice(image, cluster)?;
-        slice.dirty = true;
-        width.set(&mut slice.counts, index, count);
-        if count != 0 {
-            slice.free.remove(index);
-        } else {
-            slice.free.insert(index);
-            if number < self.examined {
-                self.with_free.insert(number as usize);
-            }
+        slice.set_counts(width, index..index + 1, count);
+        let number = slice.number;
+        if count == 0 && number < self.examined {
+            self.with_free.insert(number as usize);
         }
         Ok(())
     }
 
     /// The slice that counts `cluster`, whose refcount block exists.
     pub(super) fn slice(&mut self, image: &ImageFile, cluster: u64) -> Result<&mut Slice> {
-        let number = cluster / self.counts_per_slice();
-        self.clock += 1;
-        if !self.slices.contains_key(&number) {
-            if self.slices.len() >= MAX_SLICES {
-                self.evict(image)?;
-            }
-            let slice = self.read_slice(image, number)?;
-            self.slices.insert(number, slice);
+        let number = cluster >> self.slice_bits();
+        let is_it = |slice: &Slice| slice.number == number;
+        if !self.slices.get(self.latest).is_some_and(is_it) {
+            self.latest = match self.slices.iter().position(is_it) {
+                Some(index) => index,
+                None => self.load(image, number)?,
+            };
         }
-        #[expect(clippy::expect_used, reason = "present or inserted just above")]
-        let slice = self.slices.get_mut(&number).expect("cached");
+        self.clock += 1;
+        let slice = &mut self.slices[self.latest];
         slice.last_used = self.clock;
         Ok(slice)
+    }
+
+    /// Brings slice `number`, whose refcount block exists, into memory. Its index there.
+    #[cold]
+    fn load(&mut self, image: &ImageFile, number: u64) -> Result<usize> {
+        let oldest = (0..self.slices.len()).min_by_key(|index| self.slices[*index].last_used);
+        let oldest = oldest.filter(|_| self.slices.len() == MAX_SLICES);
+        if let Some(index) = oldest {
+            self.write_slice(image, index)?;
+        }
+        let slice = self.read_slice(image, number)?;
+        match oldest {
+            Some(index) => self.slices[index] = slice,
+            None => self.slices.push(slice),
+        }
+        Ok(oldest.unwrap_or(self.slices.len() - 1))
     }
 
     fn read_slice(&self, image: &ImageFile, number: u64) -> Result<Slice> {
         let mut counts = vec![0; self.geometry.slice_size() as usize].into_boxed_slice();
         self.read_counts(image, number, &mut counts)?;
-        let first = number * self.counts_per_slice();
-        let mut free = FreeMap::default();
+        let first = number << self.slice_bits();
         let room = self.end.saturating_sub(first).min(self.counts_per_slice());
-        for index in 0..room as usize {
-            if self.width.get(&counts, index) == 0 {
-                free.insert(index);
-            }
-        }
+        let used = |index: u64| index >= room || self.width.get(&counts, index as usize) != 0;
+        let words = (0..self.counts_per_slice()).step_by(64);
+        let word = |start: u64| (0..64).map(|bit| u64::from(used(start + bit)) << bit).sum();
         Ok(Slice {
+            number,
+            free: FreeMap::complement(words.map(word).collect()),
             counts,
-            free,
             dirty: false,
             last_used: 0,
         })
@@ -407,32 +395,50 @@ impl Refcounts {
             })
     }
 
-    fn evict(&mut self, image: &ImageFile) -> Result<()> {
-        let oldest = self
-            .slices
-            .iter()
-            .min_by_key(|(_, s)| s.last_used)
-            .map(|(n, s)| (*n, s.dirty));
-        if let Some((number, dirty)) = oldest {
-            if dirty {
-                self.write_slice(image, number)?;
-            }
-            self.slices.remove(&number);
-        }
-        Ok(())
-    }
-
     fn slice_position(&self, number: u64) -> u64 {
         let per_block = self.geometry.slices_per_table();
         let block = self.table[(number / per_block) as usize];
         block + number % per_block * self.geometry.slice_size()
     }
 
+    /// Index of the block that counts `cluster`, or would.
+    pub(super) fn block_of(&self, cluster: u64) -> usize {
+        (cluster >> self.block_bits()) as usize
+    }
+
+    /// Index of the count of `cluster` in its slice.
+    pub(super) fn index_in_slice(&self, cluster: u64) -> usize {
+        (cluster & (self.counts_per_slice() - 1)) as usize
+    }
+
     pub(super) fn counts_per_slice(&self) -> u64 {
-        self.width.count_in(self.geometry.slice_size())
+        1 << self.slice_bits()
     }
 
     pub(super) fn counts_per_block(&self) -> u64 {
-        self.width.count_in(self.geometry.cluster_size())
+        1 << self.block_bits()
+    }
+
+    /// Counts in a slice, as a power of two.
+    fn slice_bits(&self) -> u32 {
+        self.width.count_bits(self.geometry.slice_size_bits())
+    }
+
+    fn block_bits(&self) -> u32 {
+        self.width.count_bits(self.geometry.cluster_bits)
+    }
+}
+
+impl Slice {
+    /// Sets the counts with these indices.
+    pub(super) fn set_counts(&mut self, width: RefcountWidth, indices: Range<usize>, count: u64) {
+        self.dirty = true;
+        for index in indices {
+            width.set(&mut self.counts, index, count);
+            match count {
+                0 => self.free.insert(index),
+                _ => self.free.remove(index),
+            }
+        }
     }
 }

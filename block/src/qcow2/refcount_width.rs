@@ -19,6 +19,11 @@ impl RefcountWidth {
         (bytes * 8) >> self.order
     }
 
+    /// Refcounts in `1 << size_bits` bytes, as a power of two.
+    pub fn count_bits(self, size_bits: u32) -> u32 {
+        size_bits + 3 - self.order
+    }
+
     /// Bytes that hold `count` refcounts.
     pub fn bytes_for(self, count: u64) -> u64 {
         (count << self.order).div_ceil(8)

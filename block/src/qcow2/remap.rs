@@ -4,9 +4,8 @@ use std::ops::Range;
 
 use super::Qcow2;
 use super::allocator::Allocation;
-use super::entry::{Entry, L2Entry};
+use super::entry::{Cluster, Entry, L2Entry};
 use super::geometry::ENTRY_SIZE;
-use super::mapping::{Kind, Run};
 use super::placement::Placement;
 use super::reserved::Field;
 #[cfg(doc)]
@@ -53,17 +52,13 @@ impl Qcow2 {
     }
 
     /// Where guest cluster `first` would continue the one before it, as far as that can be told
-    /// without another L2 slice.
+    /// without another L2 slice. It may be anywhere: the image is not trusted.
     fn goal(&self, first: u64) -> Option<u64> {
         let g = self.geometry;
-        if g.slice_index(first) == 0 {
-            return None;
-        }
-        match self.look((first - 1) << g.cluster_bits, 1) {
-            Ok(Ok(Run {
-                kind: Kind::Data(place),
-                ..
-            })) => Some(place.offset + g.cluster_size()),
+        let index = g.slice_index(first).checked_sub(g.l2_entry_words())?;
+        let before = L2Entry(self.l2.entry(g.slice(first), index)?);
+        match before.cluster(self.placement.data_file_layout()) {
+            Cluster::Normal(offset) => Some(offset + g.cluster_size()),
             _ => None,
         }
     }
@@ -89,7 +84,16 @@ impl Qcow2 {
 
     /// Gives the range of the L1 entry at `index` an L2 table that belongs to it alone, if it has
     /// none: an empty one, or a copy of the one that it shares with snapshots.
+    #[inline]
     pub(super) fn own_table(&self, index: usize) -> Result<()> {
+        match self.l1.owns_table(index) {
+            true => Ok(()),
+            false => self.make_table(index),
+        }
+    }
+
+    #[cold]
+    fn make_table(&self, index: usize) -> Result<()> {
         let shared = self.l1.own_table(index, |old| {
             let table = self
                 .refcounts()?

@@ -71,13 +71,13 @@ impl Summary {
 
     /// The entries with indices in `changed` are others.
     pub fn forget(&self, changed: Range<usize>) {
-        for (number, bits) in self.bits.iter().enumerate() {
-            let inside = |at: usize| at.clamp(number * BITS, (number + 1) * BITS) - number * BITS;
-            let (start, end) = (inside(changed.start), inside(changed.end));
-            if start < end {
-                let ones = (u64::MAX >> (BITS - (end - start))) << start;
-                bits.store(bits.load(Ordering::Relaxed) & !ones, Ordering::Release);
-            }
+        let mut start = changed.start;
+        while start < changed.end.min(WORDS * BITS) {
+            let end = changed.end.min((start / BITS + 1) * BITS);
+            let ones = (u64::MAX >> (BITS - (end - start))) << (start % BITS);
+            let bits = &self.bits[start / BITS];
+            bits.store(bits.load(Ordering::Relaxed) & !ones, Ordering::Release);
+            start = end;
         }
         self.lookups.store(0, Ordering::Relaxed);
     }

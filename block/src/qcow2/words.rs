@@ -21,6 +21,7 @@ impl Words {
     }
 
     /// The word at `index`, unless it is zero for sure.
+    #[inline]
     pub fn get(&self, index: usize) -> Option<&AtomicU64> {
         let chunk = self.chunks.get(index / CHUNK)?.get()?;
         chunk.get(index % CHUNK)

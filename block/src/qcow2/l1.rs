@@ -33,6 +33,7 @@ fn owns_table(entry: L1Entry) -> bool {
 /// # Errors
 /// [`Error::Invalid`](crate::Error::Invalid) if reserved bits are set, or the L2 table is unaligned
 /// or past the end of the file.
+#[inline]
 pub(crate) fn check_entry(
     image: &ImageFile,
     geometry: Geometry,
@@ -98,10 +99,11 @@ impl L1Table {
 
     /// Offsets of the L2 tables.
     pub fn tables(&self) -> impl Iterator<Item = u64> + '_ {
-        self.entries
-            .indices(0)
-            .map(|index| self.get(index).offset())
-            .filter(|offset| *offset != 0)
+        let entries = self
+            .entries
+            .made()
+            .map(|e| L1Entry(e.load(Ordering::Acquire)));
+        entries.map(L1Entry::offset).filter(|offset| *offset != 0)
     }
 
     /// Whether the entry at `index` has an L2 table of its own.

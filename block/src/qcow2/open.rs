@@ -304,6 +304,7 @@ pub(super) fn open_refcounts(
     reserved.push(Field::RefcountTable, geometry.cluster(table), clusters);
     let l1_table = geometry.cluster(header.l1_table_offset);
     reserved.push(Field::L1Table, l1_table, l1_clusters);
+    reserved.make_room(l1.tables().count() + refcounts.blocks().count());
     for offset in l1.tables() {
         reserved.push(Field::L2Table, geometry.cluster(offset), 1);
     }

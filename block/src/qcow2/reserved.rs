@@ -135,6 +135,12 @@ impl Reserved {
         }
     }
 
+    /// Makes room for `count` more structures of a cluster each, at once: it is most of what an open image
+    /// with many tables takes.
+    pub fn make_room(&mut self, count: usize) {
+        self.pieces.reserve_exact(count);
+    }
+
     /// Adds `clusters` clusters, which the format limits to the size of an L1 table, from `first`
     /// on. [`sort`](Self::sort) follows.
     pub fn push(&mut self, field: Field, first: u64, clusters: u64) {

@@ -9,8 +9,9 @@ use super::geometry::ENTRY_SIZE;
 use crate::file::ImageFile;
 use crate::{Error, Result, Storage};
 
-/// Tables are read in pieces of this many bytes: they can have 32 MiB.
-const READ_CHUNK: usize = 1 << 20;
+/// Tables are read in pieces of this many bytes: they can have 32 MiB, and fresh memory costs as much as
+/// reading it.
+const READ_CHUNK: usize = 64 << 10;
 
 /// Reads the table `name` of `count` entries at `offset`.
 ///

@@ -33,6 +33,11 @@ impl Words {
         &self.chunks[index / CHUNK].get_or_init(new)[index % CHUNK]
     }
 
+    /// The words that may be other than zero, in order.
+    pub fn made(&self) -> impl Iterator<Item = &AtomicU64> + '_ {
+        self.chunks.iter().filter_map(OnceLock::get).flatten()
+    }
+
     /// Indices from `first` on of words that may be other than zero.
     pub fn indices(&self, first: usize) -> impl Iterator<Item = usize> + '_ {
         let chunks = self.chunks.iter().enumerate().skip(first / CHUNK);

@@ -29,9 +29,9 @@ use std::process::ExitCode;
 
 use clap::Command;
 
+use crate::common_options;
 use crate::failure::Failure;
 use crate::getopt::{self, Name, Outcome, Parsed, flag, value};
-use crate::image;
 use crate::output;
 pub use fault::system_text;
 use request::{Request, pairs};
@@ -142,8 +142,8 @@ pub fn program() -> Command {
                 None,
                 "FILENAME is a list of options: driver=qcow2,file.filename=disk.qcow2",
             ),
-            image::force_share_option(),
-            image::follow_option(),
+            common_options::force_share_option(),
+            common_options::follow_option(),
         ])
         .after_help(
             "Without -c, commands are read from standard input. The exit status is 1 if one of \
@@ -160,7 +160,7 @@ fn work(args: &Parsed) -> Result<bool, Failure> {
     let mut session = Session {
         name: args.name.clone(),
         opened: None,
-        follow: image::follow(args)?,
+        follow: common_options::follow(args)?,
         image_opts: args.has("image-opts"),
         misalign: args.has("misalign"),
         quit: false,

@@ -12,8 +12,8 @@ use tandem_block::{Disk, ExtentKind, FileStorage, Locking, VolatileSlice, extent
 
 use super::fault::Fault;
 use super::request::{Request, is_direct};
+use crate::image::opened;
 use crate::image::{Format, Image, PROBED, format_of, guessed_raw};
-use crate::opened;
 use crate::output;
 
 /// Bytes that are copied at once from a backing file.

@@ -1,0 +1,86 @@
+//! Options that several subcommands have, and what they say.
+
+use std::ffi::OsStr;
+
+use clap::Arg;
+use tandem_block::qcow2::Follow;
+use tandem_block::{CacheMode, Locking};
+
+use crate::failure::Failure;
+use crate::getopt::{Parsed, flag, value};
+
+/// Definition of the option that makes file names lists of options.
+pub fn image_opts_option() -> Arg {
+    flag(
+        "image-opts",
+        None,
+        "FILENAME is a list of options: driver=FMT,file.filename=NAME,...",
+    )
+}
+
+/// Definition of QEMU's option for objects, which there are none of.
+pub fn object_option() -> Arg {
+    value("object", None, "DEFINITION", "Not supported").hide(true)
+}
+
+/// Definition of the option that says where names in an image may lead.
+pub fn follow_option() -> Arg {
+    value(
+        "follow",
+        None,
+        "WHERE",
+        "Where names of other files in the image may lead: image-directory (default), anywhere, nothing",
+    )
+}
+
+/// What that option says.
+pub fn follow(args: &Parsed) -> Result<Follow, Failure> {
+    let given = args.value("follow").map(OsStr::to_string_lossy);
+    match given.as_deref() {
+        None | Some("image-directory") => Ok(Follow::ImageDirectory),
+        Some("anywhere") => Ok(Follow::Anywhere),
+        Some("nothing") => Ok(Follow::Nothing),
+        Some(other) => Err(args.name.usage(&format!(
+            "--follow expects 'image-directory', 'anywhere' or 'nothing' not '{other}'"
+        ))),
+    }
+}
+
+/// Definition of the option that reads an image which another program may be writing.
+pub fn force_share_option() -> Arg {
+    flag(
+        "force-share",
+        Some('U'),
+        "Read the image even if another program writes to it; what is read may be inconsistent",
+    )
+}
+
+/// What that option says.
+pub fn locking(args: &Parsed) -> Locking {
+    if args.has("force-share") {
+        Locking::ForceShare
+    } else {
+        Locking::On
+    }
+}
+
+/// Definition of the option `id`, called `letter`, that tells the cache mode of `what`.
+pub fn cache_option(id: &'static str, letter: char, what: &str) -> Arg {
+    let help = format!(
+        "Cache mode of {what}: writeback (default), none, writethrough, directsync, unsafe"
+    );
+    value(id, Some(letter), "MODE", "").help(help)
+}
+
+/// What that option says.
+pub fn cache(args: &Parsed, id: &str) -> Result<CacheMode, Failure> {
+    let Some(given) = args.value(id) else {
+        return Ok(CacheMode::default());
+    };
+    let name = given.to_string_lossy();
+    CacheMode::from_name(&name).ok_or_else(|| {
+        let source = if id == "cache" { "" } else { "source " };
+        args.name
+            .error(&format!("Invalid {source}cache option: {name}"))
+    })
+}

@@ -9,6 +9,27 @@ use tandem_block::{CacheMode, Locking};
 use crate::failure::Failure;
 use crate::getopt::{Parsed, flag, value};
 
+/// Definition of the option that tells the format of `what`.
+pub fn format_option(what: &str) -> Arg {
+    let help = format!("Format of {what}: qcow2 or raw (default: told by its first bytes)");
+    value("format", Some('f'), "FMT", "").help(help)
+}
+
+/// Definition of the option that shows how far the work has come.
+pub fn progress_option() -> Arg {
+    flag("progress", Some('p'), "Show progress")
+}
+
+/// Definition of the option without which more is printed than errors.
+pub fn quiet_option() -> Arg {
+    flag("quiet", Some('q'), "Print nothing but errors")
+}
+
+/// Definition of the option for [`Output`](crate::output::Output).
+pub fn output_option() -> Arg {
+    value("output", None, "human|json", "How to print the result")
+}
+
 /// Definition of the option that makes file names lists of options.
 pub fn image_opts_option() -> Arg {
     flag(

@@ -8,7 +8,8 @@ use tandem_block::{Error, FileOptions};
 
 use crate::commands::create;
 use crate::common_options::{
-    cache, cache_option, follow, follow_option, image_opts_option, object_option,
+    cache, cache_option, follow, follow_option, format_option, image_opts_option, object_option,
+    progress_option, quiet_option,
 };
 use crate::failure::Failure;
 use crate::getopt::{self, Parsed, flag, value};
@@ -19,43 +20,43 @@ use crate::progress::Progress;
 
 /// Definition of the subcommand.
 pub fn command() -> Command {
-    Command::new("amend")
-        .about("Changes options of an image")
-        .disable_help_flag(true)
-        .override_usage("tandem-img amend -o OPTIONS [-f FMT | --image-opts] [-p] [-q] [-t MODE] FILENAME")
-        .args([
-            getopt::help(),
-            value(
-                "format",
-                Some('f'),
-                "FMT",
-                "Format of the image: qcow2 (default: told by its first bytes)",
-            ),
-            value(
-                "options",
-                Some('o'),
-                "OPTIONS",
-                "Options to change: NAME=VALUE,... (`-f qcow2 -o help` lists them)",
-            ),
-            flag("progress", Some('p'), "Show progress"),
-            flag("quiet", Some('q'), "Print nothing but errors"),
-            cache_option("cache", 't', "the image"),
-            flag("force", None, "Allow operations on encryption that could lose data").hide(true),
-            follow_option(),
-            image_opts_option(),
-            object_option(),
-        ])
-        .after_help(
-            "All that is asked for is changed, or nothing. The data file that an image names is not \
-             moved, and the one that it is to name not looked for. A smaller size cuts off the rest \
-             without a question.\n\n\
-             Examples:\n  \
-             tandem-img amend -o data_file=moved.raw disk.qcow2\n  \
-             tandem-img amend -o data_file_raw=off disk.qcow2\n  \
-             tandem-img amend -o compat=0.10 old.qcow2\n  \
-             tandem-img amend -o refcount_bits=8,lazy_refcounts=on disk.qcow2\n  \
-             tandem-img amend -f qcow2 -o help",
+    getopt::command(
+        "amend",
+        "Changes options of an image",
+        "tandem-img amend -o OPTIONS [-f FMT | --image-opts] [-p] [-q] [-t MODE] FILENAME",
+    )
+    .args([
+        format_option("the image"),
+        value(
+            "options",
+            Some('o'),
+            "OPTIONS",
+            "Options to change: NAME=VALUE,... (`-f qcow2 -o help` lists them)",
+        ),
+        progress_option(),
+        quiet_option(),
+        cache_option("cache", 't', "the image"),
+        flag(
+            "force",
+            None,
+            "Allow operations on encryption that could lose data",
         )
+        .hide(true),
+        follow_option(),
+        image_opts_option(),
+        object_option(),
+    ])
+    .after_help(
+        "All that is asked for is changed, or nothing. The data file that an image names is not \
+         moved, and the one that it is to name not looked for. A smaller size cuts off the rest \
+         without a question.\n\n\
+         Examples:\n  \
+         tandem-img amend -o data_file=moved.raw disk.qcow2\n  \
+         tandem-img amend -o data_file_raw=off disk.qcow2\n  \
+         tandem-img amend -o compat=0.10 old.qcow2\n  \
+         tandem-img amend -o refcount_bits=8,lazy_refcounts=on disk.qcow2\n  \
+         tandem-img amend -f qcow2 -o help",
+    )
 }
 
 const fn option(name: &'static str, kind: Kind, help: &'static str) -> Definition {
@@ -140,7 +141,7 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
         cache: cache(args, "cache")?,
         ..FileOptions::default()
     };
-    args.refuse(&["object"])?;
+    args.refuse_objects()?;
     let image = Image::from_args(args)?;
     image.warn_of_guess();
     if asks_for_help || image.format == Format::Raw {

@@ -9,7 +9,8 @@ use clap::Command;
 use tandem_block::{CacheMode, Disk, Error, FileOptions, VolatileSlice};
 
 use crate::common_options::{
-    follow, follow_option, force_share_option, image_opts_option, locking,
+    cache_option, follow, follow_option, force_share_option, format_option, image_opts_option,
+    locking,
 };
 use crate::failure::Failure;
 use crate::getopt::{self, Parsed, flag, value};
@@ -26,76 +27,64 @@ const ALIGNMENT: usize = 4096;
 
 /// Definition of the subcommand.
 pub fn command() -> Command {
-    Command::new("bench")
-        .about("Measures how long requests to a disk take")
-        .disable_help_flag(true)
-        .override_usage(
-            "tandem-img bench [-f FMT] [-t MODE] [-c COUNT] [-d DEPTH] [-o OFFSET] [-s SIZE] [-S STEP] \
-             [-U] [-w [--pattern BYTE] [--flush-interval COUNT [--no-drain]]] FILENAME",
-        )
-        .args([
-            getopt::help(),
-            flag("quiet", Some('q'), "Accepted; the result is printed all the same"),
-            value(
-                "format",
-                Some('f'),
-                "FMT",
-                "Format of the image: qcow2 or raw (default: told by its first bytes)",
-            ),
-            value(
-                "cache",
-                Some('t'),
-                "MODE",
-                "Cache mode: writeback (default), none, writethrough, directsync, unsafe",
-            ),
-            value("count", Some('c'), "COUNT", "Number of requests (default: 75000)"),
-            value(
-                "depth",
-                Some('d'),
-                "DEPTH",
-                "Requests at a time, each in a thread of its own (default: 64; 256 at most run at a \
-                 time)",
-            ),
-            value("offset", Some('o'), "OFFSET", "Offset of the first request (default: 0)"),
-            value("buffer-size", Some('s'), "SIZE", "Bytes of a request (default: 4k)"),
-            value(
-                "step-size",
-                Some('S'),
-                "STEP",
-                "Bytes from the start of one request to that of the next (default: as -s)",
-            ),
-            value(
-                "aio",
-                Some('i'),
-                "AIO",
-                "Accepted is threads: requests are system calls of threads, and nothing else",
-            ),
-            flag(
-                "native",
-                Some('n'),
-                "Native AIO if possible, which it is not here: threads, with -t none or directsync",
-            ),
-            flag("write", Some('w'), "Write, which overwrites what the disk holds (default: read)"),
-            value("pattern", None, "BYTE", "Write this byte (default: 0)"),
-            value(
-                "flush-interval",
-                None,
-                "COUNT",
-                "Flush after so many writes, and wait for the ones before",
-            ),
-            flag("no-drain", None, "Do not stop requests while a flush is going on"),
-            force_share_option(),
-            follow_option(),
-            image_opts_option(),
-        ])
-        .after_help(
-            "Behind the end of the disk, offsets go on from its beginning; a request that reaches beyond \
-             the end fails, and ends the run.\n\n\
-             Examples:\n  \
-             tandem-img bench -c 10000 -d 8 disk.qcow2\n  \
-             tandem-img bench -t none -s 1M -c 1000 -d 4 disk.qcow2\n  \
-             tandem-img bench -w --pattern 0xa5 --flush-interval 64 scratch.qcow2",
-        )
+    getopt::command(
+        "bench",
+        "Measures how long requests to a disk take",
+        "tandem-img bench [-f FMT] [-t MODE] [-c COUNT] [-d DEPTH] [-o OFFSET] [-s SIZE] [-S STEP] \
+         [-U] [-w [--pattern BYTE] [--flush-interval COUNT [--no-drain]]] FILENAME",
+    )
+    .args([
+        flag("quiet", Some('q'), "Accepted; the result is printed all the same"),
+        format_option("the image"),
+        cache_option("cache", 't', "the image"),
+        value("count", Some('c'), "COUNT", "Number of requests (default: 75000)"),
+        value(
+            "depth",
+            Some('d'),
+            "DEPTH",
+            "Requests at a time, each in a thread of its own (default: 64; 256 at most run at a \
+             time)",
+        ),
+        value("offset", Some('o'), "OFFSET", "Offset of the first request (default: 0)"),
+        value("buffer-size", Some('s'), "SIZE", "Bytes of a request (default: 4k)"),
+        value(
+            "step-size",
+            Some('S'),
+            "STEP",
+            "Bytes from the start of one request to that of the next (default: as -s)",
+        ),
+        value(
+            "aio",
+            Some('i'),
+            "AIO",
+            "Accepted is threads: requests are system calls of threads, and nothing else",
+        ),
+        flag(
+            "native",
+            Some('n'),
+            "Native AIO if possible, which it is not here: threads, with -t none or directsync",
+        ),
+        flag("write", Some('w'), "Write, which overwrites what the disk holds (default: read)"),
+        value("pattern", None, "BYTE", "Write this byte (default: 0)"),
+        value(
+            "flush-interval",
+            None,
+            "COUNT",
+            "Flush after so many writes, and wait for the ones before",
+        ),
+        flag("no-drain", None, "Do not stop requests while a flush is going on"),
+        force_share_option(),
+        follow_option(),
+        image_opts_option(),
+    ])
+    .after_help(
+        "Behind the end of the disk, offsets go on from its beginning; a request that reaches beyond \
+         the end fails, and ends the run.\n\n\
+         Examples:\n  \
+         tandem-img bench -c 10000 -d 8 disk.qcow2\n  \
+         tandem-img bench -t none -s 1M -c 1000 -d 4 disk.qcow2\n  \
+         tandem-img bench -w --pattern 0xa5 --flush-interval 64 scratch.qcow2",
+    )
 }
 
 /// What is to be measured.

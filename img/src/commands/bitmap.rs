@@ -7,7 +7,9 @@ use clap::Command;
 use tandem_block::FileOptions;
 use tandem_block::qcow2::BitmapEditor;
 
-use crate::common_options::{follow, follow_option, image_opts_option, object_option};
+use crate::common_options::{
+    follow, follow_option, format_option, image_opts_option, object_option,
+};
 use crate::failure::Failure;
 use crate::getopt::{self, Parsed, flag, value};
 use crate::image::{Format, Image, could_not_open, printable};
@@ -15,61 +17,58 @@ use crate::size;
 
 /// Definition of the subcommand.
 pub fn command() -> Command {
-    Command::new("bitmap")
-        .about("Adds, removes and changes the persistent bitmaps of a qcow2 image")
-        .disable_help_flag(true)
-        .override_usage(
-            "tandem-img bitmap (--add [-g SIZE] | --remove | --clear | --enable | --disable | \
-             --merge SOURCE)... [-b SRC_FILE [-F SRC_FMT]] [-f FMT] FILENAME BITMAP",
-        )
-        .args([
-            getopt::help(),
-            value(
-                "format",
-                Some('f'),
-                "FMT",
-                "Format of the image: qcow2 or raw (default: told by its first bytes)",
-            ),
-            flag("add", None, "Add BITMAP, which follows changes of the disk from now on"),
-            value(
-                "granularity",
-                Some('g'),
-                "SIZE",
-                "Bytes that a bit stands for, a power of two from 512 to 2G, with --add (default: \
-                 the cluster size, but 4k to 64k)",
-            ),
-            flag("remove", None, "Remove BITMAP"),
-            flag("clear", None, "Clear all bits of BITMAP"),
-            flag("enable", None, "Make BITMAP follow changes of the disk"),
-            flag("disable", None, "Make BITMAP leave off following changes"),
-            value(
-                "merge",
-                None,
-                "SOURCE",
-                "Set the bits in BITMAP that are set in the bitmap SOURCE",
-            ),
-            value(
-                "source-file",
-                Some('b'),
-                "FILENAME",
-                "Another image, which has the bitmaps that are merged",
-            ),
-            value("source-format", Some('F'), "FMT", "Format of that image"),
-            follow_option(),
-            object_option(),
-            image_opts_option(),
-        ])
-        .after_help(
-            "What is asked for is done in the order of the command line: all of it, or nothing if a \
-             part of it fails.\n\
-             No other program may use the image meanwhile.\n\n\
-             Examples:\n  \
-             tandem-img bitmap --add disk.qcow2 monday\n  \
-             tandem-img bitmap --disable disk.qcow2 monday\n  \
-             tandem-img bitmap --add -g 1M --merge monday --merge tuesday disk.qcow2 week\n  \
-             tandem-img bitmap --merge monday -b old.qcow2 -F qcow2 disk.qcow2 week\n  \
-             tandem-img bitmap --remove disk.qcow2 monday",
-        )
+    getopt::command(
+        "bitmap",
+        "Adds, removes and changes the persistent bitmaps of a qcow2 image",
+        "tandem-img bitmap (--add [-g SIZE] | --remove | --clear | --enable | --disable | \
+         --merge SOURCE)... [-b SRC_FILE [-F SRC_FMT]] [-f FMT] FILENAME BITMAP",
+    )
+    .args([
+        format_option("the image"),
+        flag(
+            "add",
+            None,
+            "Add BITMAP, which follows changes of the disk from now on",
+        ),
+        value(
+            "granularity",
+            Some('g'),
+            "SIZE",
+            "Bytes that a bit stands for, a power of two from 512 to 2G, with --add (default: \
+             the cluster size, but 4k to 64k)",
+        ),
+        flag("remove", None, "Remove BITMAP"),
+        flag("clear", None, "Clear all bits of BITMAP"),
+        flag("enable", None, "Make BITMAP follow changes of the disk"),
+        flag("disable", None, "Make BITMAP leave off following changes"),
+        value(
+            "merge",
+            None,
+            "SOURCE",
+            "Set the bits in BITMAP that are set in the bitmap SOURCE",
+        ),
+        value(
+            "source-file",
+            Some('b'),
+            "FILENAME",
+            "Another image, which has the bitmaps that are merged",
+        ),
+        value("source-format", Some('F'), "FMT", "Format of that image"),
+        follow_option(),
+        object_option(),
+        image_opts_option(),
+    ])
+    .after_help(
+        "What is asked for is done in the order of the command line: all of it, or nothing if a \
+         part of it fails.\n\
+         No other program may use the image meanwhile.\n\n\
+         Examples:\n  \
+         tandem-img bitmap --add disk.qcow2 monday\n  \
+         tandem-img bitmap --disable disk.qcow2 monday\n  \
+         tandem-img bitmap --add -g 1M --merge monday --merge tuesday disk.qcow2 week\n  \
+         tandem-img bitmap --merge monday -b old.qcow2 -F qcow2 disk.qcow2 week\n  \
+         tandem-img bitmap --remove disk.qcow2 monday",
+    )
 }
 
 /// The options that ask for something to be done.
@@ -100,7 +99,7 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
     if source.is_some() && !args.has("merge") {
         return wrong("Merge bitmap source file only supported with --merge");
     }
-    args.refuse(&["object"])?;
+    args.refuse_objects()?;
     let [file, bitmap] = &args.operands[..] else {
         return wrong("Expecting filename and bitmap name");
     };

@@ -6,11 +6,11 @@ use tandem_block::FileOptions;
 use tandem_block::qcow2::{self, CheckOptions, CheckReport, Repair};
 
 use crate::common_options::{
-    cache, cache_option, follow, follow_option, force_share_option, image_opts_option, locking,
-    object_option,
+    cache, cache_option, follow, follow_option, force_share_option, format_option,
+    image_opts_option, locking, object_option, output_option, progress_option, quiet_option,
 };
 use crate::failure::Failure;
-use crate::getopt::{self, Parsed, flag, value};
+use crate::getopt::{self, Parsed, value};
 use crate::image::{Format, Image, could_not_open};
 use crate::output::{self, Output};
 use crate::progress::Progress;
@@ -24,50 +24,39 @@ const UNSUPPORTED: u8 = 63;
 
 /// Definition of the subcommand.
 pub fn command() -> Command {
-    Command::new("check")
-        .about("Checks the metadata of an image, and repairs it with -r")
-        .disable_help_flag(true)
-        .override_usage(
-            "tandem-img check [-f FMT | --image-opts] [--output human|json] [-r leaks|all] [-q] \
-             [-p] [-T MODE] [-U] FILENAME",
-        )
-        .args([
-            getopt::help(),
-            flag("quiet", Some('q'), "Print nothing but errors"),
-            flag(
-                "progress",
-                Some('p'),
-                "Print how far the check has come, terminal or not",
-            ),
-            value(
-                "format",
-                Some('f'),
-                "FMT",
-                "Format of the image: qcow2 or raw (default: told by its first bytes)",
-            ),
-            value("output", None, "human|json", "How to print the result"),
-            force_share_option(),
-            cache_option("source-cache", 'T', "the image").long("cache"),
-            value(
-                "repair",
-                Some('r'),
-                "leaks|all",
-                "Repair leaked clusters only, or all that can be without loss of data",
-            ),
-            follow_option(),
-            image_opts_option(),
-            object_option(),
-        ])
-        .after_help(
-            "Exit status: 0 no errors, 1 the check failed, 2 errors, 3 only leaked clusters, \
-             63 the format has no checks.\n\n\
-             No other program may use an image that is repaired. A repair that was interrupted can be \
-             repeated.\n\n\
-             Examples:\n  \
-             tandem-img check disk.qcow2\n  \
-             tandem-img check -r all disk.qcow2\n  \
-             tandem-img check --output=json disk.qcow2",
-        )
+    getopt::command(
+        "check",
+        "Checks the metadata of an image, and repairs it with -r",
+        "tandem-img check [-f FMT | --image-opts] [--output human|json] [-r leaks|all] [-q] \
+         [-p] [-T MODE] [-U] FILENAME",
+    )
+    .args([
+        quiet_option(),
+        progress_option(),
+        format_option("the image"),
+        output_option(),
+        force_share_option(),
+        cache_option("source-cache", 'T', "the image").long("cache"),
+        value(
+            "repair",
+            Some('r'),
+            "leaks|all",
+            "Repair leaked clusters only, or all that can be without loss of data",
+        ),
+        follow_option(),
+        image_opts_option(),
+        object_option(),
+    ])
+    .after_help(
+        "Exit status: 0 no errors, 1 the check failed, 2 errors, 3 only leaked clusters, \
+         63 the format has no checks.\n\n\
+         No other program may use an image that is repaired. A repair that was interrupted can be \
+         repeated.\n\n\
+         Examples:\n  \
+         tandem-img check disk.qcow2\n  \
+         tandem-img check -r all disk.qcow2\n  \
+         tandem-img check --output=json disk.qcow2",
+    )
 }
 
 #[derive(Serialize)]
@@ -123,7 +112,7 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
         cache: cache(args, "source-cache")?,
     };
     let follow = follow(args)?;
-    args.refuse(&["object"])?;
+    args.refuse_objects()?;
     let image = Image::from_args(args)?;
     let opened = |reason: &str| args.name.error(&could_not_open(image.name, reason));
     let read_only = repair == Repair::Nothing;

@@ -5,7 +5,8 @@ use tandem_block::qcow2::Commit;
 use tandem_block::{Error, FileOptions};
 
 use crate::common_options::{
-    cache, cache_option, follow, follow_option, image_opts_option, object_option,
+    cache, cache_option, follow, follow_option, format_option, image_opts_option, object_option,
+    progress_option, quiet_option,
 };
 use crate::failure::Failure;
 use crate::getopt::{self, Parsed, flag, value};
@@ -18,49 +19,42 @@ use crate::size;
 
 /// Definition of the subcommand.
 pub fn command() -> Command {
-    Command::new("commit")
-        .about("Writes the data of an image to its backing file")
-        .disable_help_flag(true)
-        .override_usage(
-            "tandem-img commit [-f FMT | --image-opts] [-t MODE] [-b BASE] [-r RATE] [-d] [-p] [-q] FILENAME",
-        )
-        .args([
-            getopt::help(),
-            value(
-                "format",
-                Some('f'),
-                "FMT",
-                "Format of the image: qcow2 (default: told by its first bytes)",
-            ),
-            cache_option("cache", 't', "the images"),
-            value(
-                "base",
-                Some('b'),
-                "BASE",
-                "The image below it that takes up the data of all images above (default: its backing \
-                 file); implies -d",
-            ),
-            flag("drop", Some('d'), "Leave the data in the image, too"),
-            flag("progress", Some('p'), "Show progress"),
-            flag("quiet", Some('q'), "Print nothing but errors"),
-            value(
-                "rate",
-                Some('r'),
-                "RATE",
-                "Bytes to write in a second at most, with a suffix or without (default: no limit)",
-            ),
-            follow_option(),
-            image_opts_option(),
-            object_option(),
-        ])
-        .after_help(
-            "The backing file becomes as large as the image, if that is larger, and the image is \
-             emptied once all is on disk. Other images on the same backing file become invalid.\n\n\
-             Examples:\n  \
-             tandem-img commit overlay.qcow2\n  \
-             tandem-img commit -d -p -r 100M overlay.qcow2\n  \
-             tandem-img commit -b base.raw overlay.qcow2",
-        )
+    getopt::command(
+        "commit",
+        "Writes the data of an image to its backing file",
+        "tandem-img commit [-f FMT | --image-opts] [-t MODE] [-b BASE] [-r RATE] [-d] [-p] [-q] FILENAME",
+    )
+    .args([
+        format_option("the image"),
+        cache_option("cache", 't', "the images"),
+        value(
+            "base",
+            Some('b'),
+            "BASE",
+            "The image below it that takes up the data of all images above (default: its backing \
+             file); implies -d",
+        ),
+        flag("drop", Some('d'), "Leave the data in the image, too"),
+        progress_option(),
+        quiet_option(),
+        value(
+            "rate",
+            Some('r'),
+            "RATE",
+            "Bytes to write in a second at most, with a suffix or without (default: no limit)",
+        ),
+        follow_option(),
+        image_opts_option(),
+        object_option(),
+    ])
+    .after_help(
+        "The backing file becomes as large as the image, if that is larger, and the image is \
+         emptied once all is on disk. Other images on the same backing file become invalid.\n\n\
+         Examples:\n  \
+         tandem-img commit overlay.qcow2\n  \
+         tandem-img commit -d -p -r 100M overlay.qcow2\n  \
+         tandem-img commit -b base.raw overlay.qcow2",
+    )
 }
 
 /// Runs the subcommand.
@@ -78,7 +72,7 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
         cache: cache(args, "cache")?,
         ..FileOptions::default()
     };
-    args.refuse(&["object"])?;
+    args.refuse_objects()?;
     let image = Image::from_args(args)?;
     image.warn_of_guess();
     let chain = match image.format {

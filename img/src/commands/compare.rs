@@ -7,8 +7,8 @@ use clap::Command;
 use tandem_block::{Disk, ExtentKind, FileOptions, VolatileSlice, extent_in_chain};
 
 use crate::common_options::{
-    cache, cache_option, follow, follow_option, force_share_option, image_opts_option, locking,
-    object_option,
+    cache, cache_option, follow, follow_option, force_share_option, format_option,
+    image_opts_option, locking, object_option, progress_option, quiet_option,
 };
 use crate::failure::Failure;
 use crate::getopt::{self, Parsed, flag, value};
@@ -38,46 +38,39 @@ const STEP: f32 = 2.0;
 
 /// Definition of the subcommand.
 pub fn command() -> Command {
-    Command::new("compare")
-        .about("Tells whether two disks have the same content")
-        .disable_help_flag(true)
-        .override_usage(
-            "tandem-img compare [-f FMT] [-F FMT] [-s] [-p] [-q] [-T MODE] [-U] FILENAME1 FILENAME2",
-        )
-        .args([
-            getopt::help(),
-            value(
-                "format",
-                Some('f'),
-                "FMT",
-                "Format of the first image: qcow2 or raw (default: told by its first bytes)",
-            ),
-            value(
-                "second-format",
-                Some('F'),
-                "FMT",
-                "Format of the second image",
-            ),
-            flag(
-                "strict",
-                Some('s'),
-                "Sizes, and what is allocated, must be the same as well",
-            ),
-            flag("progress", Some('p'), "Show progress"),
-            flag("quiet", Some('q'), "Print nothing but errors"),
-            cache_option("source-cache", 'T', "both images"),
-            force_share_option(),
-            follow_option(),
-            image_opts_option(),
-            object_option(),
-        ])
-        .after_help(
-            "What one disk has more than the other must be zero. The exit status is 0 if they are the same, 1 \
-             if they differ, and more if that could not be told.\n\n\
-             Examples:\n  \
-             tandem-img compare disk.qcow2 disk.raw\n  \
-             tandem-img compare -s -f qcow2 -F qcow2 a.qcow2 b.qcow2",
-        )
+    getopt::command(
+        "compare",
+        "Tells whether two disks have the same content",
+        "tandem-img compare [-f FMT] [-F FMT] [-s] [-p] [-q] [-T MODE] [-U] FILENAME1 FILENAME2",
+    )
+    .args([
+        format_option("the first image"),
+        value(
+            "second-format",
+            Some('F'),
+            "FMT",
+            "Format of the second image",
+        ),
+        flag(
+            "strict",
+            Some('s'),
+            "Sizes, and what is allocated, must be the same as well",
+        ),
+        progress_option(),
+        quiet_option(),
+        cache_option("source-cache", 'T', "both images"),
+        force_share_option(),
+        follow_option(),
+        image_opts_option(),
+        object_option(),
+    ])
+    .after_help(
+        "What one disk has more than the other must be zero. The exit status is 0 if they are the same, 1 \
+         if they differ, and more if that could not be told.\n\n\
+         Examples:\n  \
+         tandem-img compare disk.qcow2 disk.raw\n  \
+         tandem-img compare -s -f qcow2 -F qcow2 a.qcow2 b.qcow2",
+    )
 }
 
 /// Why two disks are not the same.
@@ -140,7 +133,7 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
     let [first, second] = &args.operands[..] else {
         return Err(args.name.usage("Expecting two image file names"));
     };
-    args.refuse(&["object"])?;
+    args.refuse_objects()?;
     let disks = open(args, [first, second]).map_err(|failure| {
         Progress::end_unbegun(args);
         Failure {

@@ -10,18 +10,18 @@ use crate::output;
 
 /// Definition of the subcommand.
 pub fn command() -> Command {
-    Command::new("completions")
-        .about("Prints a script that makes a shell complete command lines of this program, or of tandem-io")
-        .disable_help_flag(true)
-        .override_usage("tandem-img completions bash|zsh|fish [tandem-io]")
-        .arg(getopt::help())
-        .after_help(
-            "Examples:\n  \
-             tandem-img completions bash > /etc/bash_completion.d/tandem-img\n  \
-             tandem-img completions zsh > /usr/local/share/zsh/site-functions/_tandem-img\n  \
-             tandem-img completions fish > ~/.config/fish/completions/tandem-img.fish\n  \
-             tandem-img completions bash tandem-io > /etc/bash_completion.d/tandem-io",
-        )
+    getopt::command(
+        "completions",
+        "Prints a script that makes a shell complete command lines of this program, or of tandem-io",
+        "tandem-img completions bash|zsh|fish [tandem-io]",
+    )
+    .after_help(
+        "Examples:\n  \
+         tandem-img completions bash > /etc/bash_completion.d/tandem-img\n  \
+         tandem-img completions zsh > /usr/local/share/zsh/site-functions/_tandem-img\n  \
+         tandem-img completions fish > ~/.config/fish/completions/tandem-img.fish\n  \
+         tandem-img completions bash tandem-io > /etc/bash_completion.d/tandem-io",
+    )
 }
 
 /// Runs the subcommand.

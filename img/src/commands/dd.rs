@@ -12,7 +12,8 @@ use tandem_block::{
 
 use crate::commands::create;
 use crate::common_options::{
-    follow, follow_option, force_share_option, image_opts_option, locking, object_option,
+    follow, follow_option, force_share_option, format_option, image_opts_option, locking,
+    object_option,
 };
 use crate::failure::Failure;
 use crate::getopt::{self, Parsed, value};
@@ -25,46 +26,39 @@ const PIECE: u64 = 2 << 20;
 
 /// Definition of the subcommand.
 pub fn command() -> Command {
-    Command::new("dd")
-        .about("Copies a part of a disk into a new image")
-        .disable_help_flag(true)
-        .override_usage(
-            "tandem-img dd [-f FMT] [-O FMT] [-U] [bs=SIZE] [count=BLOCKS] [skip=BLOCKS] if=INPUT \
-             of=OUTPUT",
-        )
-        .args([
-            getopt::help(),
-            object_option(),
-            value(
-                "format",
-                Some('f'),
-                "FMT",
-                "Format of INPUT: qcow2 or raw (default: told by its first bytes)",
-            ),
-            value(
-                "output-format",
-                Some('O'),
-                "FMT",
-                "Format of OUTPUT: raw (default) or qcow2",
-            ),
-            force_share_option(),
-            follow_option(),
-            image_opts_option(),
-        ])
-        .after_help(
-            "Operands:\n  \
-             bs=SIZE       Size of a block (default: 512), with a suffix if you like\n  \
-             count=BLOCKS  The copy ends behind so many blocks of the input (default: all)\n  \
-             skip=BLOCKS   Where the copy begins in the input\n  \
-             if=INPUT      The image that is read\n  \
-             of=OUTPUT     The new image\n\n\
-             What is skipped counts for count: bs=1M skip=1 count=3 copies 2 MiB, as in qemu-img.\n\
-             OUTPUT takes its name, and the place of a file that exists, once it is complete. What is \
-             known to be zero is not written.\n\n\
-             Examples:\n  \
-             tandem-img dd -f qcow2 -O raw bs=1M count=1 if=disk.qcow2 of=start.raw\n  \
-             tandem-img dd -f raw -O qcow2 bs=512 skip=2048 if=disk.raw of=partition.qcow2",
-        )
+    getopt::command(
+        "dd",
+        "Copies a part of a disk into a new image",
+        "tandem-img dd [-f FMT] [-O FMT] [-U] [bs=SIZE] [count=BLOCKS] [skip=BLOCKS] if=INPUT \
+         of=OUTPUT",
+    )
+    .args([
+        object_option(),
+        format_option("INPUT"),
+        value(
+            "output-format",
+            Some('O'),
+            "FMT",
+            "Format of OUTPUT: raw (default) or qcow2",
+        ),
+        force_share_option(),
+        follow_option(),
+        image_opts_option(),
+    ])
+    .after_help(
+        "Operands:\n  \
+         bs=SIZE       Size of a block (default: 512), with a suffix if you like\n  \
+         count=BLOCKS  The copy ends behind so many blocks of the input (default: all)\n  \
+         skip=BLOCKS   Where the copy begins in the input\n  \
+         if=INPUT      The image that is read\n  \
+         of=OUTPUT     The new image\n\n\
+         What is skipped counts for count: bs=1M skip=1 count=3 copies 2 MiB, as in qemu-img.\n\
+         OUTPUT takes its name, and the place of a file that exists, once it is complete. What is \
+         known to be zero is not written.\n\n\
+         Examples:\n  \
+         tandem-img dd -f qcow2 -O raw bs=1M count=1 if=disk.qcow2 of=start.raw\n  \
+         tandem-img dd -f raw -O qcow2 bs=512 skip=2048 if=disk.raw of=partition.qcow2",
+    )
 }
 
 /// What the operands say.
@@ -132,7 +126,7 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
     let (Some(input), Some(output)) = (&operands.input, &operands.output) else {
         return Err(fail("Must specify both input and output files"));
     };
-    args.refuse(&["object"])?;
+    args.refuse_objects()?;
     let opened = |reason: &str| fail(&could_not_open(input, reason));
     let image = Image::from_operand(args, input, "format")?;
     let files = FileOptions {

@@ -11,16 +11,16 @@ use crate::output;
 
 /// Definition of the subcommand.
 pub fn command() -> Command {
-    Command::new("man")
-        .about("Prints a manual page: of this program, of one of its commands, or of tandem-io")
-        .disable_help_flag(true)
-        .override_usage("tandem-img man [COMMAND|tandem-io]")
-        .arg(getopt::help())
-        .after_help(
-            "Examples:\n  \
-             tandem-img man create | man -l -\n  \
-             tandem-img man > /usr/local/share/man/man1/tandem-img.1",
-        )
+    getopt::command(
+        "man",
+        "Prints a manual page: of this program, of one of its commands, or of tandem-io",
+        "tandem-img man [COMMAND|tandem-io]",
+    )
+    .after_help(
+        "Examples:\n  \
+         tandem-img man create | man -l -\n  \
+         tandem-img man > /usr/local/share/man/man1/tandem-img.1",
+    )
 }
 
 /// Runs the subcommand.

@@ -10,7 +10,8 @@ use tandem_block::{Disk, Error, ExtentKind, FileOptions, sparse_extent_in_chain}
 use crate::commands::create;
 use crate::commands::snapshot;
 use crate::common_options::{
-    follow, follow_option, force_share_option, image_opts_option, locking, object_option,
+    follow, follow_option, force_share_option, format_option, image_opts_option, locking,
+    object_option, output_option,
 };
 use crate::failure::Failure;
 use crate::getopt::{self, Parsed, value};
@@ -22,58 +23,50 @@ use crate::size;
 
 /// Definition of the subcommand.
 pub fn command() -> Command {
-    Command::new("measure")
-        .about("Tells how large the file of a new image will be")
-        .disable_help_flag(true)
-        .override_usage(
-            "tandem-img measure [-O FMT] [-o OPTIONS] [--output human|json] \
-             (--size SIZE | [-f FMT] [-l SNAPSHOT] [-U] FILENAME)",
-        )
-        .args([
-            getopt::help(),
-            value(
-                "target-format",
-                Some('O'),
-                "FMT",
-                "Format of the new image: raw (default) or qcow2",
-            ),
-            value(
-                "format",
-                Some('f'),
-                "FMT",
-                "Format of the image that is to be copied: qcow2 or raw (default: told by its first \
-                 bytes)",
-            ),
-            image_opts_option(),
-            value(
-                "options",
-                Some('o'),
-                "OPTIONS",
-                "Options of the new image, as for `create`",
-            ),
-            value(
-                "snapshot",
-                Some('l'),
-                "SNAPSHOT",
-                "Measure the disk of this snapshot inside the image: an ID or name, or \
-                 snapshot.id=ID,snapshot.name=NAME",
-            ),
-            object_option(),
-            value("output", None, "human|json", "How to print the result"),
-            value("size", None, "SIZE", "Size of the new disk, which is empty"),
-            force_share_option(),
-            follow_option(),
-        ])
-        .after_help(
-            "The required size is that of the file with the data that there is, the full one that \
-             with data everywhere; what persistent bitmaps would take is told apart.\n\
-             As in qemu-img, an external data file makes no difference: what would lie in it is \
-             counted.\n\n\
-             Examples:\n  \
-             tandem-img measure -O qcow2 --size 20G\n  \
-             tandem-img measure -O qcow2 -o cluster_size=2M disk.raw\n  \
-             tandem-img measure --output=json -O qcow2 -l before-upgrade disk.qcow2",
-        )
+    getopt::command(
+        "measure",
+        "Tells how large the file of a new image will be",
+        "tandem-img measure [-O FMT] [-o OPTIONS] [--output human|json] \
+         (--size SIZE | [-f FMT] [-l SNAPSHOT] [-U] FILENAME)",
+    )
+    .args([
+        value(
+            "target-format",
+            Some('O'),
+            "FMT",
+            "Format of the new image: raw (default) or qcow2",
+        ),
+        format_option("the image that is to be copied"),
+        image_opts_option(),
+        value(
+            "options",
+            Some('o'),
+            "OPTIONS",
+            "Options of the new image, as for `create`",
+        ),
+        value(
+            "snapshot",
+            Some('l'),
+            "SNAPSHOT",
+            "Measure the disk of this snapshot inside the image: an ID or name, or \
+             snapshot.id=ID,snapshot.name=NAME",
+        ),
+        object_option(),
+        output_option(),
+        value("size", None, "SIZE", "Size of the new disk, which is empty"),
+        force_share_option(),
+        follow_option(),
+    ])
+    .after_help(
+        "The required size is that of the file with the data that there is, the full one that \
+         with data everywhere; what persistent bitmaps would take is told apart.\n\
+         As in qemu-img, an external data file makes no difference: what would lie in it is \
+         counted.\n\n\
+         Examples:\n  \
+         tandem-img measure -O qcow2 --size 20G\n  \
+         tandem-img measure -O qcow2 -o cluster_size=2M disk.raw\n  \
+         tandem-img measure --output=json -O qcow2 -l before-upgrade disk.qcow2",
+    )
 }
 
 /// The result, as programs read it.
@@ -104,7 +97,7 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
         (None, None) => return fail("Either --size N or one filename must be specified."),
         (_, size) => size,
     };
-    args.refuse(&["object"])?;
+    args.refuse_objects()?;
     let source = match file {
         Some(file) => Some(Source::open(args, file, request.snapshot)?),
         None => None,

@@ -12,7 +12,8 @@ use tandem_block::qcow2::{
 use tandem_block::{CacheMode, Disk, Error, FileOptions, Locking};
 
 use crate::common_options::{
-    cache, cache_option, follow, follow_option, image_opts_option, locking, object_option,
+    cache, cache_option, follow, follow_option, format_option, image_opts_option, locking,
+    object_option, progress_option, quiet_option,
 };
 use crate::failure::Failure;
 use crate::getopt::{self, Parsed, flag, value};
@@ -23,60 +24,53 @@ use crate::progress::Progress;
 
 /// Definition of the subcommand.
 pub fn command() -> Command {
-    Command::new("rebase")
-        .about("Puts an image on top of another backing file")
-        .disable_help_flag(true)
-        .override_usage(
-            "tandem-img rebase [-f FMT | --image-opts] [-t MODE] [-T MODE] [-U] [-p] [-q] [-u] [-c] -b BACKING_FILE \
-             [-F BACKING_FMT] FILENAME",
-        )
-        .args([
-            getopt::help(),
-            value(
-                "format",
-                Some('f'),
-                "FMT",
-                "Format of the image: qcow2 (default: told by its first bytes)",
-            ),
-            value(
-                "backing",
-                Some('b'),
-                "BACKING_FILE",
-                "The new backing file; '' for none. A relative name is relative to the image",
-            ),
-            value("backing-format", Some('F'), "BACKING_FMT", "Its format: qcow2 or raw"),
-            flag(
-                "backing-unsafe",
-                Some('u'),
-                "Only change the name in the image, for a backing file that has moved; neither it nor \
-                 the old one need exist",
-            ),
-            flag(
-                "compress",
-                Some('c'),
-                "Compress what the image takes up (not with an external data file)",
-            ),
-            cache_option("cache", 't', "the image"),
-            cache_option("backing-cache", 'T', "the new backing file"),
-            flag(
-                "force-share",
-                Some('U'),
-                "Read the new backing file even if another program writes to it",
-            ),
-            flag("progress", Some('p'), "Show progress"),
-            flag("quiet", Some('q'), "Print nothing but errors"),
-            follow_option(),
-            image_opts_option(),
-            object_option(),
-        ])
-        .after_help(
-            "The disk reads the same as before: where the two backing files differ and the image has \
-             nothing, it takes up what the old one shows. With -u it reads as whatever is there.\n\n\
-             Examples:\n  \
-             tandem-img rebase -b base-2.qcow2 -F qcow2 overlay.qcow2\n  \
-             tandem-img rebase -b '' overlay.qcow2\n  \
-             tandem-img rebase -u -b moved/base.raw -F raw overlay.qcow2",
-        )
+    getopt::command(
+        "rebase",
+        "Puts an image on top of another backing file",
+        "tandem-img rebase [-f FMT | --image-opts] [-t MODE] [-T MODE] [-U] [-p] [-q] [-u] [-c] -b BACKING_FILE \
+         [-F BACKING_FMT] FILENAME",
+    )
+    .args([
+        format_option("the image"),
+        value(
+            "backing",
+            Some('b'),
+            "BACKING_FILE",
+            "The new backing file; '' for none. A relative name is relative to the image",
+        ),
+        value("backing-format", Some('F'), "BACKING_FMT", "Its format: qcow2 or raw"),
+        flag(
+            "backing-unsafe",
+            Some('u'),
+            "Only change the name in the image, for a backing file that has moved; neither it nor \
+             the old one need exist",
+        ),
+        flag(
+            "compress",
+            Some('c'),
+            "Compress what the image takes up (not with an external data file)",
+        ),
+        cache_option("cache", 't', "the image"),
+        cache_option("backing-cache", 'T', "the new backing file"),
+        flag(
+            "force-share",
+            Some('U'),
+            "Read the new backing file even if another program writes to it",
+        ),
+        progress_option(),
+        quiet_option(),
+        follow_option(),
+        image_opts_option(),
+        object_option(),
+    ])
+    .after_help(
+        "The disk reads the same as before: where the two backing files differ and the image has \
+         nothing, it takes up what the old one shows. With -u it reads as whatever is there.\n\n\
+         Examples:\n  \
+         tandem-img rebase -b base-2.qcow2 -F qcow2 overlay.qcow2\n  \
+         tandem-img rebase -b '' overlay.qcow2\n  \
+         tandem-img rebase -u -b moved/base.raw -F raw overlay.qcow2",
+    )
 }
 
 /// Runs the subcommand.
@@ -95,7 +89,7 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
         ..FileOptions::default()
     };
     let source_cache = cache(args, "backing-cache")?;
-    args.refuse(&["object"])?;
+    args.refuse_objects()?;
     let image = Image::from_args(args)?;
     image.warn_of_guess();
     match image.format {

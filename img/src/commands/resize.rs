@@ -3,7 +3,9 @@
 use clap::Command;
 use tandem_block::{FileOptions, Preallocation};
 
-use crate::common_options::{follow, follow_option, image_opts_option, object_option};
+use crate::common_options::{
+    follow, follow_option, format_option, image_opts_option, object_option, quiet_option,
+};
 use crate::failure::Failure;
 use crate::getopt::{self, Parsed, flag, value};
 use crate::image::{Image, could_not_open};
@@ -12,44 +14,37 @@ use crate::size;
 
 /// Definition of the subcommand.
 pub fn command() -> Command {
-    Command::new("resize")
-        .about("Makes a disk larger or smaller")
-        .disable_help_flag(true)
-        .override_usage(
-            "tandem-img resize [-f FMT | --image-opts] [--preallocation MODE] [--shrink] [-q] \
-             FILENAME [+|-]SIZE",
-        )
-        .args([
-            getopt::help(),
-            value(
-                "format",
-                Some('f'),
-                "FMT",
-                "Format of the image: qcow2 or raw (default: told by its first bytes)",
-            ),
-            flag("shrink", None, "Allow the disk to become smaller"),
-            flag("quiet", Some('q'), "Print nothing but errors"),
-            value(
-                "preallocation",
-                None,
-                "MODE",
-                "What the disk gains gets its space now: off (default), metadata (qcow2: as holes), \
-                 falloc (reserved), full (written)",
-            ),
-            follow_option(),
-            image_opts_option(),
-            object_option(),
-        ])
-        .after_help(
-            "SIZE is in bytes, or with a suffix k, M, G, T, P or E (powers of 1024); with + or - it \
-             is added or taken away.\n\
-             What a disk gains reads as zero. With data_file_raw=on it is what the data file holds \
-             there, if that is longer than the disk.\n\n\
-             Examples:\n  \
-             tandem-img resize disk.qcow2 +10G\n  \
-             tandem-img resize --preallocation=falloc disk.qcow2 +10G\n  \
-             tandem-img resize --shrink disk.qcow2 20G",
-        )
+    getopt::command(
+        "resize",
+        "Makes a disk larger or smaller",
+        "tandem-img resize [-f FMT | --image-opts] [--preallocation MODE] [--shrink] [-q] \
+         FILENAME [+|-]SIZE",
+    )
+    .args([
+        format_option("the image"),
+        flag("shrink", None, "Allow the disk to become smaller"),
+        quiet_option(),
+        value(
+            "preallocation",
+            None,
+            "MODE",
+            "What the disk gains gets its space now: off (default), metadata (qcow2: as holes), \
+             falloc (reserved), full (written)",
+        ),
+        follow_option(),
+        image_opts_option(),
+        object_option(),
+    ])
+    .after_help(
+        "SIZE is in bytes, or with a suffix k, M, G, T, P or E (powers of 1024); with + or - it \
+         is added or taken away.\n\
+         What a disk gains reads as zero. With data_file_raw=on it is what the data file holds \
+         there, if that is longer than the disk.\n\n\
+         Examples:\n  \
+         tandem-img resize disk.qcow2 +10G\n  \
+         tandem-img resize --preallocation=falloc disk.qcow2 +10G\n  \
+         tandem-img resize --shrink disk.qcow2 20G",
+    )
 }
 
 /// How the size is told.
@@ -83,7 +78,7 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
     };
     let number =
         size::parse(number).map_err(|wrong| args.name.error(&wrong.message("size", number)))?;
-    args.refuse(&["object"])?;
+    args.refuse_objects()?;
     let image = Image::from_operand(args, name, "format")?;
     image.warn_of_guess();
     resize(args, &image, relative, number, preallocation)

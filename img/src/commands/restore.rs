@@ -12,7 +12,7 @@ use tandem_block::{
     VolatileSlice,
 };
 
-use crate::common_options::{follow, follow_option};
+use crate::common_options::{follow, follow_option, progress_option, quiet_option};
 use crate::failure::Failure;
 use crate::getopt::{self, Parsed, flag, value};
 use crate::image::{Format, Image, local_path};
@@ -21,30 +21,30 @@ use crate::progress::Progress;
 
 /// Definition of the subcommand.
 pub fn command() -> Command {
-    Command::new("restore")
-        .about("Makes a disk of streams that `backup` has written")
-        .disable_help_flag(true)
-        .override_usage("tandem-img restore [-O FMT] [-n] [-p] [-q] STREAM [STREAM2 ...] TARGET")
-        .args([
-            getopt::help(),
-            value("output-format", Some('O'), "FMT", "Format of TARGET: raw (default) or qcow2"),
-            flag("no-create", Some('n'), "Apply increments to a TARGET that holds the backup before them"),
-            flag("progress", Some('p'), "Show progress"),
-            flag("quiet", Some('q'), "Print nothing but errors"),
-            follow_option(),
-        ])
-        .after_help(
-            "The first stream is a full backup, and each of the others goes on from the one before. A stream \
-             that was cut off is followed by that with which it goes on; - is standard input, and a file may \
-             have several streams, one behind the other.\n\
-             TARGET takes its name, and the place of a file that is there, when it is complete and on disk. \
-             With -n, files are read to their end before anything is written.\n\n\
-             Examples:\n  \
-             tandem-img restore full.stream monday.stream tuesday.stream disk.raw\n  \
-             tandem-img restore -O qcow2 full.stream disk.qcow2\n  \
-             ssh host cat full.stream | tandem-img restore - disk.raw\n  \
-             tandem-img restore -n wednesday.stream disk.raw",
-        )
+    getopt::command(
+        "restore",
+        "Makes a disk of streams that `backup` has written",
+        "tandem-img restore [-O FMT] [-n] [-p] [-q] STREAM [STREAM2 ...] TARGET",
+    )
+    .args([
+        value("output-format", Some('O'), "FMT", "Format of TARGET: raw (default) or qcow2"),
+        flag("no-create", Some('n'), "Apply increments to a TARGET that holds the backup before them"),
+        progress_option(),
+        quiet_option(),
+        follow_option(),
+    ])
+    .after_help(
+        "The first stream is a full backup, and each of the others goes on from the one before. A stream \
+         that was cut off is followed by that with which it goes on; - is standard input, and a file may \
+         have several streams, one behind the other.\n\
+         TARGET takes its name, and the place of a file that is there, when it is complete and on disk. \
+         With -n, files are read to their end before anything is written.\n\n\
+         Examples:\n  \
+         tandem-img restore full.stream monday.stream tuesday.stream disk.raw\n  \
+         tandem-img restore -O qcow2 full.stream disk.qcow2\n  \
+         ssh host cat full.stream | tandem-img restore - disk.raw\n  \
+         tandem-img restore -n wednesday.stream disk.raw",
+    )
 }
 
 /// Runs the subcommand.

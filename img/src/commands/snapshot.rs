@@ -11,7 +11,8 @@ use tandem_block::qcow2::{Qcow2, SnapshotInfo, SnapshotName};
 use tandem_block::{Error, FileOptions};
 
 use crate::common_options::{
-    follow, follow_option, force_share_option, image_opts_option, locking, object_option,
+    follow, follow_option, force_share_option, format_option, image_opts_option, locking,
+    object_option,
 };
 use crate::failure::Failure;
 use crate::getopt::{self, Parsed, flag, value};
@@ -22,53 +23,48 @@ use crate::size;
 
 /// Definition of the subcommand.
 pub fn command() -> Command {
-    Command::new("snapshot")
-        .about("Lists, takes, applies and deletes the snapshots inside a qcow2 image")
-        .disable_help_flag(true)
-        .override_usage("tandem-img snapshot [-f FMT | --image-opts] [-l | -a|-c|-d SNAPSHOT] [-q] [-U] FILENAME")
-        .args([
-            getopt::help(),
-            value(
-                "format",
-                Some('f'),
-                "FMT",
-                "Format of the image: qcow2 or raw (default: told by its first bytes)",
-            ),
-            flag("list", Some('l'), "List all snapshots (default)"),
-            value(
-                "apply",
-                Some('a'),
-                "SNAPSHOT",
-                "Make the disk what it was when SNAPSHOT, an ID or a name, was taken; what it \
-                 holds now is lost",
-            ),
-            value(
-                "create",
-                Some('c'),
-                "SNAPSHOT",
-                "Take a snapshot with this name",
-            ),
-            value(
-                "delete",
-                Some('d'),
-                "SNAPSHOT",
-                "Delete the first snapshot with this name",
-            ),
-            flag("quiet", Some('q'), "Print nothing but errors and the list"),
-            force_share_option(),
-            follow_option(),
-            image_opts_option(),
-            object_option(),
-        ])
-        .after_help(
-            "No other program may use the image while a snapshot is taken, applied or deleted.\n\
-             An image with an external data file cannot have snapshots.\n\n\
-             Examples:\n  \
-             tandem-img snapshot -c before-upgrade disk.qcow2\n  \
-             tandem-img snapshot -l disk.qcow2\n  \
-             tandem-img snapshot -a before-upgrade disk.qcow2\n  \
-             tandem-img snapshot -d before-upgrade disk.qcow2",
-        )
+    getopt::command(
+        "snapshot",
+        "Lists, takes, applies and deletes the snapshots inside a qcow2 image",
+        "tandem-img snapshot [-f FMT | --image-opts] [-l | -a|-c|-d SNAPSHOT] [-q] [-U] FILENAME",
+    )
+    .args([
+        format_option("the image"),
+        flag("list", Some('l'), "List all snapshots (default)"),
+        value(
+            "apply",
+            Some('a'),
+            "SNAPSHOT",
+            "Make the disk what it was when SNAPSHOT, an ID or a name, was taken; what it \
+             holds now is lost",
+        ),
+        value(
+            "create",
+            Some('c'),
+            "SNAPSHOT",
+            "Take a snapshot with this name",
+        ),
+        value(
+            "delete",
+            Some('d'),
+            "SNAPSHOT",
+            "Delete the first snapshot with this name",
+        ),
+        flag("quiet", Some('q'), "Print nothing but errors and the list"),
+        force_share_option(),
+        follow_option(),
+        image_opts_option(),
+        object_option(),
+    ])
+    .after_help(
+        "No other program may use the image while a snapshot is taken, applied or deleted.\n\
+         An image with an external data file cannot have snapshots.\n\n\
+         Examples:\n  \
+         tandem-img snapshot -c before-upgrade disk.qcow2\n  \
+         tandem-img snapshot -l disk.qcow2\n  \
+         tandem-img snapshot -a before-upgrade disk.qcow2\n  \
+         tandem-img snapshot -d before-upgrade disk.qcow2",
+    )
 }
 
 /// What is to be done.
@@ -98,7 +94,7 @@ impl<'a> Action<'a> {
 /// Runs the subcommand.
 pub fn run(args: &Parsed) -> Result<(), Failure> {
     let action = Action::from_args(args)?;
-    args.refuse(&["object"])?;
+    args.refuse_objects()?;
     let image = Image::from_args(args)?;
     let opened = |reason: &str| args.name.error(&could_not_open(image.name, reason));
     let files = FileOptions {

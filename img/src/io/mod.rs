@@ -92,12 +92,7 @@ pub fn program() -> Command {
                 "COMMAND",
                 "Carry out this command, and read none",
             ),
-            value(
-                "format",
-                Some('f'),
-                "FMT",
-                "Format of the image: qcow2 or raw (default: told by its first bytes)",
-            ),
+            common_options::format_option("the image"),
             flag("read-only", Some('r'), "Open the image for reading only"),
             flag(
                 "snapshot",
@@ -136,12 +131,8 @@ pub fn program() -> Command {
                 "EVENTS",
                 "Accepted; there are no trace events",
             ),
-            value("object", None, "DEFINITION", "Not supported yet").hide(true),
-            flag(
-                "image-opts",
-                None,
-                "FILENAME is a list of options: driver=qcow2,file.filename=disk.qcow2",
-            ),
+            common_options::object_option(),
+            common_options::image_opts_option(),
             common_options::force_share_option(),
             common_options::follow_option(),
         ])
@@ -189,7 +180,7 @@ fn work(args: &Parsed) -> Result<bool, Failure> {
             .name
             .error("--image-opts and -f are mutually exclusive"));
     }
-    args.refuse(&["object"])?;
+    args.refuse_objects()?;
     if let [operand] = &args.operands[..] {
         let mut list = Vec::new();
         if session.image_opts {

@@ -10,7 +10,7 @@ use std::ffi::OsStr;
 
 use clap::Command;
 
-use crate::common_options::follow_option;
+use crate::common_options::{follow_option, format_option, progress_option, quiet_option};
 use crate::failure::Failure;
 use crate::getopt::{self, Parsed, flag, value};
 use crate::image::{Image, could_not_open};
@@ -31,12 +31,7 @@ pub fn command() -> Command {
             "SOCKET",
             "Control socket of the `tandem run` whose DISK is copied (vda, vdb, ...)",
         ),
-        value(
-            "format",
-            Some('f'),
-            "FMT",
-            "Format of IMAGE: qcow2 or raw (default: told by its first bytes)",
-        ),
+        format_option("IMAGE"),
         value(
             "since",
             None,
@@ -112,36 +107,34 @@ pub fn command() -> Command {
             "RATE",
             "Write no more than RATE bytes per second",
         ),
-        flag("progress", Some('p'), "Show progress"),
-        flag("quiet", Some('q'), "Print nothing but errors"),
+        progress_option(),
+        quiet_option(),
     ];
-    Command::new("backup")
-        .about("Copies a disk as it is at one instant, in use or not, or what has changed in it")
-        .disable_help_flag(true)
-        .override_usage(
-            "tandem-img backup [-O qcow2|raw|stream] [--since BITMAP [--keep] | --track BITMAP] \
-             [-b BACKING [-F FMT]] [-n] [-r RATE] [-p] [-q] \
-             (--control SOCKET [--scratch DIR] [--scratch-size SIZE] DISK | [-f FMT] IMAGE) TARGET\n       \
-             tandem-img backup --control SOCKET --resume ID --from OFFSET -O stream TARGET\n       \
-             tandem-img backup --control SOCKET --cancel ID",
-        )
-        .arg(getopt::help())
-        .args(what)
-        .args(target)
-        .after_help(
-            "The guest goes on meanwhile: what it is about to change is copied to a scratch file first. \
-             When that is full, the backup fails, and the guest does not notice. `tandem run` needs --allow-dir \
-             with its directory.\n\
-             TARGET takes its name, and the place of a file that is there, when it is complete and on disk; - \
-             is standard output, for streams. If the backup does not succeed, the bitmap is as it was before.\n\
-             A backing file is recorded, and not read. `tandem-img restore` reads streams.\n\n\
-             Examples:\n  \
-             tandem-img backup --control vm.sock --track b vda full.qcow2\n  \
-             tandem-img backup --control vm.sock --since b -b full.qcow2 -F qcow2 vda monday.qcow2\n  \
-             tandem-img backup --control vm.sock -O stream vda - | ssh host 'cat > vda.stream'\n  \
-             tandem-img backup --track b disk.qcow2 full.qcow2\n  \
-             tandem-img backup --since b -O raw -n disk.qcow2 copy.raw",
-        )
+    getopt::command(
+        "backup",
+        "Copies a disk as it is at one instant, in use or not, or what has changed in it",
+        "tandem-img backup [-O qcow2|raw|stream] [--since BITMAP [--keep] | --track BITMAP] \
+         [-b BACKING [-F FMT]] [-n] [-r RATE] [-p] [-q] \
+         (--control SOCKET [--scratch DIR] [--scratch-size SIZE] DISK | [-f FMT] IMAGE) TARGET\n       \
+         tandem-img backup --control SOCKET --resume ID --from OFFSET -O stream TARGET\n       \
+         tandem-img backup --control SOCKET --cancel ID",
+    )
+    .args(what)
+    .args(target)
+    .after_help(
+        "The guest goes on meanwhile: what it is about to change is copied to a scratch file first. \
+         When that is full, the backup fails, and the guest does not notice. `tandem run` needs --allow-dir \
+         with its directory.\n\
+         TARGET takes its name, and the place of a file that is there, when it is complete and on disk; - \
+         is standard output, for streams. If the backup does not succeed, the bitmap is as it was before.\n\
+         A backing file is recorded, and not read. `tandem-img restore` reads streams.\n\n\
+         Examples:\n  \
+         tandem-img backup --control vm.sock --track b vda full.qcow2\n  \
+         tandem-img backup --control vm.sock --since b -b full.qcow2 -F qcow2 vda monday.qcow2\n  \
+         tandem-img backup --control vm.sock -O stream vda - | ssh host 'cat > vda.stream'\n  \
+         tandem-img backup --track b disk.qcow2 full.qcow2\n  \
+         tandem-img backup --since b -O raw -n disk.qcow2 copy.raw",
+    )
 }
 
 /// Runs the subcommand.

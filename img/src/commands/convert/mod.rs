@@ -15,8 +15,8 @@ use tandem_block::{Error, FileOptions, NewImage};
 
 use crate::commands::create;
 use crate::common_options::{
-    cache, cache_option, follow, follow_option, force_share_option, image_opts_option, locking,
-    object_option,
+    cache, cache_option, follow, follow_option, force_share_option, format_option,
+    image_opts_option, locking, object_option, progress_option, quiet_option,
 };
 use crate::failure::Failure;
 use crate::getopt::{self, Parsed, flag, value};
@@ -39,12 +39,7 @@ const MAX_THREADS: usize = 8;
 /// Definition of the subcommand.
 pub fn command() -> Command {
     let source = [
-        value(
-            "format",
-            Some('f'),
-            "FMT",
-            "Format of the source: qcow2 or raw (default: told by its first bytes)",
-        ),
+        format_option("the source"),
         value(
             "snapshot",
             Some('l'),
@@ -139,34 +134,32 @@ pub fn command() -> Command {
             None,
             "Leave out bitmaps that are not what they should be",
         ),
-        flag("progress", Some('p'), "Show progress"),
-        flag("quiet", Some('q'), "Print nothing but errors"),
+        progress_option(),
+        quiet_option(),
         object_option(),
     ];
-    Command::new("convert")
-        .about("Copies disks, one behind the other, into a new image or one that exists")
-        .disable_help_flag(true)
-        .override_usage(
-            "tandem-img convert [-f FMT] [-O FMT] [-o OPTIONS] [-B BACKING -F FMT] [-l SNAPSHOT] [-c] \
-             [-n [--target-is-zero]] [-S SIZE] [-m NUMBER] [-W] [-r RATE] [-C] [--salvage] \
-             [--bitmaps [--skip-broken-bitmaps]] [-p] [-q] [-t MODE] [-T MODE] [-U] \
-             FILENAME [FILENAME2 ...] OUTPUT",
-        )
-        .arg(getopt::help())
-        .args(source)
-        .args(target)
-        .args(way)
-        .after_help(
-            "What reads as zero takes no space in the target. A new target takes its name, and the place of \
-             a file that is there, when it is complete and on disk.\n\n\
-             Examples:\n  \
-             tandem-img convert -O qcow2 -o data_file=d.raw,data_file_raw=on disk.raw disk.qcow2\n  \
-             tandem-img convert -O qcow2 -o data_file=d.data,data_file_layout=packed a.qcow2 b.qcow2\n  \
-             tandem-img convert -c -O qcow2 -o compression_type=zstd disk.raw small.qcow2\n  \
-             tandem-img convert -p -O qcow2 -B base.qcow2 -F qcow2 overlay.qcow2 copy.qcow2\n  \
-             tandem-img convert -l before-upgrade disk.qcow2 old.raw\n  \
-             tandem-img convert -n -O raw disk.qcow2 /dev/vg/disk",
-        )
+    getopt::command(
+        "convert",
+        "Copies disks, one behind the other, into a new image or one that exists",
+        "tandem-img convert [-f FMT] [-O FMT] [-o OPTIONS] [-B BACKING -F FMT] [-l SNAPSHOT] [-c] \
+         [-n [--target-is-zero]] [-S SIZE] [-m NUMBER] [-W] [-r RATE] [-C] [--salvage] \
+         [--bitmaps [--skip-broken-bitmaps]] [-p] [-q] [-t MODE] [-T MODE] [-U] \
+         FILENAME [FILENAME2 ...] OUTPUT",
+    )
+    .args(source)
+    .args(target)
+    .args(way)
+    .after_help(
+        "What reads as zero takes no space in the target. A new target takes its name, and the place of \
+         a file that is there, when it is complete and on disk.\n\n\
+         Examples:\n  \
+         tandem-img convert -O qcow2 -o data_file=d.raw,data_file_raw=on disk.raw disk.qcow2\n  \
+         tandem-img convert -O qcow2 -o data_file=d.data,data_file_layout=packed a.qcow2 b.qcow2\n  \
+         tandem-img convert -c -O qcow2 -o compression_type=zstd disk.raw small.qcow2\n  \
+         tandem-img convert -p -O qcow2 -B base.qcow2 -F qcow2 overlay.qcow2 copy.qcow2\n  \
+         tandem-img convert -l before-upgrade disk.qcow2 old.raw\n  \
+         tandem-img convert -n -O raw disk.qcow2 /dev/vg/disk",
+    )
 }
 
 /// Runs the subcommand.
@@ -184,7 +177,7 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
     let Some(target) = target else {
         return Err(args.name.error("Must specify image file name"));
     };
-    args.refuse(&["object"])?;
+    args.refuse_objects()?;
     let source_files = FileOptions {
         cache: cache(args, "source-cache")?,
         locking: locking(args),

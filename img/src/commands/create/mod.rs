@@ -12,7 +12,7 @@ use tandem_block::qcow2::{
 };
 use tandem_block::{Disk, Error, FileHints, FileOptions, Locking, NewImage, Preallocation, Stamp};
 
-use crate::common_options::object_option;
+use crate::common_options::{object_option, quiet_option};
 use crate::failure::Failure;
 use crate::getopt::{self, Parsed, flag, value};
 use crate::image::{Format, Image, could_not_open, local_path};
@@ -25,55 +25,55 @@ pub use definitions::{definitions, help, is_qcow2_option};
 
 /// Definition of the subcommand.
 pub fn command() -> Command {
-    Command::new("create")
-        .about("Creates a disk image, and its data file if it is to have one")
-        .disable_help_flag(true)
-        .override_usage("tandem-img create [-f FMT] [-b BACKING -F FMT] [-u] [-o OPTIONS] [-q] FILENAME [SIZE]")
-        .args([
-            getopt::help(),
-            flag("quiet", Some('q'), "Print nothing but errors"),
-            object_option(),
-            value(
-                "format",
-                Some('f'),
-                "FMT",
-                "Format of the image: raw (default) or qcow2",
-            ),
-            value(
-                "options",
-                Some('o'),
-                "OPTIONS",
-                "Options of the format: NAME=VALUE,... (`-o help` lists them)",
-            ),
-            flag(
-                "backing-unsafe",
-                Some('u'),
-                "Do not open the backing file: it need not exist",
-            ),
-            value(
-                "backing",
-                Some('b'),
-                "FILENAME",
-                "Backing file, which shows where the image has nothing",
-            ),
-            value("backing-format", Some('F'), "FMT", "Format of the backing file"),
-        ])
-        .after_help(
-            "SIZE is in bytes, or with a suffix k, M, G, T, P or E (powers of 1024).\n\
-             Files that exist are replaced, a data file as well, once the new ones are complete.\n\
-             With data_file_reuse=keep a raw disk or block device becomes the data of the new disk as \
-             it is, and is not written; SIZE may be less than it has. data_file_reuse=refuse fails if \
-             the data file exists.\n\
-             With base_stamp=on the image keeps what the files of its backing file are like, and is \
-             refused once they have been written.\n\n\
-             Examples:\n  \
-             tandem-img create -f qcow2 disk.qcow2 20G\n  \
-             tandem-img create -f qcow2 -o data_file=disk.raw,data_file_raw=on disk.qcow2 20G\n  \
-             tandem-img create -f qcow2 -o data_file=old.raw,data_file_raw=on,data_file_reuse=keep disk.qcow2\n  \
-             tandem-img create -f qcow2 -b base.qcow2 -F qcow2 overlay.qcow2\n  \
-             tandem-img create -f qcow2 -o cluster_size=2M,preallocation=falloc disk.qcow2 20G\n  \
-             tandem-img create -f raw disk.raw 20G",
-        )
+    getopt::command(
+        "create",
+        "Creates a disk image, and its data file if it is to have one",
+        "tandem-img create [-f FMT] [-b BACKING -F FMT] [-u] [-o OPTIONS] [-q] FILENAME [SIZE]",
+    )
+    .args([
+        quiet_option(),
+        object_option(),
+        value(
+            "format",
+            Some('f'),
+            "FMT",
+            "Format of the image: raw (default) or qcow2",
+        ),
+        value(
+            "options",
+            Some('o'),
+            "OPTIONS",
+            "Options of the format: NAME=VALUE,... (`-o help` lists them)",
+        ),
+        flag(
+            "backing-unsafe",
+            Some('u'),
+            "Do not open the backing file: it need not exist",
+        ),
+        value(
+            "backing",
+            Some('b'),
+            "FILENAME",
+            "Backing file, which shows where the image has nothing",
+        ),
+        value("backing-format", Some('F'), "FMT", "Format of the backing file"),
+    ])
+    .after_help(
+        "SIZE is in bytes, or with a suffix k, M, G, T, P or E (powers of 1024).\n\
+         Files that exist are replaced, a data file as well, once the new ones are complete.\n\
+         With data_file_reuse=keep a raw disk or block device becomes the data of the new disk as \
+         it is, and is not written; SIZE may be less than it has. data_file_reuse=refuse fails if \
+         the data file exists.\n\
+         With base_stamp=on the image keeps what the files of its backing file are like, and is \
+         refused once they have been written.\n\n\
+         Examples:\n  \
+         tandem-img create -f qcow2 disk.qcow2 20G\n  \
+         tandem-img create -f qcow2 -o data_file=disk.raw,data_file_raw=on disk.qcow2 20G\n  \
+         tandem-img create -f qcow2 -o data_file=old.raw,data_file_raw=on,data_file_reuse=keep disk.qcow2\n  \
+         tandem-img create -f qcow2 -b base.qcow2 -F qcow2 overlay.qcow2\n  \
+         tandem-img create -f qcow2 -o cluster_size=2M,preallocation=falloc disk.qcow2 20G\n  \
+         tandem-img create -f raw disk.raw 20G",
+    )
 }
 
 /// Runs the subcommand.
@@ -102,7 +102,7 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
         let text = format!("Unexpected argument: {}", extra.display());
         return Err(args.name.usage(&text));
     }
-    args.refuse(&["object"])?;
+    args.refuse_objects()?;
     create(args, file, size, &list)
         .map_err(|reason| args.name.error(&format!("{}: {reason}", file.display())))
 }

@@ -18,10 +18,11 @@ use tandem_block::{FileOptions, Locking, Stamp};
 
 use crate::commands::snapshot;
 use crate::common_options::{
-    follow, follow_option, force_share_option, image_opts_option, locking, object_option,
+    follow, follow_option, force_share_option, format_option, image_opts_option, locking,
+    object_option, output_option,
 };
 use crate::failure::Failure;
-use crate::getopt::{self, Parsed, flag, value};
+use crate::getopt::{self, Parsed, flag};
 use crate::image::{Format, Image, could_not_open, local_path, printable};
 use crate::output::{self, Output};
 use crate::size;
@@ -29,47 +30,40 @@ use users::Users;
 
 /// Definition of the subcommand.
 pub fn command() -> Command {
-    Command::new("info")
-        .about("Tells what the header of an image says; its data file is not opened")
-        .disable_help_flag(true)
-        .override_usage(
-            "tandem-img info [-f FMT | --image-opts] [--output human|json] [-b] [-U] [--users] FILENAME",
-        )
-        .args([
-            getopt::help(),
-            value(
-                "format",
-                Some('f'),
-                "FMT",
-                "Format of the image: qcow2 or raw (default: told by its first bytes)",
-            ),
-            value("output", None, "human|json", "How to print the result"),
-            force_share_option(),
-            flag("backing-chain", Some('b'), "Tell of all images below, too"),
-            flag(
-                "users",
-                None,
-                "Tell which processes have the image open, whether or not they write to it",
-            ),
-            follow_option(),
-            image_opts_option(),
-            object_option(),
-        ])
-        .after_help(
-            "Examples:\n  \
-             tandem-img info disk.qcow2\n  \
-             tandem-img info --output=json disk.qcow2\n  \
-             tandem-img info --backing-chain overlay.qcow2\n  \
-             tandem-img info --users base.qcow2\n  \
-             tandem-img info -f raw disk.raw",
-        )
+    getopt::command(
+        "info",
+        "Tells what the header of an image says; its data file is not opened",
+        "tandem-img info [-f FMT | --image-opts] [--output human|json] [-b] [-U] [--users] FILENAME",
+    )
+    .args([
+        format_option("the image"),
+        output_option(),
+        force_share_option(),
+        flag("backing-chain", Some('b'), "Tell of all images below, too"),
+        flag(
+            "users",
+            None,
+            "Tell which processes have the image open, whether or not they write to it",
+        ),
+        follow_option(),
+        image_opts_option(),
+        object_option(),
+    ])
+    .after_help(
+        "Examples:\n  \
+         tandem-img info disk.qcow2\n  \
+         tandem-img info --output=json disk.qcow2\n  \
+         tandem-img info --backing-chain overlay.qcow2\n  \
+         tandem-img info --users base.qcow2\n  \
+         tandem-img info -f raw disk.raw",
+    )
 }
 
 /// Runs the subcommand.
 pub fn run(args: &Parsed) -> Result<(), Failure> {
     let output = Output::from_args(args)?;
     let follow = follow(args)?;
-    args.refuse(&["object"])?;
+    args.refuse_objects()?;
     let image = Image::from_args(args)?;
     let mut reports = Reports::new(output);
     let mut below = reports.add(args, &image)?;

@@ -8,7 +8,8 @@ use tandem_block::{
 };
 
 use crate::common_options::{
-    follow, follow_option, force_share_option, image_opts_option, locking, object_option,
+    follow, follow_option, force_share_option, format_option, image_opts_option, locking,
+    object_option, output_option,
 };
 use crate::failure::Failure;
 use crate::getopt::{self, Parsed, value};
@@ -19,40 +20,33 @@ use plot::Plot;
 
 /// Definition of the subcommand.
 pub fn command() -> Command {
-    Command::new("map")
-        .about("Shows where each part of a disk is stored")
-        .disable_help_flag(true)
-        .override_usage(
-            "tandem-img map [-f FMT | --image-opts] [--output human|json | --plot FILE.svg] \
-             [-s OFFSET] [-l LENGTH] [-U] FILENAME",
-        )
-        .args([
-            getopt::help(),
-            value(
-                "format",
-                Some('f'),
-                "FMT",
-                "Format of the image: qcow2 or raw (default: told by its first bytes)",
-            ),
-            value("output", None, "human|json", "How to print the result"),
-            plot::option(),
-            value("start-offset", Some('s'), "OFFSET", "Where to begin"),
-            value("max-length", Some('l'), "LENGTH", "How much to show"),
-            force_share_option(),
-            follow_option(),
-            image_opts_option(),
-            object_option(),
-        ])
-        .after_help(
-            "The text for people shows where there is data; JSON shows everything. The picture shows \
-             what is unallocated, zero, data, compressed, or in images below, and where data that is \
-             not at its own offset lies in its file.\n\n\
-             Examples:\n  \
-             tandem-img map disk.qcow2\n  \
-             tandem-img map --plot disk.svg disk.qcow2\n  \
-             tandem-img map --plot - disk.qcow2\n  \
-             tandem-img map --output=json -s 1G -l 64M disk.qcow2",
-        )
+    getopt::command(
+        "map",
+        "Shows where each part of a disk is stored",
+        "tandem-img map [-f FMT | --image-opts] [--output human|json | --plot FILE.svg] \
+         [-s OFFSET] [-l LENGTH] [-U] FILENAME",
+    )
+    .args([
+        format_option("the image"),
+        output_option(),
+        plot::option(),
+        value("start-offset", Some('s'), "OFFSET", "Where to begin"),
+        value("max-length", Some('l'), "LENGTH", "How much to show"),
+        force_share_option(),
+        follow_option(),
+        image_opts_option(),
+        object_option(),
+    ])
+    .after_help(
+        "The text for people shows where there is data; JSON shows everything. The picture shows \
+         what is unallocated, zero, data, compressed, or in images below, and where data that is \
+         not at its own offset lies in its file.\n\n\
+         Examples:\n  \
+         tandem-img map disk.qcow2\n  \
+         tandem-img map --plot disk.svg disk.qcow2\n  \
+         tandem-img map --plot - disk.qcow2\n  \
+         tandem-img map --output=json -s 1G -l 64M disk.qcow2",
+    )
 }
 
 /// A part of the disk that is stored in one way.
@@ -121,7 +115,7 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
     };
     let start = number("start-offset", "start offset")?.unwrap_or(0);
     let length = number("max-length", "max length")?;
-    args.refuse(&["object"])?;
+    args.refuse_objects()?;
     let [name] = &args.operands[..] else {
         return Err(args.name.usage("Expecting one image file name"));
     };

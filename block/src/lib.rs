@@ -72,6 +72,7 @@ mod direct;
 mod disk;
 mod error;
 mod file;
+mod format;
 mod granules;
 mod hints;
 mod live;
@@ -101,6 +102,7 @@ pub use cache_mode::CacheMode;
 pub use disk::{Disk, Extent, ExtentKind, Limits, extent_in_chain, sparse_extent_in_chain};
 pub use error::{Error, Result};
 pub use file::FileOptions;
+pub use format::ImageFormat;
 pub use hints::FileHints;
 pub use live::{
     CommitOptions, ForkOptions, ImageView, LiveBitmap, LiveDisk, LiveImage, LiveReport, Progress,

@@ -12,7 +12,7 @@ use tandem_devices::virtio::block::InvalidSerial;
 
 use crate::{descriptor, layout};
 
-pub use disk::{DiskConfig, DiskFormat, split_commas};
+pub use disk::{DiskConfig, split_commas};
 
 /// A virtual machine to build.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Command;
 use tandem_block::qcow2::{self, AmendOptions};
-use tandem_block::{Error, FileOptions};
+use tandem_block::{Error, FileOptions, ImageFormat};
 
 use crate::commands::create;
 use crate::common_options::{
@@ -13,7 +13,7 @@ use crate::common_options::{
 };
 use crate::failure::Failure;
 use crate::getopt::{self, Parsed, flag, value};
-use crate::image::{Format, Image, could_not_open};
+use crate::image::{Image, could_not_open};
 use crate::options::{self, Definition, Kind, Options};
 use crate::output;
 use crate::progress::Progress;
@@ -130,7 +130,7 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
     let asks_for_help = options::asks_for_help(&list);
     if let Some(format) = args.value("format").filter(|_| asks_for_help) {
         let name = format.to_string_lossy();
-        let format = Format::from_name(&name)
+        let format = ImageFormat::from_name(&name)
             .ok_or_else(|| args.name.error(&format!("Unknown file format '{name}'")))?;
         return help(args, format);
     }
@@ -144,7 +144,7 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
     args.refuse_objects()?;
     let image = Image::from_args(args)?;
     image.warn_of_guess();
-    if asks_for_help || image.format == Format::Raw {
+    if asks_for_help || image.format == ImageFormat::Raw {
         return help(args, image.format);
     }
     let opened = |e: Error| args.name.error(&could_not_open(image.name, &e.reason()));
@@ -171,8 +171,8 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
     Ok(())
 }
 
-fn help(args: &Parsed, format: Format) -> Result<(), Failure> {
-    if format == Format::Raw {
+fn help(args: &Parsed, format: ImageFormat) -> Result<(), Failure> {
+    if format == ImageFormat::Raw {
         let text = "Format driver 'raw' does not support option amendment";
         return Err(args.name.error(text));
     }

@@ -4,15 +4,15 @@ use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 
 use clap::Command;
-use tandem_block::FileOptions;
 use tandem_block::qcow2::BitmapEditor;
+use tandem_block::{FileOptions, ImageFormat};
 
 use crate::common_options::{
     follow, follow_option, format_option, image_opts_option, object_option,
 };
 use crate::failure::Failure;
 use crate::getopt::{self, Parsed, flag, value};
-use crate::image::{Format, Image, could_not_open, printable};
+use crate::image::{Image, could_not_open, printable};
 use crate::size;
 
 /// Definition of the subcommand.
@@ -145,7 +145,7 @@ fn open<'a>(args: &Parsed, image: &Image<'a>, read_only: bool) -> Result<Target<
     image.refuse_layers().map_err(|e| args.name.error(&e))?;
     let options = image.options(read_only, follow(args)?, FileOptions::default());
     let options = options.map_err(opened)?;
-    if image.format == Format::Raw {
+    if image.format == ImageFormat::Raw {
         if !read_only {
             image.warn_of_guess();
         }

@@ -2,8 +2,8 @@
 
 use clap::Command;
 use serde::Serialize;
-use tandem_block::FileOptions;
 use tandem_block::qcow2::{self, CheckOptions, CheckReport, Repair};
+use tandem_block::{FileOptions, ImageFormat};
 
 use crate::common_options::{
     cache, cache_option, follow, follow_option, force_share_option, format_option,
@@ -11,7 +11,7 @@ use crate::common_options::{
 };
 use crate::failure::Failure;
 use crate::getopt::{self, Parsed, value};
-use crate::image::{Format, Image, could_not_open};
+use crate::image::{Image, could_not_open};
 use crate::output::{self, Output};
 use crate::progress::Progress;
 
@@ -129,7 +129,7 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
     if !read_only {
         image.warn_of_guess();
     }
-    if image.format == Format::Raw {
+    if image.format == ImageFormat::Raw {
         let failure = args.name.error("This image format does not support checks");
         return Err(Failure {
             status: UNSUPPORTED,

@@ -2,7 +2,7 @@
 
 use clap::Command;
 use tandem_block::qcow2::Commit;
-use tandem_block::{Error, FileOptions};
+use tandem_block::{Error, FileOptions, ImageFormat};
 
 use crate::common_options::{
     cache, cache_option, follow, follow_option, format_option, image_opts_option, object_option,
@@ -11,7 +11,7 @@ use crate::common_options::{
 use crate::failure::Failure;
 use crate::getopt::{self, Parsed, flag, value};
 use crate::image::chain;
-use crate::image::{Format, Image, could_not_open};
+use crate::image::{Image, could_not_open};
 use crate::output;
 use crate::progress::Progress;
 use crate::rate::Rate;
@@ -76,8 +76,8 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
     let image = Image::from_args(args)?;
     image.warn_of_guess();
     let chain = match image.format {
-        Format::Raw => Vec::new(),
-        Format::Qcow2 => chain::below(&image.path),
+        ImageFormat::Raw => Vec::new(),
+        ImageFormat::Qcow2 => chain::below(&image.path),
     };
     let between = match args.value("base") {
         Some(base) => chain::find(&chain, base).ok_or_else(|| {

@@ -6,7 +6,7 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use clap::Command;
 use tandem_block::qcow2::{CreateOptions, OpenOptions};
 use tandem_block::{
-    CacheMode, Disk, ExtentKind, FileOptions, NewImage, Preallocation, VolatileSlice,
+    CacheMode, Disk, ExtentKind, FileOptions, ImageFormat, NewImage, Preallocation, VolatileSlice,
     extent_in_chain,
 };
 
@@ -17,7 +17,7 @@ use crate::common_options::{
 };
 use crate::failure::Failure;
 use crate::getopt::{self, Parsed, value};
-use crate::image::{Format, Image, could_not_open, local_path};
+use crate::image::{Image, could_not_open, local_path};
 use crate::output;
 use crate::size;
 
@@ -136,8 +136,8 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
     let from = image.open(true, follow(args)?, files);
     let from = from.map_err(|e| opened(&e.reason()))?;
     let format = args.value("output-format").unwrap_or(OsStr::new("raw"));
-    let format =
-        Format::from_name(&format.to_string_lossy()).ok_or_else(|| fail("Unknown file format"))?;
+    let format = ImageFormat::from_name(&format.to_string_lossy())
+        .ok_or_else(|| fail("Unknown file format"))?;
     let path = local_path(output).map_err(|reason| fail(&reason))?;
     let (start, end) = operands.part(from.size());
     let len = start.map_or(0, |start| end - start);
@@ -148,8 +148,8 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
         ))
     };
     let mut new = match format {
-        Format::Raw => NewImage::raw(path, len, Preallocation::Off),
-        Format::Qcow2 => NewImage::qcow2(
+        ImageFormat::Raw => NewImage::raw(path, len, Preallocation::Off),
+        ImageFormat::Qcow2 => NewImage::qcow2(
             path,
             &CreateOptions {
                 size: len.next_multiple_of(512),
@@ -170,11 +170,11 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
     };
     let is_zero = new.reads_zero();
     let to: Box<dyn Disk> = match format {
-        Format::Raw => Box::new(
+        ImageFormat::Raw => Box::new(
             new.open_raw(CacheMode::default())
                 .map_err(|e| created(e.reason()))?,
         ),
-        Format::Qcow2 => {
+        ImageFormat::Qcow2 => {
             let disk = new.open_qcow2(&OpenOptions::default(), None);
             Box::new(disk.map_err(|e| created(e.reason()))?)
         }

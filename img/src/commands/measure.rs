@@ -5,7 +5,7 @@ use std::ffi::OsStr;
 use clap::Command;
 use serde::Serialize;
 use tandem_block::qcow2::{self, Info, SnapshotName};
-use tandem_block::{Disk, Error, ExtentKind, FileOptions, sparse_extent_in_chain};
+use tandem_block::{Disk, Error, ExtentKind, FileOptions, ImageFormat, sparse_extent_in_chain};
 
 use crate::commands::create;
 use crate::commands::snapshot;
@@ -16,7 +16,7 @@ use crate::common_options::{
 use crate::failure::Failure;
 use crate::getopt::{self, Parsed, value};
 use crate::image::opened::Opened;
-use crate::image::{Format, Image, could_not_open};
+use crate::image::{Image, could_not_open};
 use crate::options::Options;
 use crate::output::{self, Output};
 use crate::size;
@@ -104,7 +104,7 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
     };
     let format = args.value("target-format").unwrap_or(OsStr::new("raw"));
     let format = format.to_string_lossy();
-    let format = Format::from_name(&format)
+    let format = ImageFormat::from_name(&format)
         .ok_or_else(|| args.name.error(&format!("Unknown file format '{format}'")))?;
     let mut options = Options::new(create::definitions(format));
     if !request.list.is_empty() {
@@ -121,7 +121,7 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
         None => size.unwrap_or_default(),
     };
     let sizes = match format {
-        Format::Raw => {
+        ImageFormat::Raw => {
             let required = size.next_multiple_of(512);
             Ok(Sizes {
                 bitmaps: None,
@@ -129,7 +129,7 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
                 fully_allocated: required,
             })
         }
-        Format::Qcow2 => qcow2_sizes(size, source.as_ref(), &options),
+        ImageFormat::Qcow2 => qcow2_sizes(size, source.as_ref(), &options),
     };
     let sizes = sizes.map_err(|reason| args.name.error(&reason))?;
     match request.output {

@@ -6,10 +6,10 @@ use std::path::Path;
 
 use clap::Command;
 use tandem_block::qcow2::{
-    Backing, BackingFormat, BackingName, Info, NewBacking, OpenOptions, Qcow2, backing_path,
-    set_backing_name, stamp_base,
+    Backing, BackingName, Info, NewBacking, OpenOptions, Qcow2, backing_path, set_backing_name,
+    stamp_base,
 };
-use tandem_block::{CacheMode, Disk, Error, FileOptions, Locking};
+use tandem_block::{CacheMode, Disk, Error, FileOptions, ImageFormat, Locking};
 
 use crate::common_options::{
     cache, cache_option, follow, follow_option, format_option, image_opts_option, locking,
@@ -18,7 +18,7 @@ use crate::common_options::{
 use crate::failure::Failure;
 use crate::getopt::{self, Parsed, flag, value};
 use crate::image::chain;
-use crate::image::{Format, Image, could_not_open};
+use crate::image::{Image, could_not_open};
 use crate::output;
 use crate::progress::Progress;
 
@@ -93,9 +93,9 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
     let image = Image::from_args(args)?;
     image.warn_of_guess();
     match image.format {
-        Format::Raw => rebase_raw(args, &image, source_cache),
-        Format::Qcow2 if is_unsafe => rename(args, &image, files),
-        Format::Qcow2 => rebase(args, &image, files, source_cache, &progress),
+        ImageFormat::Raw => rebase_raw(args, &image, source_cache),
+        ImageFormat::Qcow2 if is_unsafe => rename(args, &image, files),
+        ImageFormat::Qcow2 => rebase(args, &image, files, source_cache, &progress),
     }?;
     progress.set(1, 1);
     Ok(())
@@ -179,11 +179,11 @@ fn rebase(
 }
 
 /// What `-F` says.
-fn new_format(args: &Parsed) -> Result<Option<BackingFormat>, Failure> {
+fn new_format(args: &Parsed) -> Result<Option<ImageFormat>, Failure> {
     let Some(name) = args.value("backing-format") else {
         return Ok(None);
     };
-    match BackingFormat::from_name(name.as_bytes()) {
+    match ImageFormat::from_header(name.as_bytes()) {
         Some(format) => Ok(Some(format)),
         None => {
             let text = format!("Invalid format name: '{}'", name.display());
@@ -210,7 +210,7 @@ fn new_file(args: &Parsed) -> Option<&OsStr> {
 }
 
 /// Which of the images below `image` the new backing file is.
-fn shared(args: &Parsed, image: &Image<'_>, format: Option<BackingFormat>) -> Option<usize> {
+fn shared(args: &Parsed, image: &Image<'_>, format: Option<ImageFormat>) -> Option<usize> {
     let path = backing_path(&image.path, new_file(args)?.as_bytes()).ok()?;
     if image.with.backing != Backing::Named {
         return None;
@@ -224,7 +224,7 @@ fn shared(args: &Parsed, image: &Image<'_>, format: Option<BackingFormat>) -> Op
 fn open_new(
     args: &Parsed,
     image: &Image<'_>,
-    format: Option<BackingFormat>,
+    format: Option<ImageFormat>,
     cache: CacheMode,
 ) -> Result<Option<Box<dyn Disk>>, Failure> {
     let Some(file) = new_file(args) else {

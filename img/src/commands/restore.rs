@@ -8,14 +8,14 @@ use clap::Command;
 use tandem_block::backup_stream::{Header, StreamError, StreamReader};
 use tandem_block::qcow2::{CreateOptions, OpenOptions};
 use tandem_block::{
-    BackupId, CacheMode, ChunkExtent, Disk, Error, FileOptions, NewImage, Preallocation,
-    VolatileSlice,
+    BackupId, CacheMode, ChunkExtent, Disk, Error, FileOptions, ImageFormat, NewImage,
+    Preallocation, VolatileSlice,
 };
 
 use crate::common_options::{follow, follow_option, progress_option, quiet_option};
 use crate::failure::Failure;
 use crate::getopt::{self, Parsed, flag, value};
-use crate::image::{Format, Image, local_path};
+use crate::image::{Image, local_path};
 use crate::output;
 use crate::progress::Progress;
 
@@ -58,7 +58,7 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
         return Err(args.name.usage("Expecting streams and a target"));
     };
     let format = args.value("output-format").unwrap_or(OsStr::new("raw"));
-    let format = Format::from_name(&format.to_string_lossy())
+    let format = ImageFormat::from_name(&format.to_string_lossy())
         .ok_or_else(|| args.name.error("Unknown file format"))?;
     let exists = args.has("no-create");
     let progress = Progress::new(args);
@@ -117,7 +117,7 @@ struct Made {
 }
 
 impl Made {
-    fn existing(args: &Parsed, name: &OsString, format: Format) -> Result<Self, String> {
+    fn existing(args: &Parsed, name: &OsString, format: ImageFormat) -> Result<Self, String> {
         let image = Image::look(name, Some(OsStr::new(format.name())))
             .map_err(|reason| crate::image::could_not_open(name, &reason))?;
         let follow = follow(args).map_err(|failure| failure.message)?;
@@ -130,7 +130,7 @@ impl Made {
         })
     }
 
-    fn create(name: &OsStr, format: Format, size: u64) -> Result<Self, String> {
+    fn create(name: &OsStr, format: ImageFormat, size: u64) -> Result<Self, String> {
         let failed = |e: Error| format!("Could not create '{}': {}", name.display(), e.reason());
         let path = local_path(name)?;
         let options = CreateOptions {
@@ -138,8 +138,8 @@ impl Made {
             ..CreateOptions::default()
         };
         let mut new = match format {
-            Format::Raw => NewImage::raw(path, size, Preallocation::Off),
-            Format::Qcow2 => NewImage::qcow2(path, &options),
+            ImageFormat::Raw => NewImage::raw(path, size, Preallocation::Off),
+            ImageFormat::Qcow2 => NewImage::qcow2(path, &options),
         }
         .map_err(failed)?;
         let open = OpenOptions {
@@ -150,8 +150,8 @@ impl Made {
             ..OpenOptions::default()
         };
         let disk: Box<dyn Disk> = match format {
-            Format::Raw => Box::new(new.open_raw(CacheMode::Unsafe).map_err(failed)?),
-            Format::Qcow2 => Box::new(new.open_qcow2(&open, None).map_err(failed)?),
+            ImageFormat::Raw => Box::new(new.open_raw(CacheMode::Unsafe).map_err(failed)?),
+            ImageFormat::Qcow2 => Box::new(new.open_qcow2(&open, None).map_err(failed)?),
         };
         Ok(Self {
             disk,
@@ -202,7 +202,7 @@ impl Sink for Made {
 /// A disk that is made once it is known how large it is.
 struct New<'a> {
     name: &'a OsStr,
-    format: Format,
+    format: ImageFormat,
     made: Option<Made>,
 }
 

@@ -8,7 +8,7 @@ use chrono::{DateTime, Local};
 use clap::Command;
 use serde_json::{Map, Value};
 use tandem_block::qcow2::{Qcow2, SnapshotInfo, SnapshotName};
-use tandem_block::{Error, FileOptions};
+use tandem_block::{Error, FileOptions, ImageFormat};
 
 use crate::common_options::{
     follow, follow_option, force_share_option, format_option, image_opts_option, locking,
@@ -16,7 +16,7 @@ use crate::common_options::{
 };
 use crate::failure::Failure;
 use crate::getopt::{self, Parsed, flag, value};
-use crate::image::{Format, Image, could_not_open, printable};
+use crate::image::{Image, could_not_open, printable};
 use crate::options::{Definition, Kind, Options};
 use crate::output;
 use crate::size;
@@ -107,7 +107,7 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
     if !read_only {
         image.warn_of_guess();
     }
-    if image.format == Format::Raw {
+    if image.format == ImageFormat::Raw {
         return on_raw(args, action);
     }
     let disk = Qcow2::open(&image.path, &options).map_err(|e| opened(&e.reason()))?;

@@ -4,8 +4,8 @@ use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use tandem_block::Locking;
-use tandem_block::qcow2::{BackingFormat, Info, backing_path};
+use tandem_block::qcow2::{Info, backing_path};
+use tandem_block::{ImageFormat, Locking};
 
 /// Most images that are looked at.
 const MAX_DEPTH: usize = 256;
@@ -18,7 +18,7 @@ pub struct Below {
     /// Its name there.
     pub name: Vec<u8>,
     /// Its format, if that is one that there is.
-    pub format: Option<BackingFormat>,
+    pub format: Option<ImageFormat>,
     /// What its name leads to.
     pub path: PathBuf,
 }
@@ -38,8 +38,8 @@ pub fn below(path: &Path) -> Vec<Below> {
             break;
         };
         let format = info.backing_format.as_deref();
-        let format = format.and_then(BackingFormat::from_name);
-        next = (format == Some(BackingFormat::Qcow2)).then(|| path.clone());
+        let format = format.and_then(ImageFormat::from_header);
+        next = (format == Some(ImageFormat::Qcow2)).then(|| path.clone());
         chain.push(Below {
             above,
             name,

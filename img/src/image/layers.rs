@@ -6,11 +6,10 @@ use std::path::Path;
 
 use tandem_block::qcow2::{Info, OpenOptions, Qcow2};
 use tandem_block::{
-    Disk, Error, Extent, Limits, Preallocation, Raw, Result, Storage, VolatileSlice,
+    Disk, Error, Extent, ImageFormat, Limits, Preallocation, Raw, Result, Storage, VolatileSlice,
     extent_in_chain,
 };
 
-use crate::image::Format;
 use crate::image::blkdebug::{Faulty, Rules, Start};
 use crate::image::opened::Opened;
 use crate::image::opts::{Described, With};
@@ -26,7 +25,7 @@ pub struct Window {
 
 /// Opens the disk in `path`, or in what is below it, as `with` says.
 pub fn open(
-    format: Format,
+    format: ImageFormat,
     path: &Path,
     with: &With,
     options: &OpenOptions,
@@ -45,7 +44,7 @@ pub fn open(
         None => None,
     };
     let opened = match format {
-        Format::Raw => {
+        ImageFormat::Raw => {
             let disk = match (below, file_of(path, &with.rules)?) {
                 (Some(disk), _) => disk,
                 (None, Some(file)) => Box::new(Raw::with_storage(path, file, read_only)?),
@@ -56,7 +55,7 @@ pub fn open(
                 None,
             )
         }
-        Format::Qcow2 => {
+        ImageFormat::Qcow2 => {
             let file = match below {
                 Some(disk) => Some(Box::new(Content(disk)) as Box<dyn Storage>),
                 None => file_of(path, &with.rules)?,
@@ -87,7 +86,7 @@ fn open_described(described: &Described, above: &OpenOptions) -> Result<Opened> 
         ..OpenOptions::default()
     };
     described.with.apply(&mut options).map_err(Error::Option)?;
-    let format = described.format.unwrap_or(Format::Raw);
+    let format = described.format.unwrap_or(ImageFormat::Raw);
     Opened::open_file(format, &described.path, &described.with, &options)
 }
 

@@ -16,8 +16,8 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
-use tandem_block::qcow2::{Backing, BackingFormat, Follow, Info, OpenOptions, backing_path};
-use tandem_block::{Disk, FileOptions, FileStorage, Locking, Storage};
+use tandem_block::qcow2::{Backing, Follow, Info, OpenOptions, backing_path};
+use tandem_block::{Disk, FileOptions, FileStorage, ImageFormat, Locking, Storage};
 
 use crate::failure::Failure;
 use crate::getopt::{Name, Parsed};
@@ -26,7 +26,7 @@ use format::probe;
 use opened::Opened;
 use opts::{Described, ImageOpts, With};
 
-pub use format::{Format, PROBED, format_of};
+pub use format::{PROBED, format_of};
 
 /// What is said of bitmaps that a program has not kept up to date.
 const STALE_BITMAPS: &str = "a program lacking bitmap support modified this file, so all bitmaps are \
@@ -78,7 +78,7 @@ pub struct Image<'a> {
     /// The file.
     pub path: Cow<'a, Path>,
     /// Its format.
-    pub format: Format,
+    pub format: ImageFormat,
     /// Whether the format was found out by what the file begins with.
     pub probed: bool,
     /// Whether it was described as a file, which has no format.
@@ -144,7 +144,7 @@ impl<'a> Image<'a> {
             Self::look(name, format)
         };
         let image = image.map_err(opened)?;
-        if image.format == Format::Qcow2
+        if image.format == ImageFormat::Qcow2
             && let Ok(info) = Info::read_with(&image.path, Locking::Off)
         {
             warn_of_stale_bitmaps(&info, &args.name);
@@ -181,7 +181,7 @@ impl<'a> Image<'a> {
 
     /// Warns, as QEMU does before it writes, of a raw image that nobody has said to be one.
     pub fn warn_of_guess(&self) {
-        if self.format == Format::Raw && self.probed {
+        if self.format == ImageFormat::Raw && self.probed {
             output::complain(&guessed_raw(self.path.as_os_str()));
         }
     }
@@ -203,7 +203,7 @@ impl<'a> Image<'a> {
     /// What keeps one of them from being opened.
     pub fn data_names(&self) -> tandem_block::Result<Vec<String>> {
         let mut names = Vec::new();
-        let mut next = (self.format == Format::Qcow2).then(|| self.path.to_path_buf());
+        let mut next = (self.format == ImageFormat::Qcow2).then(|| self.path.to_path_buf());
         let mut last = self.path.to_path_buf();
         // Of the image itself, its options may say more than its header.
         let mut data_file = self.with.data_file.clone();
@@ -220,7 +220,7 @@ impl<'a> Image<'a> {
                 (Backing::Nothing, _) | (Backing::Named, None) => return Ok(names),
                 (Backing::File { path, format }, _) => {
                     last = path;
-                    format.map_or(named_qcow2, |format| format == BackingFormat::Qcow2)
+                    format.map_or(named_qcow2, |format| format == ImageFormat::Qcow2)
                 }
                 (Backing::Named, Some(name)) => {
                     last = backing_path(&path, &name).unwrap_or_default();
@@ -229,7 +229,7 @@ impl<'a> Image<'a> {
                 (Backing::NamedAs(_), None) => return Ok(names),
                 (Backing::NamedAs(format), Some(name)) => {
                     last = backing_path(&path, &name).unwrap_or_default();
-                    format == BackingFormat::Qcow2
+                    format == ImageFormat::Qcow2
                 }
             };
             next = is_qcow2.then(|| last.clone());
@@ -266,7 +266,8 @@ impl<'a> Image<'a> {
         let given = match given.as_deref() {
             None => None,
             Some(format) => Some(
-                Format::from_name(format).ok_or_else(|| format!("Unknown driver '{format}'"))?,
+                ImageFormat::from_name(format)
+                    .ok_or_else(|| format!("Unknown driver '{format}'"))?,
             ),
         };
         let path = local_path(name)?;
@@ -303,7 +304,7 @@ impl<'a> Image<'a> {
     pub fn look_at(
         name: &'a OsStr,
         path: Cow<'a, Path>,
-        given: Option<Format>,
+        given: Option<ImageFormat>,
     ) -> Result<Self, String> {
         let io_error = |error| {
             let file = path.to_path_buf();

@@ -3,11 +3,11 @@
 use std::path::Path;
 
 use tandem_block::qcow2::{Info, OpenOptions, Qcow2};
-use tandem_block::{Disk, Error, Locking, Raw, Result};
+use tandem_block::{Disk, Error, ImageFormat, Locking, Raw, Result};
 
+use crate::image::Image;
 use crate::image::layers;
 use crate::image::opts::With;
-use crate::image::{Format, Image};
 
 /// An open disk.
 pub enum Opened {
@@ -35,15 +35,15 @@ impl Opened {
         }
         let opened = Self::open(image, options)?;
         let info = match image.format {
-            Format::Raw => None,
-            Format::Qcow2 => Some(Info::read_with(&image.path, Locking::Off)?),
+            ImageFormat::Raw => None,
+            ImageFormat::Qcow2 => Some(Info::read_with(&image.path, Locking::Off)?),
         };
         Ok((opened, info))
     }
 
     /// Opens the file `path`, or what `with` tells.
     pub fn open_file(
-        format: Format,
+        format: ImageFormat,
         path: &Path,
         with: &With,
         options: &OpenOptions,
@@ -52,8 +52,8 @@ impl Opened {
             return Ok(layers::open(format, path, with, options)?.0);
         }
         Ok(match format {
-            Format::Raw => Self::Raw(Raw::open_with(path, options.read_only, options.files)?),
-            Format::Qcow2 => {
+            ImageFormat::Raw => Self::Raw(Raw::open_with(path, options.read_only, options.files)?),
+            ImageFormat::Qcow2 => {
                 let qcow2 = Qcow2::open(path, options)?;
                 let checked = with.check_cluster_size(qcow2.cluster_size());
                 checked.map_err(Error::Option)?;

@@ -7,10 +7,9 @@ use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::path::PathBuf;
 
-use tandem_block::qcow2::{Backing, BackingFormat, OpenOptions};
-use tandem_block::{CacheMode, Locking};
+use tandem_block::qcow2::{Backing, OpenOptions};
+use tandem_block::{CacheMode, ImageFormat, Locking};
 
-use crate::image::Format;
 use crate::image::blkdebug::Rules;
 use crate::image::layers::Window;
 use crate::image::node_options::{FILE, GENERIC, QCOW2, RAW, check, is_on};
@@ -21,7 +20,7 @@ use crate::size;
 #[derive(Clone, Debug, Default)]
 pub struct Described {
     /// Its format.
-    pub format: Option<Format>,
+    pub format: Option<ImageFormat>,
     /// Whether it is the bare file, which has no format.
     pub is_protocol: bool,
     /// The file.
@@ -140,9 +139,9 @@ impl ImageOpts {
             _ => {}
         }
         let format = match &driver {
-            Some(name) => {
-                Some(Format::from_name(name).ok_or_else(|| format!("Unknown driver '{name}'"))?)
-            }
+            Some(name) => Some(
+                ImageFormat::from_name(name).ok_or_else(|| format!("Unknown driver '{name}'"))?,
+            ),
             None => None,
         };
         let child = self.child("file")?.ok_or(match driver {
@@ -164,7 +163,7 @@ impl ImageOpts {
             rules: child.rules,
             below: child.disk,
             window: match format {
-                Some(Format::Raw) => self.window()?,
+                Some(ImageFormat::Raw) => self.window()?,
                 _ => Window::default(),
             },
             ..self.with()?
@@ -210,7 +209,7 @@ impl ImageOpts {
             _ if child.0.is_empty() => Ok(None),
             // A raw image is its file.
             Some("raw") if child.window()? == Window::default() => {
-                child.finish(Format::Raw)?;
+                child.finish(ImageFormat::Raw)?;
                 child
                     .child("file")?
                     .ok_or_else(|| NO_FILE.to_owned())
@@ -218,7 +217,8 @@ impl ImageOpts {
             }
             Some("raw" | "qcow2") => {
                 let disk = child.describe(None)?;
-                disk.options.finish(disk.format.unwrap_or(Format::Raw))?;
+                disk.options
+                    .finish(disk.format.unwrap_or(ImageFormat::Raw))?;
                 Ok(Some(Child {
                     path: disk.path.clone(),
                     disk: Some(Box::new(disk)),
@@ -318,16 +318,13 @@ impl ImageOpts {
         let format = match below.get("driver") {
             None => None,
             Some(name) => Some(
-                BackingFormat::from_name(name.as_bytes())
+                ImageFormat::from_header(name.as_bytes())
                     .ok_or_else(|| failed(format!("Unknown driver '{name}'")))?,
             ),
         };
         let file = below.child("file").map_err(failed)?;
         below.with().map_err(failed)?;
-        let finished = below.finish(match format {
-            Some(BackingFormat::Raw) => Format::Raw,
-            _ => Format::Qcow2,
-        });
+        let finished = below.finish(format.unwrap_or(ImageFormat::Qcow2));
         finished.map_err(failed)?;
         match (file, format) {
             (Some(file), _) if file.disk.is_some() || file.rules.is_some() => {
@@ -403,10 +400,10 @@ impl ImageOpts {
     }
 
     /// Refuses what no image of the format has.
-    pub fn finish(&self, format: Format) -> Result<(), String> {
+    pub fn finish(&self, format: ImageFormat) -> Result<(), String> {
         let (own, nodes): (&[_], &[_]) = match format {
-            Format::Raw => (RAW, &["file"]),
-            Format::Qcow2 => (QCOW2, &["file", "data-file", "backing"]),
+            ImageFormat::Raw => (RAW, &["file"]),
+            ImageFormat::Qcow2 => (QCOW2, &["file", "data-file", "backing"]),
         };
         let is_known = |name: &str| {
             let node = name.split('.').next().unwrap_or_default();
@@ -416,15 +413,17 @@ impl ImageOpts {
         let Some(name) = self.0.keys().rfind(|name| !is_known(name)) else {
             return Ok(());
         };
-        Err(if format == Format::Qcow2 && name.starts_with("encrypt.") {
-            format!("Option '{name}' is not supported")
-        } else {
-            unsupported(format, name)
-        })
+        Err(
+            if format == ImageFormat::Qcow2 && name.starts_with("encrypt.") {
+                format!("Option '{name}' is not supported")
+            } else {
+                unsupported(format, name)
+            },
+        )
     }
 
     /// Refuses what is for an image's backing file, which is not opened.
-    pub fn refuse_backing(&self, format: Format) -> Result<(), String> {
+    pub fn refuse_backing(&self, format: ImageFormat) -> Result<(), String> {
         match self.0.keys().find(|name| name.starts_with("backing.")) {
             Some(name) => Err(unsupported(format, name)),
             None => Ok(()),
@@ -432,7 +431,7 @@ impl ImageOpts {
     }
 }
 
-fn unsupported(format: Format, name: &str) -> String {
+fn unsupported(format: ImageFormat, name: &str) -> String {
     let format = format.name();
     format!("Block format '{format}' does not support the option '{name}'")
 }
@@ -441,7 +440,7 @@ impl Described {
     /// The bare file `child`.
     fn file(child: Child, with: With) -> Self {
         Self {
-            format: Some(Format::Raw),
+            format: Some(ImageFormat::Raw),
             is_protocol: true,
             path: child.path,
             with: With {

@@ -8,8 +8,8 @@ use std::os::unix::ffi::OsStrExt;
 
 use serde_json::Value;
 
-use crate::image::Format;
 use crate::image::opts::ImageOpts;
+use tandem_block::ImageFormat;
 
 /// Adds what `name` describes to `options`, which come first, and tells whether it describes
 /// anything; `format` is what another option says of the format.
@@ -50,7 +50,7 @@ fn add_blkdebug(options: &mut ImageOpts, config: &str, image: &str, format: Opti
         options.add(format!("{node}config"), config.to_owned());
     }
     let driver = options.get(&format!("{node}image.driver"));
-    let file = match driver.and_then(Format::from_name) {
+    let file = match driver.and_then(ImageFormat::from_name) {
         Some(_) => "file.filename",
         None => "filename",
     };

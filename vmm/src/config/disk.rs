@@ -6,8 +6,8 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
-use tandem_block::qcow2::{BackingFormat, Follow, OverlayPlace};
-use tandem_block::{CacheMode, FileOptions, Locking};
+use tandem_block::qcow2::{Follow, OverlayPlace};
+use tandem_block::{CacheMode, FileOptions, ImageFormat, Locking};
 use tandem_devices::virtio::block::{Rate, RateLimits, Serial};
 
 use super::overlay::OverlayKeys;
@@ -30,7 +30,7 @@ pub struct DiskConfig {
     /// The image.
     pub path: PathBuf,
     /// Its format.
-    pub format: DiskFormat,
+    pub format: ImageFormat,
     /// Whether the guest is kept from writing.
     pub read_only: bool,
     /// What takes the guest's writes in place of the image, which is only read then, and can be shared.
@@ -40,7 +40,7 @@ pub struct DiskConfig {
     /// Where the names of files in a qcow2 image may lead; `None` is the engine's default.
     pub follow: Option<Follow>,
     /// Format of the backing file, where a qcow2 image does not tell it.
-    pub backing_format: Option<BackingFormat>,
+    pub backing_format: Option<ImageFormat>,
     /// What the guest reads as the disk's serial number.
     pub serial: Option<Serial>,
     /// Bytes of memory for the L2 tables of a qcow2 image; `None` is the engine's default.
@@ -56,26 +56,6 @@ pub struct DiskConfig {
     pub rate: RateLimits,
     /// How long a queue's thread looks for requests before it waits to be called.
     pub poll: Duration,
-}
-
-/// How a disk image is laid out.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum DiskFormat {
-    /// qcow2, version 2 or 3.
-    #[default]
-    Qcow2,
-    /// The file is the disk. Never guessed: a guest can write a qcow2 header into its raw disk.
-    Raw,
-}
-
-impl DiskFormat {
-    /// Its name on a command line.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Qcow2 => "qcow2",
-            Self::Raw => "raw",
-        }
-    }
 }
 
 /// The keys of rates, until all are known.
@@ -97,7 +77,7 @@ impl DiskConfig {
     pub fn new(path: impl Into<PathBuf>) -> Self {
         Self {
             path: path.into(),
-            format: DiskFormat::default(),
+            format: ImageFormat::Qcow2,
             read_only: false,
             overlay: None,
             data_file: None,
@@ -153,7 +133,7 @@ impl DiskConfig {
             ),
         ];
         match qcow2_only.into_iter().find(|(is_given, _)| *is_given) {
-            Some((_, key)) if disk.format == DiskFormat::Raw => Err(Error::RawDisk(key)),
+            Some((_, key)) if disk.format == ImageFormat::Raw => Err(Error::RawDisk(key)),
             _ => Ok(disk),
         }
     }
@@ -163,7 +143,7 @@ impl DiskConfig {
         match key {
             b"readonly" => self.read_only = choose("readonly", value, ON_OFF)?,
             b"format" => {
-                let choices = &[("qcow2", DiskFormat::Qcow2), ("raw", DiskFormat::Raw)];
+                let choices = &[("qcow2", ImageFormat::Qcow2), ("raw", ImageFormat::Raw)];
                 self.format = choose("format", value, choices)?;
             }
             b"cache" => {
@@ -192,7 +172,7 @@ impl DiskConfig {
                 self.follow = Some(choose("follow", value, choices)?);
             }
             b"backing-format" => {
-                let choices = &[("raw", BackingFormat::Raw), ("qcow2", BackingFormat::Qcow2)];
+                let choices = &[("raw", ImageFormat::Raw), ("qcow2", ImageFormat::Qcow2)];
                 self.backing_format = Some(choose("backing-format", value, choices)?);
             }
             b"l2-cache-size" => {
@@ -374,14 +354,14 @@ mod tests {
         assert_eq!(disk.l2_cache_size, Some(512 << 10));
         let disk: DiskConfig = "a,follow=anywhere,backing-format=raw".parse().unwrap();
         assert_eq!(disk.follow, Some(Follow::Anywhere));
-        assert_eq!(disk.backing_format, Some(BackingFormat::Raw));
+        assert_eq!(disk.backing_format, Some(ImageFormat::Raw));
         let disk: DiskConfig = "a,cache=none,locking=off".parse().unwrap();
         assert_eq!(
             (disk.files.cache, disk.files.locking),
             (CacheMode::None, Locking::Off)
         );
         let disk: DiskConfig = "a,format=raw,readonly=off".parse().unwrap();
-        assert_eq!((disk.format, disk.read_only), (DiskFormat::Raw, false));
+        assert_eq!((disk.format, disk.read_only), (ImageFormat::Raw, false));
 
         let not_utf8 = OsStr::from_bytes(b"\xff.img,format=raw");
         let disk = DiskConfig::parse(not_utf8).unwrap();

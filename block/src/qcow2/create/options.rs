@@ -2,10 +2,10 @@
 
 use std::path::PathBuf;
 
+use crate::ImageFormat;
 use crate::hints::FileHints;
 use crate::preallocation::Preallocation;
 use crate::qcow2::DataFileLayout;
-use crate::qcow2::backing::BackingFormat;
 use crate::qcow2::compressed::CompressionType;
 use crate::qcow2::header::CLUSTER_BITS;
 use crate::qcow2::parse::MAX_BACKING_FILE;
@@ -53,7 +53,7 @@ pub struct CreateOptions {
     /// image: relative to the image's directory. It is not opened.
     pub backing_file: Option<PathBuf>,
     /// Format of the backing file.
-    pub backing_format: Option<BackingFormat>,
+    pub backing_format: Option<ImageFormat>,
     /// The [stamp](Stamp::of) of the backing file, if the image is to be opened only on what that is now.
     pub base_stamp: Option<Stamp>,
     /// File for the guest's data, made anew, and named in the image as it is here. Without it the

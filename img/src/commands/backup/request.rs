@@ -4,8 +4,7 @@ use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use tandem_block::BackupId;
-use tandem_block::qcow2::BackingFormat;
+use tandem_block::{BackupId, ImageFormat};
 
 use crate::failure::Failure;
 use crate::getopt::Parsed;
@@ -42,7 +41,7 @@ pub struct Request<'a> {
     /// The backup before.
     pub backing: Option<&'a OsStr>,
     /// The format of that, if it is an image.
-    pub backing_format: Option<BackingFormat>,
+    pub backing_format: Option<ImageFormat>,
     /// The bitmap that tells what is copied.
     pub since: Option<&'a [u8]>,
     /// The bitmap that is begun.
@@ -84,7 +83,7 @@ impl<'a> Request<'a> {
         let backing_format = match text("backing-format") {
             None => None,
             Some(name) => Some(
-                BackingFormat::from_name(name.as_bytes())
+                ImageFormat::from_header(name.as_bytes())
                     .ok_or_else(|| format!("Unknown backing file format '{name}'"))?,
             ),
         };

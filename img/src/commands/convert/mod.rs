@@ -11,7 +11,7 @@ use std::ffi::{OsStr, OsString};
 
 use clap::Command;
 use tandem_block::qcow2::{BitmapInfo, OpenOptions, SnapshotName};
-use tandem_block::{Error, FileOptions, NewImage};
+use tandem_block::{Error, FileOptions, ImageFormat, NewImage};
 
 use crate::commands::create;
 use crate::common_options::{
@@ -21,7 +21,7 @@ use crate::common_options::{
 use crate::failure::Failure;
 use crate::getopt::{self, Parsed, flag, value};
 use crate::image::opened::Opened;
-use crate::image::{Format, Image, could_not_open};
+use crate::image::{Image, could_not_open};
 use crate::options;
 use crate::output;
 use crate::progress::Progress;
@@ -231,7 +231,7 @@ fn open_source(
         Error::NoSnapshot { .. } => not_loaded("Can't find snapshot"),
         error => failed(&error.reason()),
     })?;
-    if image.format == Format::Raw && options.snapshot.is_some() {
+    if image.format == ImageFormat::Raw && options.snapshot.is_some() {
         return Err(not_loaded(
             "Block format 'raw' used by device '' does not support temporarily loading internal \
              snapshots",
@@ -361,7 +361,7 @@ fn existing(args: &Parsed, name: &OsStr, size: u64) -> Result<Target, Failure> {
     if args.has("bitmaps") && !target.can_have_bitmaps() {
         return Err(bitmaps::unsupported(args, target.format().name()));
     }
-    let reason = if args.has("compress") && target.format() == Format::Raw {
+    let reason = if args.has("compress") && target.format() == ImageFormat::Raw {
         "Compression not supported for this file format"
     } else if target.opened.disk().size() < size {
         "output file is smaller than input file"

@@ -4,8 +4,8 @@ use std::borrow::Cow;
 use std::ffi::OsStr;
 use std::path::Path;
 
-use tandem_block::qcow2::{BackingFormat, Follow, OpenOptions, backing_path};
-use tandem_block::{CacheMode, Disk, FileOptions, NewImage};
+use tandem_block::qcow2::{Follow, OpenOptions, backing_path};
+use tandem_block::{CacheMode, Disk, FileOptions, ImageFormat, NewImage};
 
 use super::request::Request;
 use crate::commands::create;
@@ -13,7 +13,7 @@ use crate::common_options::{cache, follow};
 use crate::failure::Failure;
 use crate::getopt::Parsed;
 use crate::image::opened::Opened;
-use crate::image::{Format, Image, could_not_open, local_path};
+use crate::image::{Image, could_not_open, local_path};
 use crate::options::Options;
 use crate::output;
 
@@ -33,7 +33,7 @@ pub struct Target {
 pub struct Plan<'a> {
     name: &'a OsStr,
     path: &'a Path,
-    format: Format,
+    format: ImageFormat,
     options: Options,
 }
 
@@ -69,7 +69,7 @@ impl<'a> Plan<'a> {
 
     /// Refuses what cannot have compressed clusters.
     pub fn check_compressible(&self) -> Result<(), &'static str> {
-        if self.format == Format::Raw {
+        if self.format == ImageFormat::Raw {
             return Err("Compression not supported for this file format");
         }
         if !matches!(self.options.text("preallocation"), None | Some("off")) {
@@ -84,11 +84,11 @@ impl<'a> Plan<'a> {
     /// Whether it can have bitmaps, which raw disks and qcow2 images of version 2 cannot.
     pub fn can_have_bitmaps(&self) -> bool {
         let is_old = matches!(self.options.text("compat"), Some("0.10" | "v2"));
-        self.format == Format::Qcow2 && !is_old
+        self.format == ImageFormat::Qcow2 && !is_old
     }
 
     /// Its format.
-    pub fn format(&self) -> Format {
+    pub fn format(&self) -> ImageFormat {
         self.format
     }
 
@@ -101,7 +101,7 @@ impl<'a> Plan<'a> {
             None => CacheMode::Unsafe,
         };
         if let Some(format) = self.options.text("backing_fmt")
-            && BackingFormat::from_name(format.as_bytes()).is_none()
+            && ImageFormat::from_header(format.as_bytes()).is_none()
         {
             let reason = format!("Parameter 'backing-fmt' does not accept value '{format}'");
             return Err(self.failed(args, &reason));
@@ -119,8 +119,8 @@ impl<'a> Plan<'a> {
             .map_err(|reason| self.failed(args, &reason))?;
         let backing_size = backing.as_ref().map(|backing| backing.size());
         let disk = match self.format {
-            Format::Raw => new.open_raw(cache).map(Opened::Raw),
-            Format::Qcow2 => {
+            ImageFormat::Raw => new.open_raw(cache).map(Opened::Raw),
+            ImageFormat::Qcow2 => {
                 let options = OpenOptions {
                     files: FileOptions {
                         cache,
@@ -154,8 +154,8 @@ impl<'a> Plan<'a> {
         let path = backing_path(self.path, name.as_bytes())?;
         // Which has been seen to be one of the two.
         let format = match self.options.text("backing_fmt") {
-            Some("qcow2") => Format::Qcow2,
-            _ => Format::Raw,
+            Some("qcow2") => ImageFormat::Qcow2,
+            _ => ImageFormat::Raw,
         };
         let image = Image::look_at(path.as_os_str(), Cow::Borrowed(&path), Some(format))?;
         let options = OpenOptions {
@@ -201,10 +201,10 @@ impl Target {
     }
 
     /// Its format.
-    pub fn format(&self) -> Format {
+    pub fn format(&self) -> ImageFormat {
         match self.opened {
-            Opened::Raw(_) | Opened::Other(_) => Format::Raw,
-            Opened::Qcow2(_) => Format::Qcow2,
+            Opened::Raw(_) | Opened::Other(_) => ImageFormat::Raw,
+            Opened::Qcow2(_) => ImageFormat::Qcow2,
         }
     }
 
@@ -215,8 +215,8 @@ impl Target {
 }
 
 /// The format of the target.
-pub fn format(args: &Parsed) -> Result<Format, String> {
+pub fn format(args: &Parsed) -> Result<ImageFormat, String> {
     let name = args.value("output-format").unwrap_or(OsStr::new("raw"));
     let name = name.to_string_lossy();
-    Format::from_name(&name).ok_or_else(|| format!("Unknown file format '{name}'"))
+    ImageFormat::from_name(&name).ok_or_else(|| format!("Unknown file format '{name}'"))
 }

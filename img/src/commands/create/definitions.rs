@@ -1,7 +1,7 @@
 //! The options that images are created with.
 
-use crate::image::Format;
 use crate::options::{self, Definition, Kind, Options, Value};
+use tandem_block::ImageFormat;
 
 const fn option(
     name: &'static str,
@@ -199,15 +199,15 @@ const RAW: &[Definition] = &[
 const FILE_OPTIONS: [&str; 3] = ["preallocation", "nocow", "extent_size_hint"];
 
 /// The options of a format.
-pub fn definitions(format: Format) -> &'static [Definition] {
+pub fn definitions(format: ImageFormat) -> &'static [Definition] {
     match format {
-        Format::Raw => RAW,
-        Format::Qcow2 => QCOW2,
+        ImageFormat::Raw => RAW,
+        ImageFormat::Qcow2 => QCOW2,
     }
 }
 
 /// The help on the options of a format; those of files are known `with_file` only.
-pub fn help(format: Format, with_file: bool) -> String {
+pub fn help(format: ImageFormat, with_file: bool) -> String {
     let definitions = definitions(format);
     if with_file {
         return format!("Supported options:\n{}", options::describe(definitions));
@@ -215,7 +215,7 @@ pub fn help(format: Format, with_file: bool) -> String {
     let own: Vec<_> = definitions
         .iter()
         .filter(|definition| match definition.name {
-            "preallocation" => format == Format::Qcow2,
+            "preallocation" => format == ImageFormat::Qcow2,
             name => !FILE_OPTIONS.contains(&name),
         })
         .copied()

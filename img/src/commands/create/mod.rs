@@ -8,14 +8,16 @@ use std::path::Path;
 
 use clap::Command;
 use tandem_block::qcow2::{
-    self, BackingFormat, CompressionType, CreateOptions, DataFileLayout, DataFileReuse, Follow,
+    self, CompressionType, CreateOptions, DataFileLayout, DataFileReuse, Follow,
 };
-use tandem_block::{Disk, Error, FileHints, FileOptions, Locking, NewImage, Preallocation, Stamp};
+use tandem_block::{
+    Disk, Error, FileHints, FileOptions, ImageFormat, Locking, NewImage, Preallocation, Stamp,
+};
 
 use crate::common_options::{object_option, quiet_option};
 use crate::failure::Failure;
 use crate::getopt::{self, Parsed, flag, value};
-use crate::image::{Format, Image, could_not_open, local_path};
+use crate::image::{Image, could_not_open, local_path};
 use crate::options::{self, Options, Value};
 use crate::output;
 use crate::size;
@@ -163,7 +165,7 @@ fn create(args: &Parsed, file: &OsStr, size: Option<u64>, list: &str) -> Result<
 /// that `args` tell.
 pub fn copy_options(
     args: &Parsed,
-    format: Format,
+    format: ImageFormat,
     list: &str,
     size: u64,
 ) -> Result<Options, String> {
@@ -183,7 +185,7 @@ pub fn copy_options(
 /// A new image with `options`, on `backing`, that has not taken its name yet; `warn` is told what could
 /// not be done and is not needed.
 pub fn begin(
-    format: Format,
+    format: ImageFormat,
     path: &Path,
     options: &Options,
     backing: Option<&dyn Disk>,
@@ -197,8 +199,8 @@ pub fn begin(
             .map_err(|_| "Extent size hint is too large")?,
     };
     let new = match format {
-        Format::Raw => NewImage::raw_with(path, size, preallocation, hints, warn),
-        Format::Qcow2 => {
+        ImageFormat::Raw => NewImage::raw_with(path, size, preallocation, hints, warn),
+        ImageFormat::Qcow2 => {
             let options = CreateOptions {
                 hints,
                 base_stamp: base_stamp(options, backing)?,
@@ -241,16 +243,16 @@ fn set_size_of_kept(options: &mut Options) -> Result<(), String> {
     Ok(())
 }
 
-fn format(args: &Parsed) -> Result<Format, String> {
+fn format(args: &Parsed) -> Result<ImageFormat, String> {
     let name = args
         .value("format")
         .unwrap_or(OsStr::new("raw"))
         .to_string_lossy();
-    Format::from_name(&name).ok_or_else(|| format!("Unknown file format '{name}'"))
+    ImageFormat::from_name(&name).ok_or_else(|| format!("Unknown file format '{name}'"))
 }
 
 /// Puts what `-b` and `-F` say into `options`.
-fn set_backing(args: &Parsed, format: Format, options: &mut Options) -> Result<(), String> {
+fn set_backing(args: &Parsed, format: ImageFormat, options: &mut Options) -> Result<(), String> {
     for (id, name, what) in [
         ("backing", "backing_file", "Backing file"),
         ("backing-format", "backing_fmt", "Backing file format"),
@@ -258,7 +260,7 @@ fn set_backing(args: &Parsed, format: Format, options: &mut Options) -> Result<(
         let Some(value) = args.value(id) else {
             continue;
         };
-        if format == Format::Raw {
+        if format == ImageFormat::Raw {
             return Err(format!("{what} not supported for file format 'raw'"));
         }
         let text = value.to_str().ok_or("A name is not UTF-8")?;
@@ -349,7 +351,7 @@ fn qcow2_options(
         backing_file: options.text("backing_file").map(Into::into),
         backing_format: match options.text("backing_fmt") {
             Some(name) => Some(
-                BackingFormat::from_name(name.as_bytes())
+                ImageFormat::from_header(name.as_bytes())
                     .ok_or_else(|| format!("Unknown backing file format '{name}'"))?,
             ),
             None => None,
@@ -391,11 +393,11 @@ fn not_accepted(name: &str, value: &str) -> String {
 }
 
 /// Why a disk could not be created, in QEMU's words.
-pub fn reason(error: &Error, format: Format) -> String {
+pub fn reason(error: &Error, format: ImageFormat) -> String {
     match error {
         Error::Io { source, .. } if source.kind() == io::ErrorKind::FileTooLarge => match format {
-            Format::Raw => "The image size is too large for file format 'raw'".to_owned(),
-            Format::Qcow2 => "The image size is too large for file format 'qcow2' \
+            ImageFormat::Raw => "The image size is too large for file format 'raw'".to_owned(),
+            ImageFormat::Qcow2 => "The image size is too large for file format 'qcow2' \
                               (try using a larger cluster size)"
                 .to_owned(),
         },

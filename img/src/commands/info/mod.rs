@@ -11,10 +11,9 @@ use clap::Command;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 use tandem_block::qcow2::{
-    self, BackingFormat, BitmapInfo, DataFileLayout, Follow, Info, OpenOptions, backing_path,
-    find_backing,
+    self, BitmapInfo, DataFileLayout, Follow, Info, OpenOptions, backing_path, find_backing,
 };
-use tandem_block::{FileOptions, Locking, Stamp};
+use tandem_block::{FileOptions, ImageFormat, Locking, Stamp};
 
 use crate::commands::snapshot;
 use crate::common_options::{
@@ -23,7 +22,7 @@ use crate::common_options::{
 };
 use crate::failure::Failure;
 use crate::getopt::{self, Parsed, flag};
-use crate::image::{Format, Image, could_not_open, local_path, printable};
+use crate::image::{Image, could_not_open, local_path, printable};
 use crate::output::{self, Output};
 use crate::size;
 use users::Users;
@@ -111,7 +110,7 @@ struct Below {
     above: PathBuf,
     name: Vec<u8>,
     /// If that is one that there is.
-    format: Option<Result<Format, String>>,
+    format: Option<Result<ImageFormat, String>>,
 }
 
 /// What is printed: something for each image.
@@ -142,8 +141,8 @@ impl Reports {
         let options = image.options(true, Follow::Nothing, files);
         let locking = options.map_err(|e| opened(&e.reason()))?.files.locking;
         let info = match image.format {
-            Format::Raw => None,
-            Format::Qcow2 => {
+            ImageFormat::Raw => None,
+            ImageFormat::Qcow2 => {
                 let info = Info::read_with(&image.path, locking);
                 Some(info.map_err(|e| opened(&e.reason()))?)
             }
@@ -169,12 +168,8 @@ impl Reports {
             return Ok(None);
         };
         let format = backing_format.map(|name| -> Result<_, String> {
-            let known = BackingFormat::from_name(&name).map(|format| match format {
-                BackingFormat::Raw => Format::Raw,
-                BackingFormat::Qcow2 => Format::Qcow2,
-            });
             let unknown = || format!("Unknown driver '{}'", String::from_utf8_lossy(&name));
-            known.ok_or_else(unknown)
+            ImageFormat::from_header(&name).ok_or_else(unknown)
         });
         Ok(Some(Below {
             above: image.path.to_path_buf(),

@@ -4,7 +4,7 @@ mod plot;
 
 use clap::Command;
 use tandem_block::{
-    Disk, ExtentKind, FileOptions, Locking, extent_in_chain, sparse_extent_in_chain,
+    Disk, ExtentKind, FileOptions, ImageFormat, Locking, extent_in_chain, sparse_extent_in_chain,
 };
 
 use crate::common_options::{
@@ -13,7 +13,7 @@ use crate::common_options::{
 };
 use crate::failure::Failure;
 use crate::getopt::{self, Parsed, value};
-use crate::image::{Format, Image, could_not_open, printable};
+use crate::image::{Image, could_not_open, printable};
 use crate::output::{self, Output};
 use crate::size;
 use plot::Plot;
@@ -125,8 +125,8 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
     let files = FileOptions {
         // As in QEMU, the map of a raw disk is not worth keeping writers off.
         locking: match image.format {
-            Format::Raw => Locking::ForceShare,
-            Format::Qcow2 => locking(args),
+            ImageFormat::Raw => Locking::ForceShare,
+            ImageFormat::Qcow2 => locking(args),
         },
         ..FileOptions::default()
     };

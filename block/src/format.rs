@@ -1,5 +1,7 @@
 //! The formats of images.
 
+use crate::names::named;
+
 /// How an image is laid out. It is never guessed: a guest can write a qcow2 header into its raw disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ImageFormat {
@@ -9,24 +11,9 @@ pub enum ImageFormat {
     Qcow2,
 }
 
+named!(ImageFormat: Qcow2 = "qcow2", Raw = "raw");
+
 impl ImageFormat {
-    /// All of them.
-    pub const ALL: &[Self] = &[Self::Qcow2, Self::Raw];
-
-    /// What it is called.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Raw => "raw",
-            Self::Qcow2 => "qcow2",
-        }
-    }
-
-    /// The format called `name`.
-    pub fn from_name(name: &str) -> Option<Self> {
-        let mut all = Self::ALL.iter().copied();
-        all.find(|format| format.name() == name)
-    }
-
     /// The format that a header, or a tool that writes one, calls `name`: files and block devices are
     /// raw, too.
     pub fn from_header(name: &[u8]) -> Option<Self> {

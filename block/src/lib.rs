@@ -79,6 +79,7 @@ mod live;
 mod lock;
 #[cfg(mutate)]
 pub mod mutate;
+mod names;
 mod new_file;
 mod new_image;
 mod nowait;

@@ -4,7 +4,7 @@ use std::ffi::OsStr;
 
 use clap::Arg;
 use tandem_block::qcow2::Follow;
-use tandem_block::{CacheMode, Locking};
+use tandem_block::{CacheMode, ImageFormat, Locking};
 
 use crate::failure::Failure;
 use crate::getopt::{Parsed, flag, value};
@@ -13,6 +13,13 @@ use crate::getopt::{Parsed, flag, value};
 pub fn format_option(what: &str) -> Arg {
     let help = format!("Format of {what}: qcow2 or raw (default: told by its first bytes)");
     value("format", Some('f'), "FMT", "").help(help)
+}
+
+/// The format of a new image, which the option `id` tells; without that it is raw.
+pub fn new_format(args: &Parsed, id: &str) -> Result<ImageFormat, String> {
+    let name = args.value(id).unwrap_or(OsStr::new("raw"));
+    let name = name.to_string_lossy();
+    ImageFormat::from_name(&name).ok_or_else(|| format!("Unknown file format '{name}'"))
 }
 
 /// Definition of the option that shows how far the work has come.
@@ -46,25 +53,27 @@ pub fn object_option() -> Arg {
 
 /// Definition of the option that says where names in an image may lead.
 pub fn follow_option() -> Arg {
-    value(
-        "follow",
-        None,
-        "WHERE",
-        "Where names of other files in the image may lead: image-directory (default), anywhere, nothing",
-    )
+    let names = listed(Follow::ALL, Follow::name);
+    let help = format!("Where names of other files in the image may lead: {names}");
+    value("follow", None, "WHERE", "").help(help)
 }
 
 /// What that option says.
 pub fn follow(args: &Parsed) -> Result<Follow, Failure> {
-    let given = args.value("follow").map(OsStr::to_string_lossy);
-    match given.as_deref() {
-        None | Some("image-directory") => Ok(Follow::ImageDirectory),
-        Some("anywhere") => Ok(Follow::Anywhere),
-        Some("nothing") => Ok(Follow::Nothing),
-        Some(other) => Err(args.name.usage(&format!(
-            "--follow expects 'image-directory', 'anywhere' or 'nothing' not '{other}'"
-        ))),
-    }
+    let Some(given) = args.value("follow").map(OsStr::to_string_lossy) else {
+        return Ok(Follow::default());
+    };
+    Follow::from_name(&given).ok_or_else(|| {
+        args.name.usage(&format!(
+            "--follow expects 'image-directory', 'anywhere' or 'nothing' not '{given}'"
+        ))
+    })
+}
+
+/// The names of `all`, of which the first is the default.
+fn listed<T: Copy>(all: &[T], name: fn(T) -> &'static str) -> String {
+    let names: Vec<_> = all.iter().map(|choice| name(*choice)).collect();
+    names.join(", ").replacen(',', " (default),", 1)
 }
 
 /// Definition of the option that reads an image which another program may be writing.
@@ -87,9 +96,8 @@ pub fn locking(args: &Parsed) -> Locking {
 
 /// Definition of the option `id`, called `letter`, that tells the cache mode of `what`.
 pub fn cache_option(id: &'static str, letter: char, what: &str) -> Arg {
-    let help = format!(
-        "Cache mode of {what}: writeback (default), none, writethrough, directsync, unsafe"
-    );
+    let modes = listed(CacheMode::ALL, CacheMode::name);
+    let help = format!("Cache mode of {what}: {modes}");
     value(id, Some(letter), "MODE", "").help(help)
 }
 

@@ -130,6 +130,7 @@ use retired::Retired;
 
 use crate::Disk;
 use crate::file::ImageFile;
+use crate::names::named;
 use crate::ranges::RangeLocks;
 
 pub use amend::{AmendOptions, amend};
@@ -167,6 +168,8 @@ pub enum DataFileLayout {
     /// discarded. Other programs refuse such an image.
     Packed,
 }
+
+named!(DataFileLayout: Standard = "standard", Packed = "packed");
 
 /// An open qcow2 image.
 ///

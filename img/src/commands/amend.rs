@@ -1,6 +1,7 @@
 //! `tandem-img amend`
 
 use std::path::PathBuf;
+use std::sync::LazyLock;
 
 use clap::Command;
 use tandem_block::qcow2::{self, AmendOptions};
@@ -59,6 +60,19 @@ pub fn command() -> Command {
     )
 }
 
+/// The options of new images that can be changed, or must be what they are.
+const OF_CREATION: [&str; 9] = [
+    "backing_file",
+    "backing_fmt",
+    "compat",
+    "data_file",
+    "data_file_raw",
+    "encrypt.iter-time",
+    "lazy_refcounts",
+    "refcount_bits",
+    "size",
+];
+
 const fn option(name: &'static str, kind: Kind, help: &'static str) -> Definition {
     Definition {
         name,
@@ -68,30 +82,8 @@ const fn option(name: &'static str, kind: Kind, help: &'static str) -> Definitio
     }
 }
 
-/// The options of qcow2 that can be changed, or must be what they are.
-const QCOW2: &[Definition] = &[
-    option("backing_file", Kind::Text, "File name of a base image"),
-    option("backing_fmt", Kind::Text, "Image format of the base image"),
-    option(
-        "compat",
-        Kind::Text,
-        "Compatibility level (v2 [0.10] or v3 [1.1])",
-    ),
-    option(
-        "data_file",
-        Kind::Text,
-        "File name of an external data file",
-    ),
-    option(
-        "data_file_raw",
-        Kind::Switch,
-        "The external data file must stay valid as a raw image",
-    ),
-    option(
-        "encrypt.iter-time",
-        Kind::Number,
-        "Time to spend in PBKDF in milliseconds",
-    ),
+/// Options that only images that exist have.
+const OWN: [Definition; 4] = [
     option(
         "encrypt.keyslot",
         Kind::Number,
@@ -112,14 +104,18 @@ const QCOW2: &[Definition] = &[
         Kind::Text,
         "Select new state of affected keyslots (active/inactive)",
     ),
-    option("lazy_refcounts", Kind::Switch, "Postpone refcount updates"),
-    option(
-        "refcount_bits",
-        Kind::Number,
-        "Width of a reference count entry in bits",
-    ),
-    option("size", Kind::Size, "Virtual disk size"),
 ];
+
+/// The options of qcow2. None has a default: what is not told stays as it is.
+static QCOW2: LazyLock<Vec<Definition>> = LazyLock::new(|| {
+    let created = create::definitions(ImageFormat::Qcow2).iter();
+    let kept = created.filter(|definition| OF_CREATION.contains(&definition.name));
+    let kept = kept.map(|definition| Definition {
+        default: None,
+        ..*definition
+    });
+    kept.chain(OWN).collect()
+});
 
 /// Runs the subcommand.
 pub fn run(args: &Parsed) -> Result<(), Failure> {
@@ -176,14 +172,14 @@ fn help(args: &Parsed, format: ImageFormat) -> Result<(), Failure> {
         let text = "Format driver 'raw' does not support option amendment";
         return Err(args.name.error(text));
     }
-    let text = options::describe(QCOW2);
+    let text = options::describe(&QCOW2);
     output::print(&format!("Amend options for 'qcow2':\n{text}"));
     Ok(())
 }
 
 /// What `list` asks for.
 fn changes(args: &Parsed, list: &str) -> Result<AmendOptions, Failure> {
-    let mut options = Options::new(QCOW2);
+    let mut options = Options::new(&QCOW2);
     options.parse(list).map_err(|text| {
         let is_creation = text
             .strip_prefix("Invalid parameter '")
@@ -201,19 +197,14 @@ fn changes(args: &Parsed, list: &str) -> Result<AmendOptions, Failure> {
         let text = "Can't amend encryption options - encryption not present";
         return Err(args.name.error(text));
     }
-    let version = match options.text("compat") {
-        None => None,
-        Some("0.10" | "v2") => Some(2),
-        Some("1.1" | "v3") => Some(3),
-        Some(other) => {
-            let text = format!("Unknown compatibility level {other}");
-            return Err(args.name.error(&text));
-        }
-    };
+    let version = options.text("compat").map(|level| {
+        let unknown = || format!("Unknown compatibility level {level}");
+        create::version(level).ok_or_else(|| args.name.error(&unknown()))
+    });
     let switch = |name| options.get(name).map(|_| options.is_on(name));
     let name = |name| options.text(name).map(|text| text.as_bytes().to_owned());
     Ok(AmendOptions {
-        version,
+        version: version.transpose()?,
         size: options.number("size").filter(|size| *size != 0),
         data_file: options.text("data_file").map(PathBuf::from),
         data_file_raw: switch("data_file_raw"),

@@ -3,6 +3,8 @@
 use clap::builder::PossibleValuesParser;
 use clap::{Arg, Command, ValueHint};
 use clap_complete::{Shell, generate};
+use tandem_block::qcow2::Follow;
+use tandem_block::{CacheMode, ImageFormat, Preallocation};
 
 use crate::failure::Failure;
 use crate::getopt::{self, Parsed};
@@ -61,7 +63,7 @@ fn options(defined: &Command) -> impl Iterator<Item = Arg> {
     let visible = defined.get_arguments().filter(|arg| !arg.is_hide_set());
     visible
         .cloned()
-        .map(|arg| match values_of(arg.get_id().as_str()) {
+        .map(|arg| match &values_of(arg.get_id().as_str())[..] {
             [] if takes_path(arg.get_id().as_str()) => arg.value_hint(ValueHint::AnyPath),
             [] => arg,
             values => arg.value_parser(PossibleValuesParser::new(values)),
@@ -108,20 +110,21 @@ fn complete(shell: Shell) -> Command {
 }
 
 /// The values of an option that has few.
-fn values_of(id: &str) -> &'static [&'static str] {
+fn values_of(id: &str) -> Vec<&'static str> {
+    fn names<T: Copy>(all: &[T], name: fn(T) -> &'static str) -> Vec<&'static str> {
+        all.iter().map(|choice| name(*choice)).collect()
+    }
     match id {
         "format" | "second-format" | "backing-format" | "output-format" | "source-format"
-        | "target-format" => &["qcow2", "raw"],
-        "aio" => &["threads", "native", "io_uring"],
-        "discard" => &["unmap", "ignore"],
-        "output" => &["human", "json"],
-        "repair" => &["leaks", "all"],
-        "follow" => &["image-directory", "anywhere", "nothing"],
-        "preallocation" => &["off", "metadata", "falloc", "full"],
-        "cache" | "source-cache" | "backing-cache" => {
-            &["writeback", "none", "writethrough", "directsync", "unsafe"]
-        }
-        _ => &[],
+        | "target-format" => names(ImageFormat::ALL, ImageFormat::name),
+        "aio" => vec!["threads", "native", "io_uring"],
+        "discard" => vec!["unmap", "ignore"],
+        "output" => vec!["human", "json"],
+        "repair" => vec!["leaks", "all"],
+        "follow" => names(Follow::ALL, Follow::name),
+        "preallocation" => names(Preallocation::ALL, Preallocation::name),
+        "cache" | "source-cache" | "backing-cache" => names(CacheMode::ALL, CacheMode::name),
+        _ => vec![],
     }
 }
 

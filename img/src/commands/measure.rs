@@ -11,7 +11,7 @@ use crate::commands::create;
 use crate::commands::snapshot;
 use crate::common_options::{
     follow, follow_option, force_share_option, format_option, image_opts_option, locking,
-    object_option, output_option,
+    new_format, object_option, output_option,
 };
 use crate::failure::Failure;
 use crate::getopt::{self, Parsed, value};
@@ -102,10 +102,7 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
         Some(file) => Some(Source::open(args, file, request.snapshot)?),
         None => None,
     };
-    let format = args.value("target-format").unwrap_or(OsStr::new("raw"));
-    let format = format.to_string_lossy();
-    let format = ImageFormat::from_name(&format)
-        .ok_or_else(|| args.name.error(&format!("Unknown file format '{format}'")))?;
+    let format = new_format(args, "target-format").map_err(|reason| args.name.error(&reason))?;
     let mut options = Options::new(create::definitions(format));
     if !request.list.is_empty() {
         options.parse(&request.list).map_err(|reason| {

@@ -12,7 +12,7 @@ use tandem_block::{
     Preallocation, VolatileSlice,
 };
 
-use crate::common_options::{follow, follow_option, progress_option, quiet_option};
+use crate::common_options::{follow, follow_option, new_format, progress_option, quiet_option};
 use crate::failure::Failure;
 use crate::getopt::{self, Parsed, flag, value};
 use crate::image::{Image, local_path};
@@ -57,9 +57,7 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
     else {
         return Err(args.name.usage("Expecting streams and a target"));
     };
-    let format = args.value("output-format").unwrap_or(OsStr::new("raw"));
-    let format = ImageFormat::from_name(&format.to_string_lossy())
-        .ok_or_else(|| args.name.error("Unknown file format"))?;
+    let format = new_format(args, "output-format").map_err(error)?;
     let exists = args.has("no-create");
     let progress = Progress::new(args);
     if exists {

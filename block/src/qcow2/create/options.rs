@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use crate::ImageFormat;
 use crate::hints::FileHints;
+use crate::names::named;
 use crate::preallocation::Preallocation;
 use crate::qcow2::DataFileLayout;
 use crate::qcow2::compressed::CompressionType;
@@ -28,17 +29,7 @@ pub enum DataFileReuse {
     Keep,
 }
 
-impl DataFileReuse {
-    /// What is called `name` by tools.
-    pub fn from_name(name: &str) -> Option<Self> {
-        match name {
-            "replace" => Some(Self::Replace),
-            "refuse" => Some(Self::Refuse),
-            "keep" => Some(Self::Keep),
-            _ => None,
-        }
-    }
-}
+named!(DataFileReuse: Replace = "replace", Refuse = "refuse", Keep = "keep");
 
 /// What a new image is to be like.
 #[derive(Clone, Debug, PartialEq, Eq)]

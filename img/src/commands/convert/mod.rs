@@ -16,7 +16,7 @@ use tandem_block::{Error, FileOptions, ImageFormat, NewImage};
 use crate::commands::create;
 use crate::common_options::{
     cache, cache_option, follow, follow_option, force_share_option, format_option,
-    image_opts_option, locking, object_option, progress_option, quiet_option,
+    image_opts_option, locking, new_format, object_option, progress_option, quiet_option,
 };
 use crate::failure::Failure;
 use crate::getopt::{self, Parsed, flag, value};
@@ -170,7 +170,8 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
         _ => (None, &[][..]),
     };
     if options::asks_for_help(&request.options) {
-        let format = target::format(args).map_err(|reason| args.name.error(&reason))?;
+        let format =
+            new_format(args, "output-format").map_err(|reason| args.name.error(&reason))?;
         output::print(&create::help(format, target.is_some()));
         return Ok(());
     }

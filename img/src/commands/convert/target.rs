@@ -9,7 +9,7 @@ use tandem_block::{CacheMode, Disk, FileOptions, ImageFormat, NewImage};
 
 use super::request::Request;
 use crate::commands::create;
-use crate::common_options::{cache, follow};
+use crate::common_options::{cache, follow, new_format};
 use crate::failure::Failure;
 use crate::getopt::Parsed;
 use crate::image::opened::Opened;
@@ -46,7 +46,7 @@ impl<'a> Plan<'a> {
         size: u64,
     ) -> Result<Self, Failure> {
         let error = |reason: &str| args.name.error(reason);
-        let format = format(args).map_err(|reason| error(&reason))?;
+        let format = new_format(args, "output-format").map_err(|reason| error(&reason))?;
         let path = local_path(name).map_err(|reason| error(&reason))?;
         let options = create::copy_options(args, format, &request.options, size);
         Ok(Self {
@@ -83,7 +83,7 @@ impl<'a> Plan<'a> {
 
     /// Whether it can have bitmaps, which raw disks and qcow2 images of version 2 cannot.
     pub fn can_have_bitmaps(&self) -> bool {
-        let is_old = matches!(self.options.text("compat"), Some("0.10" | "v2"));
+        let is_old = self.options.text("compat").and_then(create::version) == Some(2);
         self.format == ImageFormat::Qcow2 && !is_old
     }
 
@@ -212,11 +212,4 @@ impl Target {
     pub fn into_parts(self) -> (Opened, Option<NewImage>) {
         (self.opened, self.new)
     }
-}
-
-/// The format of the target.
-pub fn format(args: &Parsed) -> Result<ImageFormat, String> {
-    let name = args.value("output-format").unwrap_or(OsStr::new("raw"));
-    let name = name.to_string_lossy();
-    ImageFormat::from_name(&name).ok_or_else(|| format!("Unknown file format '{name}'"))
 }

@@ -228,6 +228,15 @@ pub fn help(format: ImageFormat, with_file: bool) -> String {
     )
 }
 
+/// The version of qcow2 that has the compatibility level `compat`.
+pub fn version(compat: &str) -> Option<u32> {
+    match compat {
+        "0.10" | "v2" => Some(2),
+        "1.1" | "v3" => Some(3),
+        _ => None,
+    }
+}
+
 /// Refuses to encrypt images.
 pub fn refuse_encryption(options: &Options) -> Result<(), String> {
     let is_asked = |definition: &&Definition| match options.get(definition.name) {

@@ -14,7 +14,7 @@ use tandem_block::{
     Disk, Error, FileHints, FileOptions, ImageFormat, Locking, NewImage, Preallocation, Stamp,
 };
 
-use crate::common_options::{object_option, quiet_option};
+use crate::common_options::{new_format, object_option, quiet_option};
 use crate::failure::Failure;
 use crate::getopt::{self, Parsed, flag, value};
 use crate::image::{Image, could_not_open, local_path};
@@ -23,7 +23,7 @@ use crate::output;
 use crate::size;
 use definitions::refuse_encryption;
 
-pub use definitions::{definitions, help, is_qcow2_option};
+pub use definitions::{definitions, help, is_qcow2_option, version};
 
 /// Definition of the subcommand.
 pub fn command() -> Command {
@@ -83,7 +83,7 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
     let list = option_list(args)?;
     let operands = args.operands.split_first();
     if options::asks_for_help(&list) {
-        let format = format(args).map_err(|reason| args.name.error(&reason))?;
+        let format = new_format(args, "format").map_err(|reason| args.name.error(&reason))?;
         if let Some((file, _)) = operands {
             local_path(file).map_err(|reason| args.name.error(&reason))?;
         }
@@ -128,7 +128,7 @@ pub fn option_list(args: &Parsed) -> Result<String, Failure> {
 
 /// Does the work, or tells the reason why not.
 fn create(args: &Parsed, file: &OsStr, size: Option<u64>, list: &str) -> Result<(), String> {
-    let format = format(args)?;
+    let format = new_format(args, "format")?;
     let path = local_path(file)?;
     let mut options = Options::new(definitions(format));
     if !list.is_empty() {
@@ -243,14 +243,6 @@ fn set_size_of_kept(options: &mut Options) -> Result<(), String> {
     Ok(())
 }
 
-fn format(args: &Parsed) -> Result<ImageFormat, String> {
-    let name = args
-        .value("format")
-        .unwrap_or(OsStr::new("raw"))
-        .to_string_lossy();
-    ImageFormat::from_name(&name).ok_or_else(|| format!("Unknown file format '{name}'"))
-}
-
 /// Puts what `-b` and `-F` say into `options`.
 fn set_backing(args: &Parsed, format: ImageFormat, options: &mut Options) -> Result<(), String> {
     for (id, name, what) in [
@@ -340,9 +332,8 @@ fn qcow2_options(
     options: &Options,
 ) -> Result<CreateOptions, String> {
     let version = match options.text("compat") {
-        None | Some("1.1" | "v3") => 3,
-        Some("0.10" | "v2") => 2,
-        Some(other) => return Err(not_accepted("version", other)),
+        None => 3,
+        Some(level) => version(level).ok_or_else(|| not_accepted("version", level))?,
     };
     Ok(CreateOptions {
         size,
@@ -362,9 +353,9 @@ fn qcow2_options(
         },
         data_file_raw: options.is_on("data_file_raw"),
         data_file_layout: match options.text("data_file_layout") {
-            None | Some("standard") => DataFileLayout::Standard,
-            Some("packed") => DataFileLayout::Packed,
-            Some(other) => return Err(not_accepted("data-file-layout", other)),
+            None => DataFileLayout::default(),
+            Some(name) => DataFileLayout::from_name(name)
+                .ok_or_else(|| not_accepted("data-file-layout", name))?,
         },
         data_file_reuse: match options.text("data_file_reuse") {
             None => DataFileReuse::default(),
@@ -376,9 +367,9 @@ fn qcow2_options(
         preallocation,
         lazy_refcounts: options.is_on("lazy_refcounts"),
         compression_type: match options.text("compression_type") {
-            None | Some("zlib") => CompressionType::Deflate,
-            Some("zstd") => CompressionType::Zstd,
-            Some(other) => return Err(not_accepted("compression-type", other)),
+            None => CompressionType::default(),
+            Some(name) => CompressionType::from_name(name)
+                .ok_or_else(|| not_accepted("compression-type", name))?,
         },
         refcount_bits: options
             .number("refcount_bits")

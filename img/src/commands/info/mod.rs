@@ -411,7 +411,7 @@ fn specific(info: &Info) -> Map<String, Value> {
             .map(|name| String::from_utf8_lossy(name)),
         data_file_raw: info.has_data_file.then_some(info.data_file_raw),
         data_file_layout: match info.data_file_layout {
-            Some(DataFileLayout::Packed) => Some("packed"),
+            Some(layout @ DataFileLayout::Packed) => Some(layout.name()),
             _ => None,
         },
         base_stamp: info.base_stamp.as_ref().map(stamp),

@@ -1,5 +1,7 @@
 //! Caches between the guest and the medium.
 
+use crate::names::named;
+
 /// Which caches a write passes through before it is durable, in QEMU's terms.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
@@ -20,19 +22,12 @@ pub enum CacheMode {
     Unsafe,
 }
 
-impl CacheMode {
-    /// The mode called `name` by QEMU's tools.
-    pub fn from_name(name: &str) -> Option<Self> {
-        match name {
-            "writeback" => Some(Self::Writeback),
-            "none" | "off" => Some(Self::None),
-            "writethrough" => Some(Self::Writethrough),
-            "directsync" => Some(Self::Directsync),
-            "unsafe" => Some(Self::Unsafe),
-            _ => None,
-        }
-    }
+named!(
+    CacheMode: Writeback = "writeback", None = "none" | "off", Writethrough = "writethrough",
+    Directsync = "directsync", Unsafe = "unsafe"
+);
 
+impl CacheMode {
     /// Whether data goes past the page cache.
     pub fn is_direct(self) -> bool {
         matches!(self, Self::None | Self::Directsync)

@@ -72,12 +72,14 @@ mod direct;
 mod disk;
 mod error;
 mod file;
+mod format;
 mod granules;
 mod hints;
 mod live;
 mod lock;
 #[cfg(mutate)]
 pub mod mutate;
+mod names;
 mod new_file;
 mod new_image;
 mod nowait;
@@ -101,6 +103,7 @@ pub use cache_mode::CacheMode;
 pub use disk::{Disk, Extent, ExtentKind, Limits, extent_in_chain, sparse_extent_in_chain};
 pub use error::{Error, Result};
 pub use file::FileOptions;
+pub use format::ImageFormat;
 pub use hints::FileHints;
 pub use live::{
     CommitOptions, ForkOptions, ImageView, LiveBitmap, LiveDisk, LiveImage, LiveReport, Progress,

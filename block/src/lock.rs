@@ -19,6 +19,7 @@ use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::path::Path;
 
+use crate::names::named;
 use crate::{Error, Result};
 
 /// Whether the files of a disk are locked against other programs, QEMU's among them.
@@ -33,6 +34,8 @@ pub enum Locking {
     /// No locks are taken or looked at: somebody else sees to it that the disk has one user.
     Off,
 }
+
+named!(Locking: On = "on", ForceShare = "force-share", Off = "off");
 
 /// What a file is opened for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,5 +1,7 @@
 //! Giving a disk its space before anything is written to it.
 
+use crate::names::named;
+
 /// How much of a new disk gets its space at once.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
@@ -15,20 +17,4 @@ pub enum Preallocation {
     Full,
 }
 
-impl Preallocation {
-    /// What it is called by tools.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Off => "off",
-            Self::Metadata => "metadata",
-            Self::Falloc => "falloc",
-            Self::Full => "full",
-        }
-    }
-
-    /// The kind called `name`.
-    pub fn from_name(name: &str) -> Option<Self> {
-        let all = [Self::Off, Self::Metadata, Self::Falloc, Self::Full];
-        all.into_iter().find(|kind| kind.name() == name)
-    }
-}
+named!(Preallocation: Off = "off", Metadata = "metadata", Falloc = "falloc", Full = "full");

@@ -13,10 +13,8 @@ use std::path::Path;
 use std::sync::Barrier;
 
 use common::{Memory, assert_clean, new_image, open_with, read, write};
-use tandem_block::qcow2::{
-    BackingFormat, CreateOptions, DataFileLayout, OpenOptions, Qcow2, create,
-};
-use tandem_block::{CacheMode, Disk, FileOptions, Preallocation, Raw};
+use tandem_block::qcow2::{CreateOptions, DataFileLayout, OpenOptions, Qcow2, create};
+use tandem_block::{CacheMode, Disk, FileOptions, ImageFormat, Preallocation, Raw};
 use vm_memory::VolatileSlice;
 
 const MODES: [CacheMode; 5] = [
@@ -263,9 +261,9 @@ fn direct_io_goes_for_all_files() {
         data_file: data.map(path),
         ..CreateOptions::default()
     };
-    let middle = on("base", BackingFormat::Raw, Some("data"));
+    let middle = on("base", ImageFormat::Raw, Some("data"));
     create(&path("middle"), &middle).unwrap();
-    create(&path("top"), &on("middle", BackingFormat::Qcow2, None)).unwrap();
+    create(&path("top"), &on("middle", ImageFormat::Qcow2, None)).unwrap();
     for mode in MODES {
         let is_direct = matches!(mode, CacheMode::None | CacheMode::Directsync);
         let disk = match Qcow2::open(&path("top"), &options(mode, false)) {

@@ -12,8 +12,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use common::{Memory, assert_clean, new_image, open, open_with, read, write};
-use tandem_block::qcow2::{BackingFormat, CreateOptions, DataFileLayout, OpenOptions, Qcow2};
-use tandem_block::{CacheMode, Disk, Error, FileOptions, Limits, Preallocation, Raw};
+use tandem_block::qcow2::{CreateOptions, DataFileLayout, OpenOptions, Qcow2};
+use tandem_block::{CacheMode, Disk, Error, FileOptions, ImageFormat, Limits, Preallocation, Raw};
 
 const CLUSTER: u64 = 65536;
 const SIZE: u64 = 4 << 20;
@@ -147,7 +147,7 @@ fn version_2_unmaps_where_nothing_is_below() {
     assert!(limits(version_2.clone(), &OpenOptions::default()).can_unmap);
     let image = new_image(&CreateOptions {
         backing_file: Some("base".into()),
-        backing_format: Some(BackingFormat::Raw),
+        backing_format: Some(ImageFormat::Raw),
         ..version_2
     });
     let base = raw(&Memory::new(vec![7; SIZE as usize]));

@@ -13,10 +13,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use common::{Memory, new_image, open, read, write};
-use tandem_block::qcow2::{
-    BackingFormat, CompressionType, CreateOptions, DataFileLayout, OpenOptions, Qcow2,
-};
-use tandem_block::{Disk, Error, Raw};
+use tandem_block::qcow2::{CompressionType, CreateOptions, DataFileLayout, OpenOptions, Qcow2};
+use tandem_block::{Disk, Error, ImageFormat, Raw};
 
 const CLUSTER: u64 = 65536;
 const COPIED: u64 = 1 << 63;
@@ -26,7 +24,7 @@ fn over(base: &Memory, more: CreateOptions) -> (Memory, Qcow2) {
     let image = new_image(&CreateOptions {
         size: 4 << 20,
         backing_file: Some("base".into()),
-        backing_format: Some(BackingFormat::Raw),
+        backing_format: Some(ImageFormat::Raw),
         ..more
     });
     let disk = open_over(&image, base);
@@ -89,7 +87,7 @@ fn what_is_empty_below_is_not_copied() {
             size: SIZE,
             extended_l2,
             backing_file: Some("base".into()),
-            backing_format: Some(BackingFormat::Qcow2),
+            backing_format: Some(ImageFormat::Qcow2),
             ..CreateOptions::default()
         });
         let disk = Qcow2::with_backing(
@@ -263,7 +261,7 @@ fn zeroes_on_a_full_disk_wait_for_space() {
         data_file: Some("d".into()),
         data_file_layout: DataFileLayout::Packed,
         backing_file: Some("base".into()),
-        backing_format: Some(BackingFormat::Raw),
+        backing_format: Some(ImageFormat::Raw),
         ..CreateOptions::default()
     });
     let data = Memory::device(4096);

@@ -10,9 +10,9 @@ use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 
 use tandem_block::qcow2::{
-    BackingFormat, Base, BitmapEditor, CompressionType, CreateOptions, OpenOptions, Qcow2, create,
+    Base, BitmapEditor, CompressionType, CreateOptions, OpenOptions, Qcow2, create,
 };
-use tandem_block::{Backup, Error, LiveDisk, Raw, Result};
+use tandem_block::{Backup, Error, ImageFormat, LiveDisk, Raw, Result};
 
 /// Whether an operation succeeded, where the only reason not to is that there is no zstd.
 fn is_done<T>(result: Result<T>) -> bool {
@@ -69,7 +69,7 @@ fn disks_can_be_shared_and_shown() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("image");
     create(&path, &CreateOptions::default()).unwrap();
-    let base = Base::open(&path, BackingFormat::Qcow2, &OpenOptions::default());
+    let base = Base::open(&path, ImageFormat::Qcow2, &OpenOptions::default());
     assert!(format!("{base:?}").contains("/image"));
     drop(base);
     let disk = Qcow2::open(&path, &OpenOptions::default());

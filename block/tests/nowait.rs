@@ -16,10 +16,10 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use common::{Memory, assert_clean, new_image, read, write};
 use proptest::prelude::*;
-use tandem_block::qcow2::{
-    BackingFormat, BitmapEditor, CreateOptions, DataFileLayout, OpenOptions, Qcow2,
+use tandem_block::qcow2::{BitmapEditor, CreateOptions, DataFileLayout, OpenOptions, Qcow2};
+use tandem_block::{
+    CacheMode, Disk, Error, ExtentKind, FileOptions, ImageFormat, Raw, Storage, VolatileSlice,
 };
-use tandem_block::{CacheMode, Disk, Error, ExtentKind, FileOptions, Raw, Storage, VolatileSlice};
 
 const CLUSTER: u64 = 16384;
 const SIZE: u64 = 64 * CLUSTER;
@@ -170,7 +170,7 @@ impl Setup {
                 _ => DataFileLayout::Standard,
             },
             backing_file: (kind == Kind::Overlay).then(|| "base".into()),
-            backing_format: (kind == Kind::Overlay).then_some(BackingFormat::Raw),
+            backing_format: (kind == Kind::Overlay).then_some(ImageFormat::Raw),
             ..CreateOptions::default()
         });
         if kind == Kind::Tracked {

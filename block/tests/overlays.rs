@@ -7,10 +7,12 @@ use std::sync::Arc;
 use std::time::{Duration, UNIX_EPOCH};
 
 use tandem_block::qcow2::{
-    Backing, BackingFormat, BackingName, Base, BitmapEditor, CheckOptions, Commit, CreateOptions,
-    Info, NewBacking, OpenOptions, OverlayOptions, OverlayPlace, Qcow2, check, create, stamp_base,
+    Backing, BackingName, Base, BitmapEditor, CheckOptions, Commit, CreateOptions, Info,
+    NewBacking, OpenOptions, OverlayOptions, OverlayPlace, Qcow2, check, create, stamp_base,
 };
-use tandem_block::{CacheMode, Disk, Error, Locking, Preallocation, Raw, Stamp, VolatileSlice};
+use tandem_block::{
+    CacheMode, Disk, Error, ImageFormat, Locking, Preallocation, Raw, Stamp, VolatileSlice,
+};
 
 const SIZE: u64 = 1 << 20;
 
@@ -43,14 +45,14 @@ impl Place {
     }
 
     /// A base of sevens in its first cluster.
-    fn base(&self, format: BackingFormat, data_file: bool) -> PathBuf {
+    fn base(&self, format: ImageFormat, data_file: bool) -> PathBuf {
         let path = self.path("base");
         let disk: Box<dyn Disk> = match format {
-            BackingFormat::Raw => {
+            ImageFormat::Raw => {
                 Raw::create(&path, SIZE, Preallocation::Off).unwrap();
                 Box::new(Raw::open(&path, false).unwrap())
             }
-            BackingFormat::Qcow2 => {
+            ImageFormat::Qcow2 => {
                 let options = CreateOptions {
                     size: SIZE,
                     data_file: data_file.then(|| self.path("base.data")),
@@ -85,14 +87,14 @@ impl Place {
         }
     }
 
-    fn open_base(&self, format: BackingFormat) -> Base {
+    fn open_base(&self, format: ImageFormat) -> Base {
         Base::open(&self.path("base"), format, &OpenOptions::default()).unwrap()
     }
 
     /// A base, and a kept overlay `over` with an eight.
     fn with_overlay(&self, data_file: bool) -> PathBuf {
-        self.base(BackingFormat::Qcow2, data_file);
-        let base = self.open_base(BackingFormat::Qcow2);
+        self.base(ImageFormat::Qcow2, data_file);
+        let base = self.open_base(ImageFormat::Qcow2);
         let disk = base.overlay(&self.kept("over", data_file)).unwrap();
         write(&disk, 8, 8192);
         disk.close().unwrap();
@@ -132,9 +134,9 @@ fn assert_changed(path: &Path, what: &str) {
 #[test]
 fn overlays_share_a_base_and_leave_it_alone() {
     for (format, base_data) in [
-        (BackingFormat::Raw, false),
-        (BackingFormat::Qcow2, false),
-        (BackingFormat::Qcow2, true),
+        (ImageFormat::Raw, false),
+        (ImageFormat::Qcow2, false),
+        (ImageFormat::Qcow2, true),
     ] {
         for data_file in [false, true] {
             let place = Place::new();
@@ -174,7 +176,7 @@ fn overlays_share_a_base_and_leave_it_alone() {
 fn one_that_is_kept_is_opened_on_its_own_base_only() {
     let place = Place::new();
     let over = place.with_overlay(false);
-    let base = place.open_base(BackingFormat::Qcow2);
+    let base = place.open_base(ImageFormat::Qcow2);
     let disk = base.open_overlay(&over, &OpenOptions::default()).unwrap();
     assert_eq!([0, 8192].map(|at| byte(&disk, at)), [7, 8]);
     drop(disk);
@@ -189,22 +191,22 @@ fn one_that_is_kept_is_opened_on_its_own_base_only() {
     assert!(text.contains("it has none, and is no overlay of"), "{text}");
     let copy = Base::open(
         &place.path("copy"),
-        BackingFormat::Qcow2,
+        ImageFormat::Qcow2,
         &OpenOptions::default(),
     );
     let text = refused(&copy.unwrap(), &over);
     assert!(text.contains("/base' and not '"), "{text}");
     drop(base);
-    let text = refused(&place.open_base(BackingFormat::Raw), &over);
+    let text = refused(&place.open_base(ImageFormat::Raw), &over);
     assert!(text.contains("for raw"), "{text}");
 }
 
 #[test]
 fn what_cannot_be_leaves_nothing() {
     let place = Place::new();
-    place.base(BackingFormat::Qcow2, false);
+    place.base(ImageFormat::Qcow2, false);
     fs::write(place.path("there"), "there").unwrap();
-    let base = place.open_base(BackingFormat::Qcow2);
+    let base = place.open_base(ImageFormat::Qcow2);
     let refused = |options: &OverlayOptions, text: &str| {
         let error = base.overlay(options).map(drop).unwrap_err().to_string();
         assert!(error.contains(text), "{error}");
@@ -245,8 +247,8 @@ fn what_cannot_be_leaves_nothing() {
 #[test]
 fn sizes_and_kinds() {
     let place = Place::new();
-    place.base(BackingFormat::Qcow2, false);
-    let base = place.open_base(BackingFormat::Qcow2);
+    place.base(ImageFormat::Qcow2, false);
+    let base = place.open_base(ImageFormat::Qcow2);
     for (cluster_size, extended_l2) in [(512, false), (4096, false), (2 << 20, true)] {
         for cache in [CacheMode::Writeback, CacheMode::None] {
             for data_file in [false, true] {
@@ -284,7 +286,7 @@ fn a_changed_base_is_refused() {
     let times = [&image, &data].map(|path| time(path));
 
     // To look changes nothing.
-    let base = place.open_base(BackingFormat::Qcow2);
+    let base = place.open_base(ImageFormat::Qcow2);
     assert_eq!(byte(&**base.disk(), 0), 7);
     base.disk().flush().unwrap();
     drop(base);
@@ -369,7 +371,7 @@ fn a_damaged_stamp_is_one_clear_error() {
 fn the_files_further_down_count() {
     let place = Place::new();
     let middle = place.with_overlay(false);
-    let base = Base::open(&middle, BackingFormat::Qcow2, &OpenOptions::default()).unwrap();
+    let base = Base::open(&middle, ImageFormat::Qcow2, &OpenOptions::default()).unwrap();
     let top = place.path("over.top");
     let disk = base.overlay(&place.kept("over.top", false)).unwrap();
     assert_eq!([0, 8192].map(|at| byte(&disk, at)), [7, 8]);
@@ -436,7 +438,7 @@ fn commit_keeps_stamps_right() {
     for between in [0, 1] {
         let place = Place::new();
         let middle = place.with_overlay(true);
-        let base = Base::open(&middle, BackingFormat::Qcow2, &OpenOptions::default()).unwrap();
+        let base = Base::open(&middle, ImageFormat::Qcow2, &OpenOptions::default()).unwrap();
         let top = place.path("top");
         let disk = base.overlay(&place.kept("top", false)).unwrap();
         write(&disk, 9, 16384);
@@ -471,8 +473,8 @@ fn commit_keeps_stamps_right() {
 #[test]
 fn a_base_that_changes_under_its_user_gets_no_overlays() {
     let place = Place::new();
-    let path = place.base(BackingFormat::Raw, false);
-    let base = place.open_base(BackingFormat::Raw);
+    let path = place.base(ImageFormat::Raw, false);
+    let base = place.open_base(ImageFormat::Raw);
     base.overlay(&place.temporary(false)).unwrap();
     touch(&path, 1000);
     let error = base.overlay(&place.kept("over", true)).map(drop);
@@ -483,8 +485,8 @@ fn a_base_that_changes_under_its_user_gets_no_overlays() {
 #[test]
 fn many_share_one() {
     let place = Place::new();
-    place.base(BackingFormat::Qcow2, false);
-    let base = place.open_base(BackingFormat::Qcow2);
+    place.base(ImageFormat::Qcow2, false);
+    let base = place.open_base(ImageFormat::Qcow2);
     let disks: Vec<_> = (0..50)
         .map(|_| base.overlay(&place.temporary(false)).unwrap())
         .collect();
@@ -503,8 +505,8 @@ fn many_share_one() {
 #[test]
 fn the_base_is_locked_while_an_overlay_is_open() {
     let place = Place::new();
-    place.base(BackingFormat::Qcow2, true);
-    let base = place.open_base(BackingFormat::Qcow2);
+    place.base(ImageFormat::Qcow2, true);
+    let base = place.open_base(ImageFormat::Qcow2);
     let disk = base.overlay(&place.temporary(false)).unwrap();
     drop(base);
     let is_locked = |result: tandem_block::Result<()>| matches!(result, Err(Error::Locked { .. }));
@@ -515,7 +517,7 @@ fn the_base_is_locked_while_an_overlay_is_open() {
         Raw::open(&path, true).unwrap();
     }
     // Another user of the base, and of its overlays.
-    let other = place.open_base(BackingFormat::Qcow2);
+    let other = place.open_base(ImageFormat::Qcow2);
     assert_eq!(byte(&other.overlay(&place.temporary(true)).unwrap(), 0), 7);
     drop((disk, other));
     open(&place.path("base")).unwrap();
@@ -536,7 +538,7 @@ fn a_block_device_has_no_time() {
     let options = CreateOptions {
         size: SIZE,
         backing_file: Some("base".into()),
-        backing_format: Some(BackingFormat::Raw),
+        backing_format: Some(ImageFormat::Raw),
         base_stamp: Some(stamp.clone()),
         ..CreateOptions::default()
     };

@@ -136,18 +136,14 @@ impl Parsed {
             .map(|(id, value)| (id.as_str(), value.as_os_str()))
     }
 
-    /// Fails if one of the options, which QEMU has, is there.
-    pub fn refuse(&self, ids: &[&str]) -> Result<(), Failure> {
-        let text = match ids.iter().find(|id| self.has(id)) {
-            None => return Ok(()),
-            Some(&"object") => {
-                "Option '--object' is not supported: the secrets that objects hold are for \
-                 encrypted images, which are not supported"
-                    .to_owned()
-            }
-            Some(id) => format!("Option '--{id}' is not supported yet"),
-        };
-        Err(self.name.error(&text))
+    /// Fails if there is the option `object`, which QEMU has.
+    pub fn refuse_objects(&self) -> Result<(), Failure> {
+        if !self.has("object") {
+            return Ok(());
+        }
+        let text = "Option '--object' is not supported: the secrets that objects hold are for \
+                    encrypted images, which are not supported";
+        Err(self.name.error(text))
     }
 }
 
@@ -334,6 +330,15 @@ pub fn value(id: &'static str, short: Option<char>, name: &'static str, help: &'
     flag(id, short, help)
         .action(ArgAction::Append)
         .value_name(name)
+}
+
+/// A subcommand, with the option that every one has.
+pub fn command(name: &'static str, about: &'static str, usage: &'static str) -> Command {
+    Command::new(name)
+        .about(about)
+        .disable_help_flag(true)
+        .override_usage(usage)
+        .arg(help())
 }
 
 /// The option that every subcommand has.

@@ -2,102 +2,16 @@
 //!
 //! Arguments, texts, JSON and exit statuses are those of `qemu-img` 10, and messages begin with
 //! the name that the program was called by, so that a link called `qemu-img` behaves like one.
+
 use std::ffi::OsString;
 use std::process::ExitCode;
 
 use clap::Command;
 
+use crate::commands::SUBCOMMANDS;
 use crate::failure::Failure;
-use crate::getopt::{self, Name, Parsed};
-use crate::{
-    amend, backup, bench, bitmap, check, commit, compare, completions, convert, create, dd, info,
-    man, map, measure, output, rebase, resize, restore, snapshot,
-};
-
-/// A subcommand: its definition, and what it does with its arguments.
-struct Subcommand {
-    command: fn() -> Command,
-    run: fn(&Parsed) -> Result<(), Failure>,
-}
-
-const SUBCOMMANDS: &[Subcommand] = &[
-    Subcommand {
-        command: amend::command,
-        run: amend::run,
-    },
-    Subcommand {
-        command: backup::command,
-        run: backup::run,
-    },
-    Subcommand {
-        command: bench::command,
-        run: bench::run,
-    },
-    Subcommand {
-        command: bitmap::command,
-        run: bitmap::run,
-    },
-    Subcommand {
-        command: check::command,
-        run: check::run,
-    },
-    Subcommand {
-        command: compare::command,
-        run: compare::run,
-    },
-    Subcommand {
-        command: commit::command,
-        run: commit::run,
-    },
-    Subcommand {
-        command: completions::command,
-        run: completions::run,
-    },
-    Subcommand {
-        command: convert::command,
-        run: convert::run,
-    },
-    Subcommand {
-        command: create::command,
-        run: create::run,
-    },
-    Subcommand {
-        command: dd::command,
-        run: dd::run,
-    },
-    Subcommand {
-        command: info::command,
-        run: info::run,
-    },
-    Subcommand {
-        command: man::command,
-        run: man::run,
-    },
-    Subcommand {
-        command: map::command,
-        run: map::run,
-    },
-    Subcommand {
-        command: measure::command,
-        run: measure::run,
-    },
-    Subcommand {
-        command: rebase::command,
-        run: rebase::run,
-    },
-    Subcommand {
-        command: resize::command,
-        run: resize::run,
-    },
-    Subcommand {
-        command: restore::command,
-        run: restore::run,
-    },
-    Subcommand {
-        command: snapshot::command,
-        run: snapshot::run,
-    },
-];
+use crate::getopt::{self, Name};
+use crate::output;
 
 /// Runs the program with the arguments of this process.
 pub fn main() -> ExitCode {
@@ -118,7 +32,7 @@ pub fn command() -> Command {
         .about("Creates, inspects, checks and resizes disk images, in the language of qemu-img")
         .version(env!("CARGO_PKG_VERSION"))
         .disable_help_subcommand(true)
-        .subcommands(SUBCOMMANDS.iter().map(|subcommand| (subcommand.command)()))
+        .subcommands(SUBCOMMANDS.iter().map(|(command, _)| command()))
         .after_help(
             "Run `tandem-img COMMAND --help` for the options of a command.\n\n\
              Examples:\n  \
@@ -159,15 +73,15 @@ fn run(name: &Name, args: Vec<OsString>) -> Result<(), Failure> {
     if let Some(letter) = first.strip_prefix('-').and_then(|rest| rest.chars().next()) {
         return Err(name.usage_as_called(&format!("invalid option -- '{letter}'")));
     }
-    for subcommand in SUBCOMMANDS {
-        let command = (subcommand.command)();
+    for (command, run) in SUBCOMMANDS {
+        let command = command();
         if command.get_name() == first {
             return match getopt::parse(command, name, rest, first == "resize")? {
                 getopt::Outcome::Help(text) => {
                     output::print(&text);
                     Ok(())
                 }
-                getopt::Outcome::Run(parsed) => (subcommand.run)(&parsed),
+                getopt::Outcome::Run(parsed) => run(&parsed),
             };
         }
     }

@@ -5,6 +5,8 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use tandem_vmm::DiskConfig;
+
 const ROOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
 
 /// The pages of the repository.
@@ -74,4 +76,20 @@ fn each_link_leads_somewhere() {
         }
     }
     assert!(links > 30, "{links}");
+}
+
+/// What the first column of the table below the heading `title` of a page has in code.
+fn first_column(page: &str, title: &str) -> BTreeSet<String> {
+    let lines = prose(&Path::new(ROOT).join(page));
+    let section = lines.iter().skip_while(|line| *line != title).skip(1);
+    let section = section.take_while(|line| !line.starts_with('#'));
+    let rows = section.filter_map(|line| line.strip_prefix("| `"));
+    rows.map(|row| row.split('`').next().unwrap().to_owned())
+        .collect()
+}
+
+#[test]
+fn each_disk_key_is_described() {
+    let known = DiskConfig::KEYS.iter().map(|key| (*key).to_owned());
+    assert_eq!(first_column("docs/run.md", "## `--disk`"), known.collect());
 }

@@ -19,7 +19,7 @@ use std::thread;
 use std::time::Duration;
 
 use tandem_block::qcow2::OverlayPlace;
-use tandem_vmm::{Config, DiskConfig, DiskFormat, ExitReason, OutputConfig, SerialConfig, Vmm};
+use tandem_vmm::{Config, DiskConfig, ExitReason, ImageFormat, OutputConfig, SerialConfig, Vmm};
 use tempfile::TempDir;
 
 /// More of what a command writes is thrown away.
@@ -66,13 +66,13 @@ impl Guest {
         File::create(&script)?.write_all(format!("{command}{padding}").as_bytes())?;
 
         let mut base = DiskConfig::new(&setting.base);
-        base.format = DiskFormat::Raw;
+        base.format = ImageFormat::Raw;
         base.overlay = Some(OverlayPlace::Temporary {
             directory: setting.scratch.clone(),
             data_file: false,
         });
         let mut script = DiskConfig::new(script);
-        script.format = DiskFormat::Raw;
+        script.format = ImageFormat::Raw;
         script.read_only = true;
 
         let (output, writer) = io::pipe()?;

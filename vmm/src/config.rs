@@ -12,7 +12,7 @@ use tandem_devices::virtio::block::InvalidSerial;
 
 use crate::{descriptor, layout};
 
-pub use disk::{DiskConfig, DiskFormat, split_commas};
+pub use disk::{DiskConfig, split_commas};
 
 /// A virtual machine to build.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -193,15 +193,11 @@ pub enum Error {
     #[error("'{0}' is not key=value; a comma that belongs to a path is written twice")]
     DiskOption(String),
     /// A key that disks do not have.
-    #[error(
-        "unknown disk key '{0}'; known are readonly, format, cache, locking, data-file, follow, \
-         backing-format, overlay, overlay-data-file, overlay-dir, l2-cache-size, serial, queues, \
-         threads, poll, iops, iops-burst, bw and bw-burst"
-    )]
+    #[error("unknown disk key '{0}'; known are {known}", known = listed(DiskConfig::KEYS, "and"))]
     DiskKey(String),
     /// A key that is there twice.
     #[error("disk key '{0}' is given twice")]
-    DiskKeyTwice(String),
+    DiskKeyTwice(&'static str),
     /// A value that its key does not take.
     #[error("disk key {key}: '{value}' is not {expected}")]
     DiskValue {
@@ -324,6 +320,14 @@ impl OutputConfig {
             path.map(|path| Self::File(os_path(path.to_owned())))
         };
         parsed.ok_or_else(|| Error::Output(lossy(bytes)))
+    }
+}
+
+/// `names` as a sentence has them, with `word` before the last one.
+pub(crate) fn listed(names: &[&str], word: &str) -> String {
+    match names {
+        [first @ .., last] if !first.is_empty() => format!("{} {word} {last}", first.join(", ")),
+        _ => names.concat(),
     }
 }
 

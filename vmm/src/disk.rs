@@ -5,17 +5,17 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use kvm_ioctls::VmFd;
-use tandem_block::qcow2::{
-    BackingFormat, Base, DataFileLayout, OpenOptions, OverlayOptions, OverlayPlace, Qcow2,
+use tandem_block::qcow2::{Base, DataFileLayout, OpenOptions, OverlayOptions, OverlayPlace, Qcow2};
+use tandem_block::{
+    CacheMode, Disk, FileUsers, ImageFormat, ImageView, LiveDisk, LiveImage, Locking, Raw,
 };
-use tandem_block::{CacheMode, Disk, FileUsers, ImageView, LiveDisk, LiveImage, Locking, Raw};
 use tandem_devices::GuestMemory;
 use tandem_devices::bus::Bus;
 use tandem_devices::virtio::block::{Block, Handle, Options};
 use tandem_devices::virtio::mmio::{self, VirtioMmio};
 
 use crate::acpi::VirtioDevice;
-use crate::config::{DiskConfig, DiskFormat};
+use crate::config::DiskConfig;
 use crate::control::Operated;
 use crate::error::{Error, HostContext, Result};
 use crate::interrupts;
@@ -37,7 +37,7 @@ pub struct Description {
     /// Where its image is; of a temporary overlay, what it stands on.
     pub path: PathBuf,
     /// The format of that.
-    pub format: DiskFormat,
+    pub format: ImageFormat,
     /// Where the guest's data is.
     pub kind: &'static str,
     /// The external data file.
@@ -64,13 +64,13 @@ impl Image {
 pub fn describe(image: ImageView<'_>) -> Description {
     let data_file = image.data_file();
     let (format, kind) = match (image.is_qcow2(), &data_file) {
-        (false, _) => (DiskFormat::Raw, "raw"),
-        (true, None) => (DiskFormat::Qcow2, "internal"),
+        (false, _) => (ImageFormat::Raw, "raw"),
+        (true, None) => (ImageFormat::Qcow2, "internal"),
         (true, Some(file)) if file.layout == DataFileLayout::Packed => {
-            (DiskFormat::Qcow2, "packed")
+            (ImageFormat::Qcow2, "packed")
         }
-        (true, Some(file)) if file.is_raw => (DiskFormat::Qcow2, "external-raw"),
-        (true, Some(_)) => (DiskFormat::Qcow2, "external"),
+        (true, Some(file)) if file.is_raw => (ImageFormat::Qcow2, "external-raw"),
+        (true, Some(_)) => (ImageFormat::Qcow2, "external"),
     };
     Description {
         path: image.path().to_owned(),
@@ -90,7 +90,7 @@ fn open_image(config: &DiskConfig) -> Result<Image> {
         return open_overlay(config, place);
     }
     let open_options = open_options(config);
-    if config.format == DiskFormat::Raw {
+    if config.format == ImageFormat::Raw {
         let disk = Raw::open_with(&config.path, config.read_only, config.files)?;
         return Ok(Image::new(disk, open_options));
     }
@@ -101,11 +101,7 @@ fn open_image(config: &DiskConfig) -> Result<Image> {
 /// Opens the overlay of the image of `config`, which is made if it is not there yet.
 fn open_overlay(config: &DiskConfig, place: &OverlayPlace) -> Result<Image> {
     config.check_overlay()?;
-    let format = match config.format {
-        DiskFormat::Raw => BackingFormat::Raw,
-        DiskFormat::Qcow2 => BackingFormat::Qcow2,
-    };
-    let base = Base::open(&config.path, format, &open_options(config)).map_err(with_hint)?;
+    let base = Base::open(&config.path, config.format, &open_options(config)).map_err(with_hint)?;
     let mut options = OverlayOptions {
         place: place.clone(),
         open: open_options(config),
@@ -328,7 +324,7 @@ mod tests {
                 let image = open_text(&text).unwrap();
                 assert_eq!(
                     (image.describe().kind, image.describe().format),
-                    (kind, DiskFormat::Qcow2)
+                    (kind, ImageFormat::Qcow2)
                 );
                 assert_eq!((&image.path(), image.disk.size()), (&path.path, SIZE));
                 assert_eq!(byte(&*image.disk), 7);

@@ -60,7 +60,7 @@ mod terminal;
 mod vcpu;
 mod vmm;
 
-pub use config::{Config, DiskConfig, DiskFormat, MetricsTarget, OutputConfig, SerialConfig};
+pub use config::{Config, DiskConfig, MetricsTarget, OutputConfig, SerialConfig};
 pub use control::{Control, ControlError, ControlSocket};
 pub use error::{Error, Result};
 pub use exit::ExitReason;
@@ -68,5 +68,6 @@ pub use kernel::KernelError;
 pub use metrics::{MetricsLog, MetricsOutput};
 #[cfg(feature = "vhost-user")]
 pub use serve::{Incident, Server};
+pub use tandem_block::ImageFormat;
 pub use tandem_devices::virtio::block::Stats as DiskStats;
 pub use vmm::Vmm;

@@ -2,8 +2,8 @@
 
 use std::ffi::c_char;
 
-use tandem_block::qcow2::{self, BackingFormat, CreateOptions, DataFileReuse};
-use tandem_block::{Preallocation, Raw};
+use tandem_block::qcow2::{self, CreateOptions, DataFileReuse};
+use tandem_block::{ImageFormat, Preallocation, Raw};
 
 use crate::error::{Failure, argument, report};
 use crate::text::{check_bits, optional_path, required_path};
@@ -81,8 +81,8 @@ unsafe fn create_options(from: &tandem_create_options) -> Result<Option<CreateOp
         )
     };
     let backing_format = match from.backing_format {
-        TANDEM_FORMAT_QCOW2 => BackingFormat::Qcow2,
-        TANDEM_FORMAT_RAW => BackingFormat::Raw,
+        TANDEM_FORMAT_QCOW2 => ImageFormat::Qcow2,
+        TANDEM_FORMAT_RAW => ImageFormat::Raw,
         other => return argument(format!("backing_format is {other}, which is no format")),
     };
     let mut options = CreateOptions {

@@ -2,8 +2,8 @@
 
 use std::ffi::{c_char, c_void};
 
-use tandem_block::qcow2::{BackingFormat, Follow, OpenOptions, Qcow2};
-use tandem_block::{CacheMode, Disk, FileOptions, Locking, Raw, VolatileSlice};
+use tandem_block::qcow2::{Follow, OpenOptions, Qcow2};
+use tandem_block::{CacheMode, Disk, FileOptions, ImageFormat, Locking, Raw, VolatileSlice};
 
 use crate::error::{Failure, argument, report};
 use crate::text::{check_bits, optional_path, required_path};
@@ -146,7 +146,7 @@ unsafe fn open_options(from: &tandem_open_options) -> Result<OpenOptions, Failur
         // SAFETY: the caller promises it.
         data_file: unsafe { optional_path(from.data_file, "data_file") }?,
         follow,
-        backing_format: from.untold_backing_is_raw.then_some(BackingFormat::Raw),
+        backing_format: from.untold_backing_is_raw.then_some(ImageFormat::Raw),
         files: FileOptions { locking, cache },
         ..OpenOptions::default()
     };

@@ -16,10 +16,8 @@ use super::chain::{self, ImageRef};
 use super::changes::Changes;
 use super::passes::{Passes, Progress, last_pass};
 use super::{LiveDisk, LiveImage, LiveReport, State};
-use crate::qcow2::{
-    BackingFormat, BackingName, OpenOptions, Part, Qcow2, name_from, open_with_base,
-};
-use crate::{Disk, Error, Result};
+use crate::qcow2::{BackingName, OpenOptions, Part, Qcow2, name_from, open_with_base};
+use crate::{Disk, Error, ImageFormat, Result};
 
 /// Bytes that are zeroed at once.
 const ZEROS: u64 = 1 << 30;
@@ -210,8 +208,8 @@ fn put_on_base(state: &mut State, base: &Arc<dyn Disk>) -> Result<()> {
     let top = state.image.qcow2_mut().ok_or_else(super::in_use)?;
     let image = base.as_image().ok_or_else(super::in_use)?;
     let format = match image {
-        ImageRef::Raw(_) => BackingFormat::Raw,
-        ImageRef::Qcow2(_) => BackingFormat::Qcow2,
+        ImageRef::Raw(_) => ImageFormat::Raw,
+        ImageRef::Qcow2(_) => ImageFormat::Qcow2,
     };
     let file = name_from(top.path(), image.path())?;
     let name = BackingName {

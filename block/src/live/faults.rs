@@ -9,10 +9,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use super::commit::{Commit, pivot};
 use super::*;
 use crate::qcow2::{
-    BackingFormat, BackingName, BitmapAction, CheckOptions, CreateOptions, OpenOptions, check,
-    create, stamp_base,
+    BackingName, BitmapAction, CheckOptions, CreateOptions, OpenOptions, check, create, stamp_base,
 };
-use crate::{CacheMode, FileOptions, FileStamp, FileStorage, Storage};
+use crate::{CacheMode, FileOptions, FileStamp, FileStorage, ImageFormat, Storage};
 
 const SIZE: u64 = 128 << 10;
 
@@ -146,7 +145,7 @@ impl Pair {
         create(&pair.path("base"), &base).unwrap();
         let top = CreateOptions {
             backing_file: Some(PathBuf::from("base")),
-            backing_format: Some(BackingFormat::Qcow2),
+            backing_format: Some(ImageFormat::Qcow2),
             ..base
         };
         create(&pair.path("top"), &top).unwrap();

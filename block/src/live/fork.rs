@@ -14,10 +14,8 @@ use super::{LiveDisk, LiveImage, LiveReport, State};
 use crate::file::{ImageFile, is_at};
 use crate::lock::{Access, Locking};
 use crate::new_file::{directory_of, sync_directory};
-use crate::qcow2::{
-    Backing, BackingFormat, CreateOptions, OpenOptions, Qcow2, name_from, stamp_base,
-};
-use crate::{Disk, Error, FileOptions, NewImage, Result};
+use crate::qcow2::{Backing, CreateOptions, OpenOptions, Qcow2, name_from, stamp_base};
+use crate::{Disk, Error, FileOptions, ImageFormat, NewImage, Result};
 
 /// How to fork a disk in use.
 #[derive(Clone, Debug)]
@@ -151,8 +149,8 @@ impl<'a> New<'a> {
             cluster_size: base.qcow2().map_or(64 << 10, Qcow2::cluster_size),
             backing_file: Some(name_from(path, base.path())?),
             backing_format: Some(match base {
-                LiveImage::Qcow2(_) => BackingFormat::Qcow2,
-                _ => BackingFormat::Raw,
+                LiveImage::Qcow2(_) => ImageFormat::Qcow2,
+                _ => ImageFormat::Raw,
             }),
             ..CreateOptions::default()
         };

@@ -24,38 +24,10 @@ use crate::disk::find_in_chain;
 use crate::file::{FileOptions, ImageFile};
 use crate::live::{ImageRef, LiveImage};
 use crate::lock::{Access, Locking};
-use crate::{Disk, Error, Extent, ExtentKind, Limits, Raw, Result};
+use crate::{Disk, Error, Extent, ExtentKind, ImageFormat, Limits, Raw, Result};
 
 /// Most images below one another.
 const MAX_DEPTH: usize = 256;
-
-/// Format of a backing file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum BackingFormat {
-    /// The file is the disk.
-    Raw,
-    /// qcow2.
-    Qcow2,
-}
-
-impl BackingFormat {
-    /// The format called `name` in headers and by tools.
-    pub fn from_name(name: &[u8]) -> Option<Self> {
-        match name {
-            b"raw" | b"file" | b"host_device" => Some(Self::Raw),
-            b"qcow2" => Some(Self::Qcow2),
-            _ => None,
-        }
-    }
-
-    /// What it is called in headers and by tools.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Raw => "raw",
-            Self::Qcow2 => "qcow2",
-        }
-    }
-}
 
 /// What is to be below an image.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -65,7 +37,7 @@ pub enum Backing {
     Named,
     /// The backing file that the image names, if it names one, in this format, whatever the image says
     /// of it.
-    NamedAs(BackingFormat),
+    NamedAs(ImageFormat),
     /// Nothing, whatever the image names: where it has nothing, it reads as zero.
     Nothing,
     /// Another file, wherever it is.
@@ -73,7 +45,7 @@ pub enum Backing {
         /// The file.
         path: PathBuf,
         /// Its format, if the image is not to say what it is.
-        format: Option<BackingFormat>,
+        format: Option<ImageFormat>,
     },
 }
 
@@ -252,7 +224,7 @@ fn failed_below(top: &Found, above: &[Found], reason: String) -> Error {
 fn descend(
     top: &Found,
     options: &OpenOptions,
-    mut forced: Option<BackingFormat>,
+    mut forced: Option<ImageFormat>,
     base: Option<Base>,
 ) -> Result<(Vec<Found>, Chain)> {
     let mut images: Vec<Found> = Vec::new();
@@ -333,7 +305,7 @@ impl Disk for Absent {
 fn open_given(
     top: &Found,
     path: &Path,
-    format: Option<BackingFormat>,
+    format: Option<ImageFormat>,
     options: &OpenOptions,
 ) -> std::result::Result<Arc<dyn Disk>, String> {
     let format = match format {
@@ -344,10 +316,10 @@ fn open_given(
         return Err(format!("'{}' is below itself", path.display()));
     }
     let opened = match format {
-        BackingFormat::Raw => ImageFile::open(path, Access::Read, options.files)
+        ImageFormat::Raw => ImageFile::open(path, Access::Read, options.files)
             .and_then(|file| Raw::from_file(file, true))
             .map(|raw| -> Arc<dyn Disk> { Arc::new(raw) }),
-        BackingFormat::Qcow2 => {
+        ImageFormat::Qcow2 => {
             Qcow2::open(path, options).map(|image| -> Arc<dyn Disk> { Arc::new(image) })
         }
     };
@@ -378,7 +350,7 @@ impl Next {
 fn find(
     above: &Found,
     name: &[u8],
-    format: Option<BackingFormat>,
+    format: Option<ImageFormat>,
     options: &OpenOptions,
     ids: &mut Vec<(u64, u64)>,
 ) -> Result<Next> {
@@ -399,13 +371,13 @@ fn find(
     let read_only = options.read_only;
     let open = || policy::open_backing_file(&above.image.path, &path, options.follow, read_only);
     let access = match format {
-        BackingFormat::Raw if !read_only => Access::WriteRaw,
-        BackingFormat::Raw | BackingFormat::Qcow2 => Access::new(read_only),
+        ImageFormat::Raw if !read_only => Access::WriteRaw,
+        ImageFormat::Raw | ImageFormat::Qcow2 => Access::new(read_only),
     };
     let file = ImageFile::open_with(&path, open, access, options.files)?;
     Ok(match format {
-        BackingFormat::Raw => Next::Raw(Raw::from_file(file, read_only)?),
-        BackingFormat::Qcow2 => Next::Image(Box::new(Found::new(file, read_only)?)),
+        ImageFormat::Raw => Next::Raw(Raw::from_file(file, read_only)?),
+        ImageFormat::Qcow2 => Next::Image(Box::new(Found::new(file, read_only)?)),
     })
 }
 
@@ -420,9 +392,9 @@ fn id(path: &Path) -> std::result::Result<(u64, u64), String> {
 pub(super) fn format_of(
     header: &Header,
     options: &OpenOptions,
-) -> std::result::Result<BackingFormat, String> {
+) -> std::result::Result<ImageFormat, String> {
     match (&header.extensions.backing_format, options.backing_format) {
-        (Some(name), _) => BackingFormat::from_name(name)
+        (Some(name), _) => ImageFormat::from_header(name)
             .ok_or_else(|| format!("Unknown driver '{}'", String::from_utf8_lossy(name))),
         (None, Some(format)) => Ok(format),
         (None, None) => Err(

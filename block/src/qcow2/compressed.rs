@@ -12,6 +12,7 @@ use flate2::{Decompress, FlushDecompress};
 use vm_memory::VolatileSlice;
 
 use super::{Qcow2, zstd};
+use crate::names::named;
 use crate::sync::lock;
 use crate::{Error, Result};
 
@@ -26,6 +27,8 @@ pub enum CompressionType {
     /// nor opened.
     Zstd,
 }
+
+named!(CompressionType: Deflate = "zlib", Zstd = "zstd");
 
 /// Where a compressed cluster lies in the image file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

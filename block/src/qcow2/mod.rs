@@ -130,10 +130,11 @@ use retired::Retired;
 
 use crate::Disk;
 use crate::file::ImageFile;
+use crate::names::named;
 use crate::ranges::RangeLocks;
 
 pub use amend::{AmendOptions, amend};
-pub use backing::{Backing, BackingFormat, find_backing, path_of as backing_path};
+pub use backing::{Backing, find_backing, path_of as backing_path};
 pub(crate) use backing::{open_renamed, open_with_base};
 pub use bitmaps::{BitmapAction, BitmapEditor, BitmapInfo, DirtyBits};
 pub use check::{CheckOptions, CheckReport, Finding, FindingKind, Repair, check, check_storage};
@@ -167,6 +168,8 @@ pub enum DataFileLayout {
     /// discarded. Other programs refuse such an image.
     Packed,
 }
+
+named!(DataFileLayout: Standard = "standard", Packed = "packed");
 
 /// An open qcow2 image.
 ///

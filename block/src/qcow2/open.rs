@@ -5,7 +5,7 @@ use crate::sync::atomic::{AtomicBool, AtomicU64};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
-use super::backing::{self, Backing, BackingFormat, Found};
+use super::backing::{self, Backing, Found};
 use super::bitmaps::Bitmaps;
 use super::cache::SliceCache;
 use super::entry::L1Entry;
@@ -25,7 +25,7 @@ use super::{DataFileLayout, Qcow2, SnapshotName, bitmaps, snapshot, stamp, table
 use crate::file::{FileOptions, ImageFile};
 use crate::lock::Access;
 use crate::ranges::RangeLocks;
-use crate::{Disk, Error, Result, Storage};
+use crate::{Disk, Error, ImageFormat, Result, Storage};
 
 const NO_DATA_FILE: &str = "'data-file' can only be set for images with an external data file";
 
@@ -43,7 +43,7 @@ pub struct OpenOptions {
     pub backing: Backing,
     /// Format of the backing file, if the image names one and not its format. It is never guessed:
     /// what a guest has written into a raw image could look like anything.
-    pub backing_format: Option<BackingFormat>,
+    pub backing_format: Option<ImageFormat>,
     /// Bytes of memory for L2 tables of each image; a few slices of 4 KiB are always kept. The default of 4 MiB
     /// maps 32 GiB with clusters of 64 KiB. Memory is taken as it is needed.
     pub l2_cache_size: usize,

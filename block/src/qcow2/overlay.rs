@@ -13,20 +13,21 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::{fs::File, io};
 
-use super::backing::{self, BackingFormat, Found, path_of};
+use super::backing::{self, Found, path_of};
 use super::create::Layout;
 use super::policy::is_same_file;
 use super::{CreateOptions, OpenOptions, Qcow2};
 use crate::file::ImageFile;
 use crate::lock::{Access, Locking};
 use crate::new_file::{NewFile, create_temporary, directory_of, make_data};
-use crate::{Disk, Error, FileOptions, FileStorage, Raw, Result, Stamp};
+use crate::{Disk, Error, FileOptions, FileStorage, ImageFormat, Raw, Result, Stamp};
 
 /// A disk that overlays stand on: open read-only, shared by all of them, and locked against writers
 /// as long as this or one of them is there.
 ///
 /// ```
-/// use tandem_block::qcow2::{BackingFormat, Base, CreateOptions, OpenOptions, OverlayOptions, create};
+/// use tandem_block::ImageFormat;
+/// use tandem_block::qcow2::{Base, CreateOptions, OpenOptions, OverlayOptions, create};
 /// use tandem_block::{Disk, VolatileSlice};
 ///
 /// # let dir = tempfile::tempdir().unwrap();
@@ -36,7 +37,7 @@ use crate::{Disk, Error, FileOptions, FileStorage, Raw, Result, Stamp};
 ///     ..CreateOptions::default()
 /// };
 /// create(&path, &options)?;
-/// let base = Base::open(&path, BackingFormat::Qcow2, &OpenOptions::default())?;
+/// let base = Base::open(&path, ImageFormat::Qcow2, &OpenOptions::default())?;
 /// // As many as there is room for, in any threads.
 /// let (one, other) = (
 ///     base.overlay(&OverlayOptions::default())?,
@@ -53,7 +54,7 @@ pub struct Base {
     disk: Arc<dyn Disk>,
     /// Absolute, links resolved.
     path: PathBuf,
-    format: BackingFormat,
+    format: ImageFormat,
     stamp: Option<Stamp>,
     /// Whether the stamp is durable.
     is_synced: Arc<AtomicBool>,
@@ -123,17 +124,17 @@ impl Base {
     ///
     /// # Errors
     /// As [`Qcow2::open`]; [`Error::Locked`] if another program writes to it.
-    pub fn open(path: &Path, format: BackingFormat, options: &OpenOptions) -> Result<Self> {
+    pub fn open(path: &Path, format: ImageFormat, options: &OpenOptions) -> Result<Self> {
         let options = OpenOptions {
             read_only: true,
             ..options.clone()
         };
         let disk: Arc<dyn Disk> = match format {
-            BackingFormat::Raw => {
+            ImageFormat::Raw => {
                 let file = ImageFile::open(path, Access::Read, options.files)?;
                 Arc::new(Raw::from_file(file, true)?)
             }
-            BackingFormat::Qcow2 => Arc::new(Qcow2::open(path, &options)?),
+            ImageFormat::Qcow2 => Arc::new(Qcow2::open(path, &options)?),
         };
         Ok(Self {
             // Before anything is read through it, and for all overlays.
@@ -398,7 +399,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("base");
         Raw::create(&path, 1 << 20, crate::Preallocation::Off).unwrap();
-        let base = Base::open(&path, BackingFormat::Raw, &OpenOptions::default()).unwrap();
+        let base = Base::open(&path, ImageFormat::Raw, &OpenOptions::default()).unwrap();
         for data_file in [None, Some(dir.path().join("data"))] {
             let path = dir.path().join(format!("over{}", data_file.is_some()));
             let options = OverlayOptions {

@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{Mode, OFlags, ResolveFlags};
 
 use crate::error::system_text;
+use crate::names::named;
 use crate::{Error, FileStorage, Result};
 
 /// Where names that are stored in an image may lead.
@@ -29,6 +30,8 @@ pub enum Follow {
     /// To any local file that the process can open.
     Anywhere,
 }
+
+named!(Follow: ImageDirectory = "image-directory", Anywhere = "anywhere", Nothing = "nothing");
 
 /// Attempts to open a file while others rename what leads there.
 const ATTEMPTS: usize = 16;

@@ -17,9 +17,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 use common::{Memory, read, write};
-use tandem_block::qcow2::{BackingFormat, BitmapAction, CreateOptions, OpenOptions, Qcow2, create};
+use tandem_block::qcow2::{BitmapAction, CreateOptions, OpenOptions, Qcow2, create};
 use tandem_block::{
-    Backup, BackupId, BackupKind, BackupOptions, BackupState, Disk, Error, LiveDisk, LiveImage, Raw,
+    Backup, BackupId, BackupKind, BackupOptions, BackupState, Disk, Error, ImageFormat, LiveDisk,
+    LiveImage, Raw,
 };
 
 const GRANULE: u64 = 64 << 10;
@@ -96,7 +97,7 @@ fn images(dir: &Path) -> Vec<LiveImage> {
     fs::write(&base, vec![0x5a; (SIZE - 5 * GRANULE) as usize]).unwrap();
     let overlay = CreateOptions {
         backing_file: Some(base),
-        backing_format: Some(BackingFormat::Raw),
+        backing_format: Some(ImageFormat::Raw),
         ..options("")
     };
     let path = dir.join("overlay");

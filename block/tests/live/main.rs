@@ -17,12 +17,12 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 
 use tandem_block::qcow2::{
-    Backing, BackingFormat, BackingName, BitmapAction, CheckOptions, CreateOptions, OpenOptions,
-    Qcow2, check, create,
+    Backing, BackingName, BitmapAction, CheckOptions, CreateOptions, OpenOptions, Qcow2, check,
+    create,
 };
 use tandem_block::{
     BackupOptions, CacheMode, CommitOptions, Disk, Error, ExtentKind, FileOptions, ForkOptions,
-    LiveDisk, LiveReport, Locking, Raw, RebaseOptions, Result, VolatileSlice,
+    ImageFormat, LiveDisk, LiveReport, Locking, Raw, RebaseOptions, Result, VolatileSlice,
 };
 use tempfile::TempDir;
 
@@ -179,8 +179,8 @@ impl Chain {
                 }
             }
             format = Some(match kind {
-                Kind::Raw => BackingFormat::Raw,
-                _ => BackingFormat::Qcow2,
+                Kind::Raw => ImageFormat::Raw,
+                _ => ImageFormat::Qcow2,
             });
             chain.names.push(name);
             chain.model.resize(*size as usize, 0);

@@ -6,7 +6,7 @@ use super::fault::Fault;
 use super::numbers::{bytes, parse_size, parse_size_called};
 use super::opened::Opened;
 use super::session::Session;
-use crate::info::human_specific;
+use crate::commands::info::human_specific;
 use crate::output;
 use tandem_block::{ExtentKind, Preallocation};
 

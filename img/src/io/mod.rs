@@ -29,9 +29,9 @@ use std::process::ExitCode;
 
 use clap::Command;
 
+use crate::common_options;
 use crate::failure::Failure;
 use crate::getopt::{self, Name, Outcome, Parsed, flag, value};
-use crate::image;
 use crate::output;
 pub use fault::system_text;
 use request::{Request, pairs};
@@ -92,12 +92,7 @@ pub fn program() -> Command {
                 "COMMAND",
                 "Carry out this command, and read none",
             ),
-            value(
-                "format",
-                Some('f'),
-                "FMT",
-                "Format of the image: qcow2 or raw (default: told by its first bytes)",
-            ),
+            common_options::format_option("the image"),
             flag("read-only", Some('r'), "Open the image for reading only"),
             flag(
                 "snapshot",
@@ -136,14 +131,10 @@ pub fn program() -> Command {
                 "EVENTS",
                 "Accepted; there are no trace events",
             ),
-            value("object", None, "DEFINITION", "Not supported yet").hide(true),
-            flag(
-                "image-opts",
-                None,
-                "FILENAME is a list of options: driver=qcow2,file.filename=disk.qcow2",
-            ),
-            image::force_share_option(),
-            image::follow_option(),
+            common_options::object_option(),
+            common_options::image_opts_option(),
+            common_options::force_share_option(),
+            common_options::follow_option(),
         ])
         .after_help(
             "Without -c, commands are read from standard input. The exit status is 1 if one of \
@@ -160,7 +151,7 @@ fn work(args: &Parsed) -> Result<bool, Failure> {
     let mut session = Session {
         name: args.name.clone(),
         opened: None,
-        follow: image::follow(args)?,
+        follow: common_options::follow(args)?,
         image_opts: args.has("image-opts"),
         misalign: args.has("misalign"),
         quit: false,
@@ -189,7 +180,7 @@ fn work(args: &Parsed) -> Result<bool, Failure> {
             .name
             .error("--image-opts and -f are mutually exclusive"));
     }
-    args.refuse(&["object"])?;
+    args.refuse_objects()?;
     if let [operand] = &args.operands[..] {
         let mut list = Vec::new();
         if session.image_opts {

@@ -7,13 +7,15 @@ use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::io::Errno;
-use tandem_block::qcow2::{BackingFormat, CreateOptions, Info, OpenOptions, Qcow2, create};
-use tandem_block::{Disk, ExtentKind, FileStorage, Locking, VolatileSlice, extent_in_chain};
+use tandem_block::qcow2::{CreateOptions, Info, OpenOptions, Qcow2, create};
+use tandem_block::{
+    Disk, ExtentKind, FileStorage, ImageFormat, Locking, VolatileSlice, extent_in_chain,
+};
 
 use super::fault::Fault;
 use super::request::{Request, is_direct};
-use crate::image::{Format, Image, PROBED, format_of, guessed_raw};
-use crate::opened;
+use crate::image::opened;
+use crate::image::{Image, PROBED, format_of, guessed_raw};
 use crate::output;
 
 /// Bytes that are copied at once from a backing file.
@@ -65,7 +67,7 @@ impl Opened {
         }
         let image = Image::look_described(name, described)?;
         check_options(&request)?;
-        let is_guess = image.probed && image.format == Format::Raw;
+        let is_guess = image.probed && image.format == ImageFormat::Raw;
         if is_guess && writes {
             output::complain(&guessed_raw(name));
         }
@@ -112,8 +114,8 @@ impl Opened {
     /// What the format is called.
     pub fn format(&self) -> &'static str {
         match self.top {
-            opened::Opened::Qcow2(_) => Format::Qcow2.name(),
-            _ => Format::Raw.name(),
+            opened::Opened::Qcow2(_) => ImageFormat::Qcow2.name(),
+            _ => ImageFormat::Raw.name(),
         }
     }
 
@@ -184,7 +186,7 @@ impl Opened {
         let mut probed = [0; PROBED];
         probed.copy_from_slice(&start[..PROBED]);
         match format_of(&probed) {
-            Ok(Format::Raw) => Ok(()),
+            Ok(ImageFormat::Raw) => Ok(()),
             _ => Err(Errno::PERM.into()),
         }
     }
@@ -387,8 +389,8 @@ fn overlay(base: opened::Opened, request: &Request) -> Result<(Qcow2, Info), Str
         size: base.disk().size(),
         backing_file: Some(PathBuf::from("base")),
         backing_format: Some(match base {
-            opened::Opened::Qcow2(_) => BackingFormat::Qcow2,
-            _ => BackingFormat::Raw,
+            opened::Opened::Qcow2(_) => ImageFormat::Qcow2,
+            _ => ImageFormat::Raw,
         }),
         ..CreateOptions::default()
     };

@@ -7,10 +7,10 @@ use tandem_block::{CacheMode, FileOptions, Locking};
 
 use crate::getopt::Name;
 use crate::image::local_path;
-use crate::image_opts::{Described, ImageOpts};
+use crate::image::opts::{Described, ImageOpts};
+use crate::image::pseudo;
 use crate::options::{self, Definition, Kind, Value};
 use crate::output;
-use crate::pseudo;
 
 /// An image to open.
 #[derive(Clone, Debug)]

@@ -4,7 +4,8 @@ use std::fs;
 use std::process::Command;
 use std::time::{Duration, UNIX_EPOCH};
 
-use tandem_block::qcow2::{BackingFormat, Base, OpenOptions, OverlayOptions, OverlayPlace, Qcow2};
+use tandem_block::ImageFormat;
+use tandem_block::qcow2::{Base, OpenOptions, OverlayOptions, OverlayPlace, Qcow2};
 
 use crate::run::{Place, Run, words};
 
@@ -194,7 +195,7 @@ fn a_stamp_needs_a_base_that_can_be_looked_at() {
 /// An overlay of the base `base` that is open in this process.
 fn overlay(place: &Place, base: &str, name: &str) -> Qcow2 {
     let base = place.path(base);
-    let base = Base::open(&base, BackingFormat::Qcow2, &OpenOptions::default()).unwrap();
+    let base = Base::open(&base, ImageFormat::Qcow2, &OpenOptions::default()).unwrap();
     let options = OverlayOptions {
         place: OverlayPlace::Kept {
             path: place.path(name),

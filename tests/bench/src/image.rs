@@ -3,10 +3,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use tandem_block::Preallocation;
-use tandem_block::qcow2::{
-    BackingFormat, BitmapEditor, CreateOptions, DataFileLayout, OpenOptions, create,
-};
+use tandem_block::{ImageFormat, Preallocation};
+use tandem_block::qcow2::{BitmapEditor, CreateOptions, DataFileLayout, OpenOptions, create};
 
 /// How an image has its data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,7 +69,7 @@ pub fn image_with(dir: &Path, kind: Kind, size: u64, preallocation: Preallocatio
             };
             create(&base, &of_base).unwrap();
             options.backing_file = Some(base);
-            options.backing_format = Some(BackingFormat::Qcow2);
+            options.backing_format = Some(ImageFormat::Qcow2);
         }
         _ => {}
     }

@@ -11,10 +11,12 @@ use std::ops::{ControlFlow, Range};
 use std::path::Path;
 
 use tandem_block::qcow2::{
-    AmendOptions, BackingFormat, BackingName, Base, BitmapEditor, Commit, CreateOptions,
-    OpenOptions, OverlayOptions, OverlayPlace, Qcow2, amend, create, stamp_base,
+    AmendOptions, BackingName, Base, BitmapEditor, Commit, CreateOptions, OpenOptions,
+    OverlayOptions, OverlayPlace, Qcow2, amend, create, stamp_base,
 };
-use tandem_block::{CommitOptions, Disk, Error, ForkOptions, LiveDisk, RebaseOptions, Result};
+use tandem_block::{
+    CommitOptions, Disk, Error, ForkOptions, ImageFormat, LiveDisk, RebaseOptions, Result,
+};
 
 use crate::chain_model::{ChainModel, Step, fill, is_raw, open};
 use crate::directory::{Directory, Outage};
@@ -123,8 +125,8 @@ impl<'a> Case<'a> {
             return;
         }
         let format = |below: &str| match is_raw(below) {
-            true => BackingFormat::Raw,
-            false => BackingFormat::Qcow2,
+            true => ImageFormat::Raw,
+            false => ImageFormat::Qcow2,
         };
         let has_data_file = name.ends_with(EXTERNAL);
         let options = CreateOptions {
@@ -593,8 +595,8 @@ pub fn making_overlays(run: &mut Run) {
                 drop(session);
                 trace.mark(Step::Kept(base.to_owned()));
                 let format = match is_raw(base) {
-                    true => BackingFormat::Raw,
-                    false => BackingFormat::Qcow2,
+                    true => ImageFormat::Raw,
+                    false => ImageFormat::Qcow2,
                 };
                 let below = Base::open(&dir.join(base), format, &OpenOptions::default())?;
                 let path = dir.join("over");

@@ -3,8 +3,8 @@
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
-use tandem_block::qcow2::{BackingFormat, Commit, CreateOptions, OpenOptions, Qcow2, create};
-use tandem_block::{Disk, Raw};
+use tandem_block::qcow2::{Commit, CreateOptions, OpenOptions, Qcow2, create};
+use tandem_block::{Disk, ImageFormat, Raw};
 
 use crate::operations::{content, fill};
 use crate::power::{Files, Run};
@@ -153,7 +153,7 @@ fn image_with_data_file(cluster_size: u64) -> Files {
         cluster_size,
         data_file: Some(data.clone()),
         backing_file: Some(Setup::BASE.into()),
-        backing_format: Some(BackingFormat::Raw),
+        backing_format: Some(ImageFormat::Raw),
         ..CreateOptions::default()
     };
     create(&path, &options).unwrap();

@@ -13,12 +13,11 @@ use std::path::Path;
 use std::sync::Arc;
 
 use tandem_block::qcow2::{
-    BackingFormat, BackingName, Base, CreateOptions, OpenOptions, OverlayOptions, OverlayPlace,
-    create,
+    BackingName, Base, CreateOptions, OpenOptions, OverlayOptions, OverlayPlace, create,
 };
 use tandem_block::{
-    BackupKind, BackupOptions, CommitOptions, Disk, Error, ForkOptions, LiveDisk, RebaseOptions,
-    Result,
+    BackupKind, BackupOptions, CommitOptions, Disk, Error, ForkOptions, ImageFormat, LiveDisk,
+    RebaseOptions, Result,
 };
 
 use crate::chain_model::{fill, open};
@@ -170,7 +169,7 @@ fn back_up(dir: &Path, disk: &Arc<LiveDisk>, kind: BackupKind) -> Result<()> {
 }
 
 fn overlay(dir: &Path) -> Result<()> {
-    let base = Base::open(&dir.join("image"), BackingFormat::Qcow2, &unlocked())?;
+    let base = Base::open(&dir.join("image"), ImageFormat::Qcow2, &unlocked())?;
     let options = OverlayOptions {
         place: OverlayPlace::Kept {
             path: dir.join("over"),

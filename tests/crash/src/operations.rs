@@ -8,10 +8,10 @@ use std::process::Command;
 use std::sync::{Arc, Mutex};
 
 use tandem_block::qcow2::{
-    BackingFormat, BackingName, BitmapEditor, CreateOptions, Finding, NewBacking, OpenOptions,
-    Qcow2, Repair, check_storage, create,
+    BackingName, BitmapEditor, CreateOptions, Finding, NewBacking, OpenOptions, Qcow2, Repair,
+    check_storage, create,
 };
-use tandem_block::{Disk, Raw, Result};
+use tandem_block::{Disk, ImageFormat, Raw, Result};
 use vm_memory::VolatileSlice;
 
 use crate::bitmap::{self, Stored};
@@ -254,7 +254,7 @@ fn overlay(cluster_size: u64) -> Vec<u8> {
         size: SIZE as u64,
         cluster_size,
         backing_file: Some("base".into()),
-        backing_format: Some(BackingFormat::Raw),
+        backing_format: Some(ImageFormat::Raw),
         ..CreateOptions::default()
     };
     create(&path, &options).unwrap();

@@ -13,10 +13,10 @@ use std::process::Command;
 use std::sync::{Arc, Mutex};
 
 use tandem_block::qcow2::{
-    AmendOptions, BackingFormat, BackingName, CreateOptions, NewBacking, OpenOptions, Qcow2,
-    create, set_backing_name,
+    AmendOptions, BackingName, CreateOptions, NewBacking, OpenOptions, Qcow2, create,
+    set_backing_name,
 };
-use tandem_block::{Disk, FileOptions, Preallocation, Raw, Result};
+use tandem_block::{Disk, FileOptions, ImageFormat, Preallocation, Raw, Result};
 
 use crate::judge::check_with;
 use crate::operations::{More, add_bitmap, content, fill, image_with_snapshots};
@@ -205,7 +205,7 @@ pub(crate) fn image(version: u32, cluster_size: u64, backing: Option<usize>) -> 
         version,
         cluster_size,
         backing_file: backing.map(|_| "base".into()),
-        backing_format: backing.map(|_| BackingFormat::Raw),
+        backing_format: backing.map(|_| ImageFormat::Raw),
         ..CreateOptions::default()
     };
     create(&path, &options).unwrap();

@@ -6,9 +6,9 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use tandem_block::qcow2::{
-    BackingFormat, BitmapEditor, CreateOptions, DataFileLayout, OpenOptions, Qcow2, create,
+    BitmapEditor, CreateOptions, DataFileLayout, OpenOptions, Qcow2, create,
 };
-use tandem_block::{Disk, Raw, Result};
+use tandem_block::{Disk, ImageFormat, Raw, Result};
 use tempfile::TempDir;
 use vm_memory::VolatileSlice;
 
@@ -194,7 +194,7 @@ impl Setup {
         if self.kind == Kind::Overlay {
             std::fs::write(dir.join(Self::BASE), self.initial_bytes()).unwrap();
             options.backing_file = Some(Self::BASE.into());
-            options.backing_format = Some(BackingFormat::Raw);
+            options.backing_format = Some(ImageFormat::Raw);
         }
         options.data_file = self.has_data_file().then_some(data);
         options.data_file_raw = matches!(self.kind, Kind::Raw | Kind::RawIncomplete);

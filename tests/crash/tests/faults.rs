@@ -1,8 +1,7 @@
 //! A part of the faults that the command injects, which takes seconds.
 
-use tandem_block::qcow2::{
-    BackingFormat, Base, CreateOptions, OpenOptions, OverlayOptions, OverlayPlace, create,
-};
+use tandem_block::ImageFormat;
+use tandem_block::qcow2::{Base, CreateOptions, OpenOptions, OverlayOptions, OverlayPlace, create};
 use tandem_crash::faults::{Injected, SETUPS, explore};
 use tandem_crash::live_faults;
 use tandem_crash::setup::scratch;
@@ -43,7 +42,7 @@ fn overlays_are_made_without_syncs() {
     ] {
         let mut syncs = 0;
         let make = || {
-            let base = Base::open(&path("base"), BackingFormat::Qcow2, &OpenOptions::default());
+            let base = Base::open(&path("base"), ImageFormat::Qcow2, &OpenOptions::default());
             let base = base.unwrap();
             let make_one = |place| {
                 let options = OverlayOptions {

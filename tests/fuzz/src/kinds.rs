@@ -3,11 +3,8 @@
 use std::path::Path;
 use std::sync::{Arc, LazyLock};
 
-use tandem_block::qcow2::{
-    AmendOptions, BackingFormat, BitmapEditor, CompressionType, CreateOptions, DataFileLayout,
-    OpenOptions, Qcow2, create,
-};
-use tandem_block::{Disk, Raw, VolatileSlice};
+use tandem_block::qcow2::{AmendOptions, BitmapEditor, CompressionType, CreateOptions, DataFileLayout, OpenOptions, Qcow2, create};
+use tandem_block::{ImageFormat, Disk, Raw, VolatileSlice};
 
 use crate::memory::Memory;
 use crate::places::{Place, places};
@@ -85,14 +82,14 @@ pub static KINDS: LazyLock<Vec<Kind>> = LazyLock::new(|| {
         make(
             &with(&|o| {
                 o.backing_file = Some("below".into());
-                o.backing_format = Some(BackingFormat::Raw);
+                o.backing_format = Some(ImageFormat::Raw);
             }),
             &[compress, snapshot],
         ),
         make(
             &with(&|o| {
                 o.backing_file = Some("below".into());
-                o.backing_format = Some(BackingFormat::Raw);
+                o.backing_format = Some(ImageFormat::Raw);
                 o.extended_l2 = true;
                 o.cluster_size = 16 << 10;
             }),

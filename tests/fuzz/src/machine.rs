@@ -13,11 +13,8 @@ use std::sync::{LazyLock, Mutex};
 use std::thread::{self, JoinHandle};
 
 use serde_json::Value;
-use tandem_block::qcow2::{
-    AmendOptions, BackingFormat, BitmapEditor, CreateOptions, DataFileLayout, OpenOptions, Qcow2,
-    create,
-};
-use tandem_block::{Disk, VolatileSlice};
+use tandem_block::qcow2::{AmendOptions, BitmapEditor, CreateOptions, DataFileLayout, OpenOptions, Qcow2, create};
+use tandem_block::{ImageFormat, Disk, VolatileSlice};
 use tandem_vmm::control::{Control, fuzzing};
 use tandem_vmm::sandbox::{Enforced, FileRules, confine_files};
 use tempfile::TempDir;
@@ -116,7 +113,7 @@ fn kinds(name: &str) -> Vec<Kind> {
     };
     let on = |below: &str| CreateOptions {
         backing_file: Some(format!("{name}.{below}").into()),
-        backing_format: Some(BackingFormat::Qcow2),
+        backing_format: Some(ImageFormat::Qcow2),
         ..plain.clone()
     };
     let extended = CreateOptions {

@@ -5,11 +5,8 @@ use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
 use libfuzzer_sys::fuzz_target;
-use tandem_block::qcow2::{
-    Backing, BackingFormat, CheckOptions, Commit, Follow, Info, OpenOptions, Qcow2, Repair, check,
-    find_backing, set_backing_name,
-};
-use tandem_block::{Disk, FileOptions, Result, VolatileSlice, extent_in_chain};
+use tandem_block::qcow2::{Backing, CheckOptions, Commit, Follow, Info, OpenOptions, Qcow2, Repair, check, find_backing, set_backing_name};
+use tandem_block::{ImageFormat, Disk, FileOptions, Result, VolatileSlice, extent_in_chain};
 use tandem_fuzz::feedback;
 use tandem_fuzz::files::{Directory, is_secret, set_names};
 use tandem_fuzz::input::Input;
@@ -101,12 +98,12 @@ fn options(follow: Follow, input: &mut Input<'_>) -> OpenOptions {
     let format = input.choose(&[
         None,
         None,
-        Some(BackingFormat::Qcow2),
-        Some(BackingFormat::Raw),
+        Some(ImageFormat::Qcow2),
+        Some(ImageFormat::Raw),
     ]);
     let backing = match input.byte() {
         0..200 => Backing::Named,
-        200..216 => Backing::NamedAs(format.unwrap_or(BackingFormat::Raw)),
+        200..216 => Backing::NamedAs(format.unwrap_or(ImageFormat::Raw)),
         216..232 => Backing::Nothing,
         _ => Backing::File {
             path: DIRECTORY.path(input.choose(&IMAGES)),

@@ -13,7 +13,7 @@ use tandem_fuzz::input::Input;
 use tandem_fuzz::kinds::{BELOW, KINDS};
 use tandem_fuzz::limit::limited;
 use tandem_fuzz::places::edit;
-use tandem_img::convert;
+use tandem_img::commands::convert;
 use tandem_img::getopt::{Name, Outcome, parse};
 
 static DIRECTORY: LazyLock<Directory> = LazyLock::new(Directory::new);

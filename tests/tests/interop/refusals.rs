@@ -3,8 +3,8 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 
-use tandem_block::qcow2::{BackingFormat, CreateOptions, Follow, OpenOptions, Qcow2, create};
-use tandem_block::{Disk, Result};
+use tandem_block::qcow2::{CreateOptions, Follow, OpenOptions, Qcow2, create};
+use tandem_block::{Disk, ImageFormat, Result};
 use vm_memory::VolatileSlice;
 
 use crate::qemu::{Image, Kind, write};
@@ -228,7 +228,7 @@ fn backing_files_that_cannot_be_used() {
         let options = CreateOptions {
             size: 1 << 20,
             backing_file: Some(name.into()),
-            backing_format: BackingFormat::from_name(format.as_bytes()),
+            backing_format: ImageFormat::from_header(format.as_bytes()),
             ..CreateOptions::default()
         };
         create(&image.path(), &options).unwrap();
@@ -267,7 +267,7 @@ fn endless_chains() {
         let options = CreateOptions {
             size: 1 << 20,
             backing_file: Some(format!("image{}", i + 1).into()),
-            backing_format: Some(BackingFormat::Qcow2),
+            backing_format: Some(ImageFormat::Qcow2),
             ..CreateOptions::default()
         };
         let path = image.path().with_file_name(format!("image{i}"));

@@ -6,12 +6,12 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
-use tandem_block::qcow2::{BackingFormat, Follow, OverlayPlace};
-use tandem_block::{CacheMode, FileOptions, Locking};
+use tandem_block::qcow2::{Follow, OverlayPlace};
+use tandem_block::{CacheMode, FileOptions, ImageFormat, Locking};
 use tandem_devices::virtio::block::{Rate, RateLimits, Serial};
 
 use super::overlay::OverlayKeys;
-use super::{Config, Error, lossy, os_path, parse_memory};
+use super::{Config, Error, listed, lossy, os_path, parse_memory};
 
 /// Most memory for the L2 tables of a disk: it would hold those of 256 TiB in clusters of 64 KiB.
 const MAX_L2_CACHE: usize = 32 << 30;
@@ -30,7 +30,7 @@ pub struct DiskConfig {
     /// The image.
     pub path: PathBuf,
     /// Its format.
-    pub format: DiskFormat,
+    pub format: ImageFormat,
     /// Whether the guest is kept from writing.
     pub read_only: bool,
     /// What takes the guest's writes in place of the image, which is only read then, and can be shared.
@@ -40,7 +40,7 @@ pub struct DiskConfig {
     /// Where the names of files in a qcow2 image may lead; `None` is the engine's default.
     pub follow: Option<Follow>,
     /// Format of the backing file, where a qcow2 image does not tell it.
-    pub backing_format: Option<BackingFormat>,
+    pub backing_format: Option<ImageFormat>,
     /// What the guest reads as the disk's serial number.
     pub serial: Option<Serial>,
     /// Bytes of memory for the L2 tables of a qcow2 image; `None` is the engine's default.
@@ -56,26 +56,6 @@ pub struct DiskConfig {
     pub rate: RateLimits,
     /// How long a queue's thread looks for requests before it waits to be called.
     pub poll: Duration,
-}
-
-/// How a disk image is laid out.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum DiskFormat {
-    /// qcow2, version 2 or 3.
-    #[default]
-    Qcow2,
-    /// The file is the disk. Never guessed: a guest can write a qcow2 header into its raw disk.
-    Raw,
-}
-
-impl DiskFormat {
-    /// Its name on a command line.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Qcow2 => "qcow2",
-            Self::Raw => "raw",
-        }
-    }
 }
 
 /// The keys of rates, until all are known.
@@ -97,7 +77,7 @@ impl DiskConfig {
     pub fn new(path: impl Into<PathBuf>) -> Self {
         Self {
             path: path.into(),
-            format: DiskFormat::default(),
+            format: ImageFormat::Qcow2,
             read_only: false,
             overlay: None,
             data_file: None,
@@ -113,6 +93,29 @@ impl DiskConfig {
         }
     }
 
+    /// The keys that may follow the path of a disk on a command line.
+    pub const KEYS: &[&str] = &[
+        "readonly",
+        "format",
+        "cache",
+        "locking",
+        "data-file",
+        "follow",
+        "backing-format",
+        "overlay",
+        "overlay-data-file",
+        "overlay-dir",
+        "l2-cache-size",
+        "serial",
+        "queues",
+        "threads",
+        "poll",
+        "iops",
+        "iops-burst",
+        "bw",
+        "bw-burst",
+    ];
+
     /// Reads `PATH[,key=value...]`. A comma that belongs to the path or to a value is written twice.
     pub fn parse(text: &OsStr) -> Result<Self, Error> {
         let mut parts = split_commas(text.as_bytes()).into_iter();
@@ -120,23 +123,25 @@ impl DiskConfig {
         let mut disk = Self::new(os_path(path.ok_or(Error::DiskPath)?));
         let mut rates = RateKeys::default();
         let mut overlay = OverlayKeys::default();
-        let mut seen: Vec<Vec<u8>> = Vec::new();
+        let mut seen = Vec::new();
         for part in parts {
             let at = part
                 .iter()
                 .position(|b| *b == b'=')
                 .ok_or_else(|| Error::DiskOption(lossy(&part)))?;
             let (key, value) = (&part[..at], &part[at + 1..]);
-            let is_known = disk.set_file(key, value)?
+            let known = Self::KEYS.iter().find(|known| known.as_bytes() == key);
+            let key = *known.ok_or_else(|| Error::DiskKey(lossy(key)))?;
+            let is_set = disk.set_file(key, value)?
                 || disk.set_device(key, value, &mut rates)?
                 || overlay.set(key, value)?;
-            if !is_known {
-                return Err(Error::DiskKey(lossy(key)));
+            if !is_set {
+                return Err(Error::DiskKey(key.to_owned()));
             }
-            if seen.iter().any(|k| k == key) {
-                return Err(Error::DiskKeyTwice(lossy(key)));
+            if seen.contains(&key) {
+                return Err(Error::DiskKeyTwice(key));
             }
-            seen.push(key.to_owned());
+            seen.push(key);
         }
         disk.rate = rates.limits()?;
         disk.overlay = overlay.place()?;
@@ -153,55 +158,45 @@ impl DiskConfig {
             ),
         ];
         match qcow2_only.into_iter().find(|(is_given, _)| *is_given) {
-            Some((_, key)) if disk.format == DiskFormat::Raw => Err(Error::RawDisk(key)),
+            Some((_, key)) if disk.format == ImageFormat::Raw => Err(Error::RawDisk(key)),
             _ => Ok(disk),
         }
     }
 
     /// Sets what `key` tells of the disk's files. Returns whether it tells anything of them.
-    fn set_file(&mut self, key: &[u8], value: &[u8]) -> Result<bool, Error> {
+    fn set_file(&mut self, key: &'static str, value: &[u8]) -> Result<bool, Error> {
         match key {
-            b"readonly" => self.read_only = choose("readonly", value, ON_OFF)?,
-            b"format" => {
-                let choices = &[("qcow2", DiskFormat::Qcow2), ("raw", DiskFormat::Raw)];
-                self.format = choose("format", value, choices)?;
+            "readonly" => {
+                self.read_only = match value {
+                    b"on" => true,
+                    b"off" => false,
+                    _ => return Err(wrong(key, value, "on or off")),
+                }
             }
-            b"cache" => {
-                let expected = "writeback, none, writethrough, directsync or unsafe";
-                let mode = CacheMode::from_name(&lossy(value));
-                self.files.cache = mode.ok_or_else(|| wrong("cache", value, expected))?;
+            "format" => self.format = format(key, value)?,
+            "cache" => {
+                let (all, name) = (CacheMode::ALL, CacheMode::name);
+                self.files.cache = choose(key, value, CacheMode::from_name, all, name)?;
             }
-            b"locking" => {
-                let choices = &[
-                    ("on", Locking::On),
-                    ("force-share", Locking::ForceShare),
-                    ("off", Locking::Off),
-                ];
-                self.files.locking = choose("locking", value, choices)?;
+            "locking" => {
+                let (all, name) = (Locking::ALL, Locking::name);
+                self.files.locking = choose(key, value, Locking::from_name, all, name)?;
             }
-            b"data-file" if value.is_empty() => {
-                return Err(wrong("data-file", value, "the path of a file"));
+            "data-file" if value.is_empty() => {
+                return Err(wrong(key, value, "the path of a file"));
             }
-            b"data-file" => self.data_file = Some(os_path(value.to_owned())),
-            b"follow" => {
-                let choices = &[
-                    ("nothing", Follow::Nothing),
-                    ("image-directory", Follow::ImageDirectory),
-                    ("anywhere", Follow::Anywhere),
-                ];
-                self.follow = Some(choose("follow", value, choices)?);
+            "data-file" => self.data_file = Some(os_path(value.to_owned())),
+            "follow" => {
+                let (all, name) = (Follow::ALL, Follow::name);
+                self.follow = Some(choose(key, value, Follow::from_name, all, name)?);
             }
-            b"backing-format" => {
-                let choices = &[("raw", BackingFormat::Raw), ("qcow2", BackingFormat::Qcow2)];
-                self.backing_format = Some(choose("backing-format", value, choices)?);
-            }
-            b"l2-cache-size" => {
+            "backing-format" => self.backing_format = Some(format(key, value)?),
+            "l2-cache-size" => {
                 let expected = "a size of up to 32G with a unit, as in 4M";
                 let size = parse_memory(&lossy(value)).ok();
                 let size = size.and_then(|size| usize::try_from(size).ok());
                 let size = size.filter(|size| *size <= MAX_L2_CACHE);
-                let size = size.ok_or_else(|| wrong("l2-cache-size", value, expected))?;
-                self.l2_cache_size = Some(size);
+                self.l2_cache_size = Some(size.ok_or_else(|| wrong(key, value, expected))?);
             }
             _ => return Ok(false),
         }
@@ -211,27 +206,27 @@ impl DiskConfig {
     /// Sets what `key` tells of the device. Returns whether it tells anything of it.
     fn set_device(
         &mut self,
-        key: &[u8],
+        key: &'static str,
         value: &[u8],
         rates: &mut RateKeys,
     ) -> Result<bool, Error> {
         match key {
-            b"serial" => self.serial = Some(lossy(value).parse().map_err(Error::DiskSerial)?),
-            b"queues" => {
+            "serial" => self.serial = Some(lossy(value).parse().map_err(Error::DiskSerial)?),
+            "queues" => {
                 let max = u64::from(Self::MAX_QUEUES);
-                self.queues = Some(number("queues", value, 1..=max)? as u16);
+                self.queues = Some(number(key, value, 1..=max)? as u16);
             }
-            b"threads" => {
+            "threads" => {
                 let max = u64::from(MAX_THREADS);
-                self.threads = Some(number("threads", value, 1..=max)? as u16);
+                self.threads = Some(number(key, value, 1..=max)? as u16);
             }
-            b"poll" => {
-                self.poll = Duration::from_micros(number("poll", value, 0..=MAX_POLL)?);
+            "poll" => {
+                self.poll = Duration::from_micros(number(key, value, 0..=MAX_POLL)?);
             }
-            b"iops" => rates.iops = Some(number("iops", value, 1..=MAX_RATE)?),
-            b"iops-burst" => rates.iops_burst = Some(number("iops-burst", value, 1..=MAX_RATE)?),
-            b"bw" => rates.bw = Some(bytes("bw", value)?),
-            b"bw-burst" => rates.bw_burst = Some(bytes("bw-burst", value)?),
+            "iops" => rates.iops = Some(number(key, value, 1..=MAX_RATE)?),
+            "iops-burst" => rates.iops_burst = Some(number(key, value, 1..=MAX_RATE)?),
+            "bw" => rates.bw = Some(bytes(key, value)?),
+            "bw-burst" => rates.bw_burst = Some(bytes(key, value)?),
             _ => return Ok(false),
         }
         Ok(true)
@@ -280,20 +275,23 @@ fn rate(
     Ok(Rate::new(per_second, burst))
 }
 
-const ON_OFF: &[(&str, bool)] = &[("on", true), ("off", false)];
-
-/// The one of `choices` whose name is `value`.
-fn choose<T: Copy>(key: &'static str, value: &[u8], choices: &[(&str, T)]) -> Result<T, Error> {
-    let choice = choices.iter().find(|(name, _)| name.as_bytes() == value);
-    let choice = choice.map(|(_, choice)| *choice);
-    choice.ok_or_else(|| {
-        let names: Vec<_> = choices.iter().map(|(name, _)| *name).collect();
-        let expected = match names.split_last() {
-            Some((last, rest)) => format!("{} or {last}", rest.join(", ")),
-            None => String::new(),
-        };
-        wrong(key, value, expected)
+/// The value of `key`, which is a name that `find` knows: one of those of `all`, as the message says.
+fn choose<T: Copy>(
+    key: &'static str,
+    value: &[u8],
+    find: fn(&str) -> Option<T>,
+    all: &[T],
+    name: fn(T) -> &'static str,
+) -> Result<T, Error> {
+    find(&lossy(value)).ok_or_else(|| {
+        let names: Vec<_> = all.iter().map(|choice| name(*choice)).collect();
+        wrong(key, value, listed(&names, "or"))
     })
+}
+
+fn format(key: &'static str, value: &[u8]) -> Result<ImageFormat, Error> {
+    let (all, name) = (ImageFormat::ALL, ImageFormat::name);
+    choose(key, value, ImageFormat::from_name, all, name)
 }
 
 /// A whole number within `range`.
@@ -374,14 +372,14 @@ mod tests {
         assert_eq!(disk.l2_cache_size, Some(512 << 10));
         let disk: DiskConfig = "a,follow=anywhere,backing-format=raw".parse().unwrap();
         assert_eq!(disk.follow, Some(Follow::Anywhere));
-        assert_eq!(disk.backing_format, Some(BackingFormat::Raw));
+        assert_eq!(disk.backing_format, Some(ImageFormat::Raw));
         let disk: DiskConfig = "a,cache=none,locking=off".parse().unwrap();
         assert_eq!(
             (disk.files.cache, disk.files.locking),
             (CacheMode::None, Locking::Off)
         );
         let disk: DiskConfig = "a,format=raw,readonly=off".parse().unwrap();
-        assert_eq!((disk.format, disk.read_only), (DiskFormat::Raw, false));
+        assert_eq!((disk.format, disk.read_only), (ImageFormat::Raw, false));
 
         let not_utf8 = OsStr::from_bytes(b"\xff.img,format=raw");
         let disk = DiskConfig::parse(not_utf8).unwrap();
@@ -398,7 +396,7 @@ mod tests {
         assert_eq!(error("a,aio=native"), Error::DiskKey("aio".into()));
         assert_eq!(
             error("a,readonly=on,readonly=on"),
-            Error::DiskKeyTwice("readonly".into())
+            Error::DiskKeyTwice("readonly")
         );
         assert_eq!(
             error("a,format=raw,data-file=b"),

@@ -19,22 +19,15 @@ impl OverlayKeys {
     const TEMPORARY: &str = "temp";
 
     /// Sets what `key` tells of the overlay. Returns whether it tells anything of it.
-    pub fn set(&mut self, key: &[u8], value: &[u8]) -> Result<bool, Error> {
-        let (name, expected, path) = match key {
-            b"overlay" => ("overlay", "temp or the path of a file", &mut self.overlay),
-            b"overlay-data-file" => {
-                let expected = "temp or the path of a file";
-                ("overlay-data-file", expected, &mut self.data_file)
-            }
-            b"overlay-dir" => (
-                "overlay-dir",
-                "the path of a directory",
-                &mut self.directory,
-            ),
+    pub fn set(&mut self, key: &'static str, value: &[u8]) -> Result<bool, Error> {
+        let (path, expected) = match key {
+            "overlay" => (&mut self.overlay, "temp or the path of a file"),
+            "overlay-data-file" => (&mut self.data_file, "temp or the path of a file"),
+            "overlay-dir" => (&mut self.directory, "the path of a directory"),
             _ => return Ok(false),
         };
         if value.is_empty() {
-            return Err(wrong(name, value, expected));
+            return Err(wrong(key, value, expected));
         }
         *path = Some(os_path(value.to_owned()));
         Ok(true)

@@ -2,10 +2,11 @@
 
 use std::path::PathBuf;
 
+use crate::ImageFormat;
 use crate::hints::FileHints;
+use crate::names::named;
 use crate::preallocation::Preallocation;
 use crate::qcow2::DataFileLayout;
-use crate::qcow2::backing::BackingFormat;
 use crate::qcow2::compressed::CompressionType;
 use crate::qcow2::header::CLUSTER_BITS;
 use crate::qcow2::parse::MAX_BACKING_FILE;
@@ -28,17 +29,7 @@ pub enum DataFileReuse {
     Keep,
 }
 
-impl DataFileReuse {
-    /// What is called `name` by tools.
-    pub fn from_name(name: &str) -> Option<Self> {
-        match name {
-            "replace" => Some(Self::Replace),
-            "refuse" => Some(Self::Refuse),
-            "keep" => Some(Self::Keep),
-            _ => None,
-        }
-    }
-}
+named!(DataFileReuse: Replace = "replace", Refuse = "refuse", Keep = "keep");
 
 /// What a new image is to be like.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -53,7 +44,7 @@ pub struct CreateOptions {
     /// image: relative to the image's directory. It is not opened.
     pub backing_file: Option<PathBuf>,
     /// Format of the backing file.
-    pub backing_format: Option<BackingFormat>,
+    pub backing_format: Option<ImageFormat>,
     /// The [stamp](Stamp::of) of the backing file, if the image is to be opened only on what that is now.
     pub base_stamp: Option<Stamp>,
     /// File for the guest's data, made anew, and named in the image as it is here. Without it the

@@ -8,10 +8,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use tandem_block::qcow2::{
-    BackingFormat, Base, CreateOptions, OpenOptions, OverlayOptions, OverlayPlace, create,
-};
-use tandem_block::{BackupOptions, Disk, LiveDisk};
+use tandem_block::qcow2::{Base, CreateOptions, OpenOptions, OverlayOptions, OverlayPlace, create};
+use tandem_block::{ImageFormat, BackupOptions, Disk, LiveDisk};
 use vm_memory::VolatileSlice;
 
 use super::requests::BLOCK;
@@ -118,7 +116,7 @@ pub fn forks(suite: &mut Suite) {
             ..CreateOptions::default()
         };
         create(&path, &options).unwrap();
-        let base = Base::open(&path, BackingFormat::Qcow2, &OpenOptions::default()).unwrap();
+        let base = Base::open(&path, ImageFormat::Qcow2, &OpenOptions::default()).unwrap();
         for (place, kept, data) in [
             ("temporary", false, false),
             ("temporary, with a data file", false, true),

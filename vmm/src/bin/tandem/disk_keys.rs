@@ -48,3 +48,25 @@ Disk keys:
   poll=MICROSECONDS  How long a queue's thread looks for requests before it waits to be called: 0 to
                      10000 (default 0: not at all). That is quicker, and costs processor time
   A comma that belongs to a path is written twice: 'a,,b.qcow2' is the file a,b.qcow2.";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_help_tells_every_key() {
+        let lines = DISK_KEYS.lines().filter_map(|line| line.strip_prefix("  "));
+        let told = lines.filter(|line| line.starts_with(|c: char| c.is_ascii_lowercase()));
+        let mut told: Vec<_> = told
+            .filter_map(|line| Some(line.split_once('=')?.0))
+            .collect();
+        told.sort_unstable();
+        let mut keys = DiskConfig::KEYS.to_vec();
+        keys.sort_unstable();
+        assert_eq!(told, keys);
+        for key in keys {
+            let error = DiskConfig::parse(format!("x,{key}=").as_ref()).unwrap_err();
+            assert!(!error.to_string().starts_with("unknown"), "{error}");
+        }
+    }
+}

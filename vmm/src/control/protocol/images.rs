@@ -4,7 +4,8 @@ use std::path::PathBuf;
 
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
-use tandem_block::qcow2::{BackingFormat, BackingName};
+use tandem_block::ImageFormat;
+use tandem_block::qcow2::BackingName;
 
 use super::{RequestError, arguments, bytes, find};
 use crate::control::jobs::micros;
@@ -95,7 +96,7 @@ fn rebase(control: &Control, arguments: RebaseArguments) -> Result<Value, Reques
             ));
         }
         Some(format) => {
-            let known = BackingFormat::from_name(format.as_bytes());
+            let known = ImageFormat::from_header(format.as_bytes());
             let known = known.ok_or_else(|| wrong(&format!("unknown format '{format}'")))?;
             Some(BackingName {
                 file: backing.into_bytes(),

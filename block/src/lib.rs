@@ -75,6 +75,7 @@ mod file;
 mod format;
 mod granules;
 mod hints;
+mod hole;
 mod live;
 mod lock;
 #[cfg(mutate)]

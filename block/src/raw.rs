@@ -9,6 +9,7 @@ use crate::cache_mode::CacheMode;
 use crate::disk::{check_range, total_len};
 use crate::file::{FileOptions, ImageFile};
 use crate::hints::FileHints;
+use crate::hole::KnownHole;
 use crate::live::ImageRef;
 use crate::lock::Access;
 use crate::preallocation::Preallocation;
@@ -30,6 +31,8 @@ pub struct Raw {
     /// again.
     writers: Writers,
     read_only: bool,
+    /// Of a file that is only read.
+    hole: KnownHole,
 }
 
 impl Raw {
@@ -100,6 +103,11 @@ impl Raw {
         &self.file
     }
 
+    /// Whether the `len` bytes at `offset` are known to be a hole of a file that nobody writes.
+    pub(crate) fn is_hole(&self, offset: u64, len: u64) -> Result<bool> {
+        Ok(self.read_only && self.hole.covers(&self.file, offset..offset + len)?)
+    }
+
     pub(crate) fn from_file(file: ImageFile, read_only: bool) -> Result<Self> {
         Ok(Self {
             size: AtomicU64::new(file.size()?.next_multiple_of(512)),
@@ -107,6 +115,7 @@ impl Raw {
             writers: Writers::default(),
             file,
             read_only,
+            hole: KnownHole::default(),
         })
     }
 }

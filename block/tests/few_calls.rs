@@ -9,6 +9,7 @@
 #[allow(dead_code, reason = "each test uses a part of it")]
 mod common;
 
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -67,22 +68,29 @@ fn copy_on_write_is_one_write() {
     assert_eq!(read(&disk, 600, 400), [7; 400]);
 }
 
-/// A new cluster is filled up only with what an image below has for it.
+/// A new cluster is filled up only with what an image, or a raw disk, below has for it.
 #[test]
 fn what_is_empty_below_is_not_copied() {
     const SIZE: u64 = 2 << 20;
-    for extended_l2 in [false, true] {
-        // It ends within a cluster of the one above, and its own are smaller.
-        let base = open(
-            &new_image(&CreateOptions {
-                size: SIZE / 2 + 1536,
+    // It ends within a cluster of the one above, and its own are smaller.
+    const BASE: u64 = SIZE / 2 + 1536;
+    for (extended_l2, is_raw) in [(false, false), (true, false), (false, true), (true, true)] {
+        let base: Arc<dyn Disk> = if is_raw {
+            let file = tempfile::NamedTempFile::new().unwrap();
+            file.as_file().set_len(BASE).unwrap();
+            let at = 3 * CLUSTER + 8192;
+            file.as_file().write_all_at(&[7; 512], at).unwrap();
+            Arc::new(Raw::open(file.path(), true).unwrap())
+        } else {
+            let image = new_image(&CreateOptions {
+                size: BASE,
                 cluster_size: 4096,
                 ..CreateOptions::default()
-            }),
-            None,
-        )
-        .unwrap();
-        write(&base, 3 * CLUSTER + 8192, 512, 7).unwrap();
+            });
+            let base = open(&image, None).unwrap();
+            write(&base, 3 * CLUSTER + 8192, 512, 7).unwrap();
+            Arc::new(base)
+        };
         let image = new_image(&CreateOptions {
             size: SIZE,
             extended_l2,
@@ -94,7 +102,7 @@ fn what_is_empty_below_is_not_copied() {
             Path::new("image"),
             Box::new(image.clone()),
             None,
-            Some(Arc::new(base)),
+            Some(base),
             &OpenOptions::default(),
         )
         .unwrap();

@@ -256,7 +256,7 @@ fn descend(
                 break;
             }
             Next::Raw(raw) => {
-                chain.below = Some(Arc::new(raw));
+                chain.below = Some(Arc::new(*raw));
                 break;
             }
             Next::Image(image) => images.push(*image),
@@ -328,7 +328,7 @@ fn open_given(
 
 /// A backing file.
 enum Next {
-    Raw(Raw),
+    Raw(Box<Raw>),
     Image(Box<Found>),
 }
 
@@ -336,7 +336,7 @@ impl Next {
     /// Opens what is to be written, on top of what lies below it.
     fn open_base(self, options: &OpenOptions) -> Result<LiveImage> {
         match self {
-            Self::Raw(raw) => Ok(raw.into()),
+            Self::Raw(raw) => Ok((*raw).into()),
             Self::Image(image) => {
                 let below = open(&image, options)?;
                 Ok(Qcow2::from_found(*image, options, below)?.into())
@@ -376,7 +376,7 @@ fn find(
     };
     let file = ImageFile::open_with(&path, open, access, options.files)?;
     Ok(match format {
-        ImageFormat::Raw => Next::Raw(Raw::from_file(file, read_only)?),
+        ImageFormat::Raw => Next::Raw(Box::new(Raw::from_file(file, read_only)?)),
         ImageFormat::Qcow2 => Next::Image(Box::new(Found::new(file, read_only)?)),
     })
 }
@@ -447,16 +447,25 @@ impl Qcow2 {
         self.find_only_zeros(range, |disk, at, len| disk.extent(at, len))
     }
 
-    /// As [`shows_zeros`](Self::shows_zeros), known from the metadata of images alone. A raw disk is not
-    /// asked: to look for holes in a file can take longer than to read a cluster.
+    /// As [`shows_zeros`](Self::shows_zeros), for a request that will not wait long for the answer: a raw
+    /// disk is asked for a hole that covers all of it, and remembers where there is one.
     pub(super) fn is_empty_below(&self, range: Range<u64>) -> Result<bool> {
-        self.find_only_zeros(range, |disk, at, len| match disk.as_image() {
-            Some(ImageRef::Qcow2(image)) => image.extent(at, len),
-            Some(ImageRef::Raw(_)) | None => Ok(Extent {
+        self.find_only_zeros(range, |disk, at, len| {
+            let is_hole = match disk.as_image() {
+                Some(ImageRef::Qcow2(image)) => return image.extent(at, len),
+                Some(ImageRef::Raw(raw)) => raw.is_hole(at, len)?,
+                None => false,
+            };
+            let kind = if is_hole {
+                ExtentKind::Zero
+            } else {
+                ExtentKind::Data
+            };
+            Ok(Extent {
                 len,
-                kind: ExtentKind::Data,
+                kind,
                 offset: None,
-            }),
+            })
         })
     }
 

@@ -42,7 +42,7 @@
 //! 5. the right to write back (`Qcow2::flushing`);
 //! 6. a set of the slice cache, or the list of new L1 entries;
 //! 7. the refcounts, the clusters of a packed data file, the known hole of a data file
-//!    (`placement::External`), or the retired clusters;
+//!    or of a raw disk below (`crate::hole`), or the retired clusters;
 //! 8. the right to sync a file (`ImageFile::sync_failed`) and, behind it, its new name
 //!    (`ImageFile::named_in`), the list of ranges that are held, or the cluster that was decompressed
 //!    last;

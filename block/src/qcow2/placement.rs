@@ -13,6 +13,7 @@ use super::packed::Packed;
 use super::words::Words;
 use super::{DataFileLayout, Qcow2};
 use crate::file::ImageFile;
+use crate::hole::KnownHole;
 use crate::sync::lock;
 use crate::{Disk, Result};
 
@@ -45,37 +46,25 @@ pub(crate) struct External {
     /// A range in which every cluster is a hole of the file or mapped, if one is known: clusters
     /// that become mapped in it need not be cleared first. It stays true as long as what is
     /// written is mapped, and nothing is unmapped; else it must be forgotten.
-    hole: Mutex<Range<u64>>,
+    hole: KnownHole,
 }
 
 impl External {
     pub fn new(file: ImageFile) -> Self {
         Self {
             file,
-            hole: Mutex::new(0..0),
+            hole: KnownHole::default(),
         }
     }
 
     /// Whether `range` of the data file is known to read as zero.
     pub fn reads_zero(&self, range: Range<u64>) -> Result<bool> {
-        let mut hole = lock(&self.hole);
-        if !(hole.start <= range.start && range.end <= hole.end) {
-            let data = self.file.next_data(range.start)?;
-            // Where the two meet, what is mapped between them has become so since.
-            let is_joined = (hole.start..=hole.end).contains(&data) && range.start <= hole.end;
-            let end = if is_joined { hole.end } else { data };
-            if end < range.end {
-                // What is known of the rest of the file is worth more.
-                return Ok(false);
-            }
-            *hole = range.start..end;
-        }
-        Ok(true)
+        self.hole.covers(&self.file, range)
     }
 
     /// Something was written that did not become mapped.
     pub fn forget_hole(&self) {
-        *lock(&self.hole) = 0..0;
+        self.hole.forget();
     }
 }
 
@@ -279,32 +268,5 @@ impl Qcow2 {
             }
             Ok(missing)
         })
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::{CacheMode, FileStorage};
-    use std::path::Path;
-
-    /// What is found to be no hole does not make the rest of the file unknown.
-    #[test]
-    fn a_hole_stays_known() {
-        let storage = FileStorage::new(tempfile::tempfile().unwrap()).unwrap();
-        let file = ImageFile::new(Box::new(storage), Path::new("data"), CacheMode::default());
-        file.set_len(64 << 20).unwrap();
-        file.write_bytes_at(&[1; 4096], 0).unwrap();
-        let external = External::new(file);
-        let reads_zero = |mib: u64| external.reads_zero(mib << 20..(mib + 1) << 20).unwrap();
-        assert!(reads_zero(32));
-        assert!(reads_zero(8), "the hole grows");
-        // As a write does that is about to be mapped.
-        external.file.write_bytes_at(&[1; 4096], 16 << 20).unwrap();
-        assert!(!reads_zero(0));
-        assert!(reads_zero(16), "not looked for again");
-        external.forget_hole();
-        assert!(!reads_zero(16));
-        assert!(reads_zero(17));
     }
 }

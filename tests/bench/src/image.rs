@@ -16,9 +16,12 @@ pub enum Kind {
     Packed,
     /// In the image, over a backing file.
     Overlay,
+    /// The same, over a raw disk that is one hole.
+    OverHole,
 }
 
 impl Kind {
+    /// Those that all rows are about.
     pub const ALL: [Self; 5] = [
         Self::Raw,
         Self::External,
@@ -34,6 +37,7 @@ impl Kind {
             Self::Internal => "internal",
             Self::Packed => "packed",
             Self::Overlay => "overlay",
+            Self::OverHole => "overlay of a sparse raw disk",
         }
     }
 
@@ -70,6 +74,12 @@ pub fn image_with(dir: &Path, kind: Kind, size: u64, preallocation: Preallocatio
             create(&base, &of_base).unwrap();
             options.backing_file = Some(base);
             options.backing_format = Some(ImageFormat::Qcow2);
+        }
+        Kind::OverHole => {
+            let base = dir.join("base");
+            fs::File::create(&base).unwrap().set_len(size).unwrap();
+            options.backing_file = Some(base);
+            options.backing_format = Some(ImageFormat::Raw);
         }
         _ => {}
     }

@@ -71,9 +71,9 @@ impl Who {
         match self {
             Self::Bare | Self::Tandem => true,
             Self::Imago => kind != Kind::Packed,
-            Self::Qcow2Rs => !kind.has_data_file(),
+            Self::Qcow2Rs => !kind.has_data_file() && kind != Kind::OverHole,
             // What an overlay has below it is opened by name.
-            Self::Alone => kind != Kind::Overlay,
+            Self::Alone => !matches!(kind, Kind::Overlay | Kind::OverHole),
         }
     }
 

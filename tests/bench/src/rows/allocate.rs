@@ -23,7 +23,7 @@ pub fn rows(suite: &mut Suite) {
     ];
     for (place, clock) in [("", clock::thread as Clock), (", on a disk", clock::wall)] {
         for (name, length, offsets) in &shapes {
-            for kind in Kind::ALL {
+            for kind in Kind::ALL.into_iter().chain([Kind::OverHole]) {
                 let dir = if place.is_empty() {
                     suite.memory()
                 } else {

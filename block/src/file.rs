@@ -11,12 +11,11 @@ use std::path::{Path, PathBuf};
 use vm_memory::VolatileSlice;
 
 use crate::cache_mode::CacheMode;
-use crate::direct::Direct;
 use crate::lock::{self, Access, Locking};
 use crate::new_file::sync_directory;
 use crate::preallocation::Preallocation;
-use crate::units::Units;
-use crate::{Error, FileStamp, FileStorage, Result, Storage};
+use crate::storage::Direct;
+use crate::{Error, FileStamp, FileStorage, Result, Storage, Units};
 
 /// How the files of a disk are used: the image, its data file, and those below it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -41,6 +41,11 @@ pub struct Image<'a> {
 }
 
 impl<'a> Image<'a> {
+    /// Has `qemu-img` make the image `name` in the case's scratch directory.
+    pub fn new(bench: &'a Bench, name: &str, kind: Kind, size: &str) -> Result<Self> {
+        Self::create(bench, name, kind, Maker::QemuImg, "", size)
+    }
+
     /// Makes the image `name` in the case's scratch directory. `options` are further creation
     /// options (`-o`), empty or ending with a comma.
     pub fn create(

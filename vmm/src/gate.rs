@@ -8,8 +8,8 @@ use vmm_sys_util::signal;
 
 use crate::exit::Exit;
 
-/// How long a CPU that was told to leave may take until it is told again.
-const KICK_INTERVAL: Duration = Duration::from_millis(2);
+/// How long a CPU that was told to leave the guest may take until it is told again.
+pub(crate) const KICK_INTERVAL: Duration = Duration::from_millis(2);
 
 /// Where the threads of CPUs go in and out: inside they run the guest, or serve what it asks of a
 /// device in its memory.

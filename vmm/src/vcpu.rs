@@ -4,7 +4,6 @@ use std::io;
 use std::os::unix::thread::JoinHandleExt;
 use std::sync::{Arc, RwLock};
 use std::thread::JoinHandle;
-use std::time::Duration;
 
 use kvm_bindings::{
     CpuId, KVM_INTERNAL_ERROR_EMULATION, KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES,
@@ -19,7 +18,7 @@ use vmm_sys_util::signal;
 
 use crate::error::{Error, HostContext, KvmContext, Result};
 use crate::exit::{Exit, ExitReason};
-use crate::gate::Gate;
+use crate::gate::{Gate, KICK_INTERVAL};
 use crate::layout;
 use crate::sandbox::{self, Role};
 
@@ -347,10 +346,8 @@ impl Drop for PanicGuard<'_> {
 /// A CPU that runs.
 pub struct Running(JoinHandle<()>);
 
-/// How long a CPU that was told to stop may take until it is told again.
-const KICK_INTERVAL: Duration = Duration::from_millis(2);
-
-/// Prepares the process for [`Running::stop`] and [`Gate::close`]: the signal that interrupts CPUs does nothing else.
+/// Prepares the process for [`Running::stop`] and [`Gate::close`]: the signal that interrupts CPUs does
+/// nothing else.
 pub fn install_kick_handler() -> Result<()> {
     extern "C" fn ignore(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
     signal::register_signal_handler(signal::SIGRTMIN(), ignore)

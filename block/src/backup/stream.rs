@@ -32,13 +32,13 @@ use std::io::{self, Read, Write};
 use flate2::Crc;
 
 use super::{BackupId, ChunkExtent};
+use crate::qcow2::MAX_BITMAP_NAME;
 
 const MAGIC: &[u8; 8] = b"TandemBk";
 const VERSION: u32 = 1;
 const INCREMENTAL: u32 = 1;
 /// Bytes of a header before the name of the bitmap.
 const FIXED: usize = 76;
-const MAX_NAME: usize = 1023;
 /// Most bytes of data in a record.
 const MAX_DATA: usize = 1 << 20;
 const RECORD: usize = 28;
@@ -117,7 +117,7 @@ impl<W: Write> StreamWriter<W> {
     /// # Errors
     /// Those of `to`; [`io::ErrorKind::InvalidInput`] for a name that is too long.
     pub fn new(mut to: W, header: &Header) -> io::Result<Self> {
-        if header.bitmap.len() > MAX_NAME {
+        if header.bitmap.len() > MAX_BITMAP_NAME {
             return Err(io::ErrorKind::InvalidInput.into());
         }
         let mut bytes = MAGIC.to_vec();
@@ -219,7 +219,7 @@ impl<R: Read> StreamReader<R> {
         let (size, granularity) = (fields.u64(), fields.u64());
         let (id, base): ([u8; 16], [u8; 16]) = (fields.bytes(), fields.bytes());
         let (start, name_len) = (fields.u64(), fields.u32() as usize);
-        if name_len > MAX_NAME {
+        if name_len > MAX_BITMAP_NAME {
             return Err(invalid("the length of the bitmap's name", name_len as u64));
         }
         bytes.resize(FIXED + name_len + 4, 0);

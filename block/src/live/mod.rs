@@ -484,6 +484,4 @@ impl Disk for LiveDisk {
 }
 
 #[cfg(test)]
-mod faults;
-#[cfg(test)]
 mod tests;

@@ -136,6 +136,7 @@ use crate::ranges::RangeLocks;
 pub use amend::{AmendOptions, amend};
 pub use backing::{Backing, find_backing, path_of as backing_path};
 pub(crate) use backing::{open_renamed, open_with_base};
+pub(crate) use bitmaps::MAX_BITMAP_NAME;
 pub use bitmaps::{BitmapAction, BitmapEditor, BitmapInfo, DirtyBits};
 pub use check::{CheckOptions, CheckReport, Finding, FindingKind, Repair, check, check_storage};
 pub use commit::Commit;

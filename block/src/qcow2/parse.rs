@@ -13,6 +13,7 @@ use super::extension::{Context, Extensions, FeatureName};
 use super::header::{
     CLUSTER_BITS, Header, MAX_L1_SIZE, MAX_REFCOUNT_TABLE_SIZE, autoclear, incompatible,
 };
+use super::snapshot;
 use crate::{Error, Result, Storage};
 
 /// "QFI\xfb", the first four bytes of an image.
@@ -20,8 +21,6 @@ pub(super) const MAGIC: u32 = 0x5146_49fb;
 
 /// Most internal snapshots that an image may have.
 pub(super) const MAX_SNAPSHOTS: u32 = 65536;
-/// Bytes of an entry of the snapshot table, without its variable parts.
-const SNAPSHOT_ENTRY_SIZE: u64 = 40;
 /// Longest name of a backing file in bytes.
 pub(super) const MAX_BACKING_FILE: usize = 1023;
 
@@ -216,7 +215,7 @@ impl Header {
         }
         if !self.fits(
             self.snapshots_offset,
-            u64::from(count) * SNAPSHOT_ENTRY_SIZE,
+            u64::from(count) * snapshot::MIN_ENTRY_SIZE,
         ) {
             let reason = "Snapshot table offset invalid";
             return Err(Error::invalid(

@@ -12,14 +12,13 @@ use vm_memory::VolatileSlice;
 use super::Qcow2;
 use super::backing::Found;
 use super::header::Header;
+use super::parse::MAX_BACKING_FILE;
 use super::placement::Placement;
 use super::zeroes::Zeroed;
 use crate::file::{FileOptions, ImageFile};
 use crate::lock::Access;
 use crate::{Disk, Error, ExtentKind, Result, Stamp, extent_in_chain};
 
-/// Most bytes of a backing file's name that other programs read.
-const MAX_NAME: usize = 1023;
 /// Bytes that are compared at once; a multiple of the largest cluster.
 const PIECE: u64 = 2 << 20;
 
@@ -65,7 +64,7 @@ fn set(header: &mut Header, name: Option<&BackingName>) -> Result<()> {
     if name.is_some() && header.data_file_is_raw() {
         return wrong("data-file-raw is incompatible with backing files");
     }
-    if name.is_some_and(|name| name.file.len() > MAX_NAME) {
+    if name.is_some_and(|name| name.file.len() > MAX_BACKING_FILE) {
         return wrong("Invalid argument");
     }
     header.backing_file = name.map(|name| name.file.clone());

@@ -11,12 +11,12 @@ use rustix::fs::{FallocateFlags, SeekFrom, Timespec, Timestamps, UTIME_NOW};
 use rustix::io::Errno;
 use vm_memory::VolatileSlice;
 
-use super::Storage;
+use super::nowait::NoWait;
+use super::units::{PAGE, Units};
+use super::{Storage, vectored};
 use crate::disk::total_len;
 use crate::lock::{self, Access};
-use crate::nowait::NoWait;
-use crate::units::{PAGE, Units};
-use crate::{FileStamp, Locking, Modified, Result, vectored};
+use crate::{FileStamp, Locking, Modified, Result};
 
 /// A regular file or a host block device.
 #[derive(Debug)]

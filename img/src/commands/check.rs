@@ -1,5 +1,8 @@
 //! `tandem-img check`
 
+use std::borrow::Cow;
+use std::ffi::OsStr;
+
 use clap::Command;
 use serde::Serialize;
 use tandem_block::qcow2::{self, CheckOptions, CheckReport, Repair};
@@ -79,10 +82,29 @@ struct Json<'a> {
     leaks_fixed: u64,
     #[serde(skip_serializing_if = "is_zero")]
     allocated_clusters: u64,
-    filename: &'a str,
+    filename: Cow<'a, str>,
     format: &'static str,
     #[serde(skip_serializing_if = "is_zero")]
     fragmented_clusters: u64,
+}
+
+impl<'a> Json<'a> {
+    fn new(image: &'a Image<'_>, report: &CheckReport) -> Self {
+        Self {
+            image_end_offset: report.image_end_offset,
+            compressed_clusters: report.compressed_clusters,
+            total_clusters: report.total_clusters,
+            corruptions: report.corruptions,
+            corruptions_fixed: report.corruptions_fixed,
+            check_errors: report.check_errors,
+            leaks: report.leaks,
+            leaks_fixed: report.leaks_fixed,
+            allocated_clusters: report.allocated_clusters,
+            filename: image.name.to_string_lossy(),
+            format: image.format.name(),
+            fragmented_clusters: report.fragmented_clusters,
+        }
+    }
 }
 
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes references")]
@@ -93,20 +115,7 @@ fn is_zero(value: &u64) -> bool {
 /// Runs the subcommand.
 pub fn run(args: &Parsed) -> Result<(), Failure> {
     let output = Output::from_args(args)?;
-    let repair = match args
-        .value("repair")
-        .map(|mode| mode.to_string_lossy())
-        .as_deref()
-    {
-        None => Repair::Nothing,
-        Some("leaks") => Repair::Leaks,
-        Some("all") => Repair::All,
-        Some(other) => {
-            return Err(args.name.usage(&format!(
-                "--repair (-r) expects 'leaks' or 'all' not '{other}'"
-            )));
-        }
-    };
+    let repair = repair(args)?;
     let files = FileOptions {
         locking: locking(args),
         cache: cache(args, "source-cache")?,
@@ -152,20 +161,7 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
     if !args.has("quiet") {
         match output {
             Output::Human => output::print(&human(&report)),
-            Output::Json => output::print_json(&Json {
-                image_end_offset: report.image_end_offset,
-                compressed_clusters: report.compressed_clusters,
-                total_clusters: report.total_clusters,
-                corruptions: report.corruptions,
-                corruptions_fixed: report.corruptions_fixed,
-                check_errors: report.check_errors,
-                leaks: report.leaks,
-                leaks_fixed: report.leaks_fixed,
-                allocated_clusters: report.allocated_clusters,
-                filename: &image.name.to_string_lossy(),
-                format: image.format.name(),
-                fragmented_clusters: report.fragmented_clusters,
-            }),
+            Output::Json => output::print_json(&Json::new(&image, &report)),
         }
     }
     let silent = |status| {
@@ -183,6 +179,18 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
         } => silent(CORRUPT),
         CheckReport { leaks: 1.., .. } => silent(LEAKS),
         _ => Ok(()),
+    }
+}
+
+/// What `-r` says.
+fn repair(args: &Parsed) -> Result<Repair, Failure> {
+    match args.value("repair").map(OsStr::to_string_lossy).as_deref() {
+        None => Ok(Repair::Nothing),
+        Some("leaks") => Ok(Repair::Leaks),
+        Some("all") => Ok(Repair::All),
+        Some(other) => Err(args.name.usage(&format!(
+            "--repair (-r) expects 'leaks' or 'all' not '{other}'"
+        ))),
     }
 }
 

@@ -4,6 +4,7 @@ use std::io;
 
 use clap::Command;
 use clap_mangen::Man;
+use clap_mangen::roff::{Roff, roman};
 
 use crate::failure::Failure;
 use crate::getopt::{self, Parsed};
@@ -55,29 +56,31 @@ fn page(mut command: Command) -> io::Result<Vec<u8>> {
     let mut page = Vec::new();
     man.render_title(&mut page)?;
     man.render_name_section(&mut page)?;
-    page.extend(synopsis(&usage).into_bytes());
+    synopsis(&usage).to_writer(&mut page)?;
     if has_commands {
         man.render_subcommands_section(&mut page)?;
     } else {
         man.render_options_section(&mut page)?;
     }
-    page.extend(sections(&notes.unwrap_or_default()).into_bytes());
+    sections(&notes.unwrap_or_default()).to_writer(&mut page)?;
     Ok(page)
 }
 
 /// The ways to use a command, each on a line of its own.
-fn synopsis(usage: &str) -> String {
-    let ways = usage.trim_start_matches("Usage:").lines();
-    let ways: Vec<_> = ways.map(|way| escape(way.trim())).collect();
-    format!(
-        ".SH SYNOPSIS\n.nh\n.ad l\n{}\n.ad\n.hy\n",
-        ways.join("\n.br\n")
-    )
+fn synopsis(usage: &str) -> Roff {
+    let mut roff = Roff::new();
+    roff.control("SH", ["SYNOPSIS"]);
+    roff.control("nh", []).control("ad", ["l"]);
+    for way in usage.trim_start_matches("Usage:").lines() {
+        roff.text([roman(way.trim())]).control("br", []);
+    }
+    roff.control("ad", []).control("hy", []);
+    roff
 }
 
 /// What stands below the options in the help: text, and examples, whose lines are kept.
-fn sections(notes: &str) -> String {
-    let mut text = String::new();
+fn sections(notes: &str) -> Roff {
+    let mut roff = Roff::new();
     let mut section = "";
     for paragraph in notes.split("\n\n") {
         let (title, body) = match paragraph.strip_prefix("Examples:\n") {
@@ -85,31 +88,24 @@ fn sections(notes: &str) -> String {
             None => ("NOTES", paragraph),
         };
         if title == section {
-            text += ".PP\n";
+            roff.control("PP", []);
         } else {
-            text += &format!(".SH {title}\n");
+            roff.control("SH", [title]);
             section = title;
         }
         for line in body.lines() {
             match line.strip_prefix("  ") {
-                Some(line) => text += &format!(".nf\n{}\n.fi\n", escape(line)),
-                None => text += &format!("{}\n", escape(line)),
+                Some(line) => {
+                    roff.control("nf", []).text([roman(line)]);
+                    roff.control("fi", []);
+                }
+                None => {
+                    roff.text([roman(line)]);
+                }
             }
         }
     }
-    text
-}
-
-/// `text` with nothing that roff takes for a command; what a shell is to get stays ASCII.
-fn escape(text: &str) -> String {
-    let text = text
-        .replace('\\', "\\e")
-        .replace('-', "\\-")
-        .replace('\'', "\\(aq");
-    match text.starts_with('.') {
-        true => format!("\\&{text}"),
-        false => text,
-    }
+    roff
 }
 
 #[cfg(test)]
@@ -117,11 +113,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn roff_takes_nothing_for_a_command() {
-        assert_eq!(escape(".a -b 'c' \\"), "\\&.a \\-b \\(aqc\\(aq \\e");
-        let text = synopsis("Usage: a b\n       a c");
-        assert_eq!(text, ".SH SYNOPSIS\n.nh\n.ad l\na b\n.br\na c\n.ad\n.hy\n");
-        let text = sections("One.\n\nTwo.\n\nExamples:\n  a\n  b");
+    fn examples_keep_their_lines() {
+        let text = synopsis("Usage: a b\n       a c").to_roff();
+        let ways = "a b\n.br\na c\n.br\n";
+        assert_eq!(text, format!(".SH SYNOPSIS\n.nh\n.ad l\n{ways}.ad\n.hy\n"));
+        let text = sections("One.\n\nTwo.\n\nExamples:\n  a\n  b").to_roff();
         assert_eq!(
             text,
             ".SH NOTES\nOne.\n.PP\nTwo.\n.SH EXAMPLES\n.nf\na\n.fi\n.nf\nb\n.fi\n"

@@ -62,6 +62,14 @@ impl Opened {
         })
     }
 
+    /// Its format.
+    pub fn format(&self) -> ImageFormat {
+        match self {
+            Self::Raw(_) | Self::Other(_) => ImageFormat::Raw,
+            Self::Qcow2(_) => ImageFormat::Qcow2,
+        }
+    }
+
     /// The disk.
     pub fn disk(&self) -> &dyn Disk {
         match self {

@@ -70,7 +70,7 @@ impl Command {
                 given.name
             )));
         }
-        let read_only = |opened: &super::opened::Opened| opened.request.is_read_only();
+        let read_only = |opened: &super::open_image::OpenImage| opened.request.is_read_only();
         if self.needs == Needs::WritableImage && session.opened.as_ref().is_some_and(read_only) {
             return Err(session.error("Block node is read-only"));
         }

@@ -4,7 +4,7 @@ use super::arguments::Arguments;
 use super::failed::Failed;
 use super::fault::Fault;
 use super::numbers::{bytes, parse_size, parse_size_called};
-use super::opened::Opened;
+use super::open_image::OpenImage;
 use super::session::Session;
 use crate::commands::info::human_specific;
 use crate::output;
@@ -39,7 +39,7 @@ pub fn info(session: &mut Session, _: &Arguments<'_>) -> Result<(), Failed> {
 
 /// How many of the `len` bytes at `offset` are in the image itself, or are not, and which; none
 /// behind its end.
-fn allocation(opened: &Opened, offset: u64, len: u64) -> Result<(bool, u64), Fault> {
+fn allocation(opened: &OpenImage, offset: u64, len: u64) -> Result<(bool, u64), Fault> {
     let disk = opened.disk();
     let len = len.min(disk.size().saturating_sub(offset));
     if len == 0 {

@@ -5,7 +5,7 @@
 //! | --- | --- |
 //! | `table`, `command`, `arguments` | the commands, and how they are called |
 //! | `session` | what goes on between them, and opening images |
-//! | `request`, `opened` | what is to be opened; the image that is open |
+//! | `request`, `open_image` | what is to be opened; the image that is open |
 //! | `transfer`, `report` | reading and writing, and telling of it |
 //! | `inspect` | telling what the image is like, and changing it as a whole |
 //! | `numbers`, `fault`, `failed` | numbers and mistakes in QEMU's words |
@@ -16,7 +16,7 @@ mod failed;
 mod fault;
 mod inspect;
 mod numbers;
-mod opened;
+mod open_image;
 mod report;
 mod request;
 mod session;

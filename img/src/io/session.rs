@@ -9,7 +9,7 @@ use tandem_block::qcow2::Follow;
 use super::arguments::Arguments;
 use super::failed::Failed;
 use super::numbers::{parse_integer, parse_size};
-use super::opened::Opened;
+use super::open_image::OpenImage;
 use super::request::{Request, pairs};
 use crate::getopt::Name;
 use crate::{image, output};
@@ -25,7 +25,7 @@ pub struct Session {
     /// For messages.
     pub name: Name,
     /// The image that is open.
-    pub opened: Option<Opened>,
+    pub opened: Option<OpenImage>,
     /// Where names in images may lead.
     pub follow: Follow,
     /// Names of images are lists of options.
@@ -67,7 +67,7 @@ impl Session {
     }
 
     /// The image that is open.
-    pub fn opened(&self) -> Result<&Opened, Failed> {
+    pub fn opened(&self) -> Result<&OpenImage, Failed> {
         self.opened
             .as_ref()
             .ok_or_else(|| Failed::message("no file open, try 'help open'"))
@@ -86,7 +86,7 @@ impl Session {
             Some(name) => format!(" device {}", image::printable(name)),
             None => String::new(),
         };
-        let opened = request.set(list).and_then(|()| Opened::open(request));
+        let opened = request.set(list).and_then(|()| OpenImage::open(request));
         let opened = opened.map_err(|e| self.error(&format!("can't open{named}: {e}")))?;
         if let Some(info) = &opened.info {
             image::warn_of_stale_bitmaps(info, &self.name);
@@ -182,8 +182,8 @@ pub fn reopen(session: &mut Session, given: &Arguments<'_>) -> Result<(), Failed
     new.node_read_only = None;
     session.close()?;
     // Without the new way, the old one goes on.
-    let reopened = Opened::open(new).or_else(|reason| {
-        session.opened = Some(Opened::open(old).map_err(|e| session.error(&e))?);
+    let reopened = OpenImage::open(new).or_else(|reason| {
+        session.opened = Some(OpenImage::open(old).map_err(|e| session.error(&e))?);
         Err(session.error(&reason))
     });
     session.opened = Some(reopened?);
@@ -192,7 +192,7 @@ pub fn reopen(session: &mut Session, given: &Arguments<'_>) -> Result<(), Failed
 
 /// The name of the option, without that of its node, if `pair` changes what cannot be changed while the
 /// image is open.
-fn changed<'a>(opened: &Opened, (key, value): &'a (String, String)) -> Option<&'a str> {
+fn changed<'a>(opened: &OpenImage, (key, value): &'a (String, String)) -> Option<&'a str> {
     let (node, name) = key.rsplit_once('.').unwrap_or(("", key));
     let nodes = ["file", "data-file", "backing"];
     let node_of_file = nodes.contains(&node.split('.').next().unwrap_or_default());

@@ -14,7 +14,7 @@ use super::arguments::Arguments;
 use super::failed::Failed;
 use super::fault::{Fault, system_text};
 use super::numbers::{MAX_REQUEST, parse_pattern, parse_size};
-use super::opened::{Opened, Zeroes};
+use super::open_image::{OpenImage, Zeroes};
 use super::report::{Style, dump};
 use super::session::Session;
 use crate::output;
@@ -447,7 +447,7 @@ impl Writing {
         Ok(())
     }
 
-    fn transfer(&self, opened: &Opened, place: &Place, data: &mut [u8]) -> Result<(), Fault> {
+    fn transfer(&self, opened: &OpenImage, place: &Place, data: &mut [u8]) -> Result<(), Fault> {
         if self.area == Area::VmState {
             opened.write_vm_state(data, place.offset)
         } else if self.zeroes {

@@ -1,6 +1,6 @@
 //! `tandem` is ended from outside while the guest writes.
 
-use crate::disk::{Image, Kind, Maker};
+use crate::disk::{Image, Kind};
 use crate::error::{Context, Result};
 use crate::guest::{Guest, seed, values};
 use crate::process::{command, run};
@@ -67,7 +67,7 @@ fn write_until(bench: &Bench, image: &Image<'_>, signal: i32) -> Result<usize> {
 
 /// SIGTERM flushes and closes the disks: nothing leaks, nothing synced is lost.
 fn terminated(bench: &Bench, kind: Kind) -> Result<()> {
-    let image = Image::create(bench, "disk.qcow2", kind, Maker::QemuImg, "", "256M")?;
+    let image = Image::new(bench, "disk.qcow2", kind, "256M")?;
     let synced = write_until(bench, &image, libc::SIGTERM)?;
     image.check()?;
     assert_synced(&image, synced)
@@ -75,7 +75,7 @@ fn terminated(bench: &Bench, kind: Kind) -> Result<()> {
 
 /// SIGKILL, again and again: nothing synced is lost, and clusters leak at worst.
 fn killed(bench: &Bench, kind: Kind) -> Result<()> {
-    let image = Image::create(bench, "disk.qcow2", kind, Maker::QemuImg, "", "256M")?;
+    let image = Image::new(bench, "disk.qcow2", kind, "256M")?;
     // Boots take longer than most rounds of others.
     for _ in 0..bench.rounds().div_ceil(4) {
         let synced = write_until(bench, &image, libc::SIGKILL)?;

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use crate::control::Control;
-use crate::disk::{Image, Kind, Maker, sha256};
+use crate::disk::{Image, Kind, sha256};
 use crate::error::{Context, Error, Result};
 use crate::guest::Guest;
 use crate::process::{run, shown, stdout};
@@ -169,7 +169,7 @@ fn taken(series: &mut Series<'_>, control: &Control, is_paused: bool) -> Result<
 }
 
 fn backups(bench: &Bench, kind: Kind) -> Result<()> {
-    let image = Image::create(bench, "disk", kind, Maker::QemuImg, "", "16M")?;
+    let image = Image::new(bench, "disk", kind, "16M")?;
     let socket = bench.scratch("control");
     let control = Control::new(&socket);
     let series = |bitmap, is_stream| Series {

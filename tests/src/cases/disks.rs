@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use crate::disk::{Image, Kind, Maker, sha256};
+use crate::disk::{Image, Kind, sha256};
 use crate::error::{Context, Result};
 use crate::guest::{Guest, seed};
 use crate::suite::{Bench, Case};
@@ -21,22 +21,8 @@ pub fn cases() -> Vec<Case> {
 
 /// Two disks of different kinds, in the order of the command line, written at the same time.
 fn two(bench: &Bench) -> Result<()> {
-    let first = Image::create(
-        bench,
-        "first.qcow2",
-        Kind::Internal,
-        Maker::QemuImg,
-        "",
-        "24M",
-    )?;
-    let second = Image::create(
-        bench,
-        "second.qcow2",
-        Kind::ExternalRaw,
-        Maker::QemuImg,
-        "",
-        "16M",
-    )?;
+    let first = Image::new(bench, "first.qcow2", Kind::Internal, "24M")?;
+    let second = Image::new(bench, "second.qcow2", Kind::ExternalRaw, "16M")?;
     let boot = Guest::new(bench)
         .cpus(2)
         .disk(&first.path, ",serial=first-disk")
@@ -81,14 +67,7 @@ fn two(bench: &Bench) -> Result<()> {
 
 /// The guest reads a `readonly=on` disk and cannot change it; the files stay as they were.
 fn readonly(bench: &Bench) -> Result<()> {
-    let image = Image::create(
-        bench,
-        "disk.qcow2",
-        Kind::External,
-        Maker::QemuImg,
-        "",
-        "8M",
-    )?;
+    let image = Image::new(bench, "disk.qcow2", Kind::External, "8M")?;
     let seed_file = bench.scratch("seed");
     fs::write(&seed_file, seed()).context("writing the seed")?;
     bench.run(
@@ -165,7 +144,7 @@ fn cache_modes(bench: &Bench) -> Result<()> {
     let mut guest = Guest::new(bench);
     for (mode, _, kind) in modes {
         let name = format!("{mode}.qcow2");
-        let image = Image::create(bench, &name, kind, Maker::QemuImg, "", "16M")?;
+        let image = Image::new(bench, &name, kind, "16M")?;
         guest = guest.disk(&image.path, &format!(",cache={mode}"));
         images.push(image);
     }
@@ -198,14 +177,7 @@ fn cache_modes(bench: &Bench) -> Result<()> {
 
 /// A data file outside the image's directory is used only when `data-file=` says so.
 fn data_file_elsewhere(bench: &Bench) -> Result<()> {
-    let image = Image::create(
-        bench,
-        "disk.qcow2",
-        Kind::External,
-        Maker::QemuImg,
-        "",
-        "8M",
-    )?;
+    let image = Image::new(bench, "disk.qcow2", Kind::External, "8M")?;
     fs::create_dir(bench.scratch("image")).context("making a directory")?;
     let moved = bench.scratch("image/disk.qcow2");
     fs::rename(&image.path, &moved).context("moving the image")?;
@@ -247,14 +219,7 @@ pub fn root_image(bench: &Bench) -> Result<Image<'_>> {
     );
     let raw = bench.scratch("root.img");
     tree.ext4(&raw, 24 << 20)?;
-    let image = Image::create(
-        bench,
-        "root.qcow2",
-        Kind::ExternalRaw,
-        Maker::QemuImg,
-        "",
-        "24M",
-    )?;
+    let image = Image::new(bench, "root.qcow2", Kind::ExternalRaw, "24M")?;
     bench.run(
         bench
             .tool("qemu-img")

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use crate::control::Control;
-use crate::disk::{Image, Kind, Maker, sha256};
+use crate::disk::{Image, Kind, sha256};
 use crate::error::{Error, Result};
 use crate::guest::Guest;
 use crate::process::run;
@@ -51,7 +51,7 @@ pub fn cases() -> Vec<Case> {
 /// The disk is forked, a second machine boots with the fork, and the fork is committed twice, the second
 /// time for good; then it is forked again and takes up everything. The guest does not notice.
 fn chain(bench: &Bench) -> Result<()> {
-    let image = Image::create(bench, "disk", Kind::ExternalRaw, Maker::QemuImg, "", "16M")?;
+    let image = Image::new(bench, "disk", Kind::ExternalRaw, "16M")?;
     let socket = bench.scratch("control");
     let control = Control::new(&socket);
     let names = ["over", "fork", "again", "fork2"].map(|name| bench.scratch(name));

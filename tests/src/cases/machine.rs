@@ -3,7 +3,7 @@
 use std::fs;
 use std::io::Write;
 
-use crate::disk::{Image, Kind, Maker};
+use crate::disk::{Image, Kind};
 use crate::error::{Context, Result};
 use crate::guest::{Guest, values};
 use crate::lab::Kernel;
@@ -36,14 +36,7 @@ fn eight_cpus_from_vmlinux(bench: &Bench) -> Result<()> {
 
 /// Data goes to and from memory above 4 GiB, which Linux uses first.
 fn memory_above_4_gib(bench: &Bench) -> Result<()> {
-    let image = Image::create(
-        bench,
-        "disk.qcow2",
-        Kind::External,
-        Maker::QemuImg,
-        "",
-        "8M",
-    )?;
+    let image = Image::new(bench, "disk.qcow2", Kind::External, "8M")?;
     let boot = Guest::new(bench)
         .option("--memory", "4G")
         .disk(&image.path, "")

@@ -90,8 +90,8 @@ fn resize(bench: &Bench) -> Result<()> {
 /// While a VM is paused its disks stand still: what is flushed then can be copied. It goes on as if
 /// nothing had been.
 fn pause(bench: &Bench) -> Result<()> {
-    let image = Image::create(bench, "disk", Kind::Internal, Maker::QemuImg, "", "16M")?;
-    let copy = Image::create(bench, "copy", Kind::Internal, Maker::QemuImg, "", "16M")?;
+    let image = Image::new(bench, "disk", Kind::Internal, "16M")?;
+    let copy = Image::new(bench, "copy", Kind::Internal, "16M")?;
     let (guest, control) = operated(bench);
     let act = |step: &str, _: &mut _| {
         assert_eq!(step, "writing");

@@ -38,7 +38,7 @@ pub fn cases() -> Vec<Case> {
 
 /// Two guests, one after another, are served by one process.
 fn served(bench: &Bench, kind: Kind) -> Result<()> {
-    let image = Image::create(bench, "disk.qcow2", kind, Maker::QemuImg, "", "32M")?;
+    let image = Image::new(bench, "disk.qcow2", kind, "32M")?;
     let service = Service::new(bench, &image.path)?;
     let facts = r#"
         echo "@ serial $(cat /sys/block/vda/serial)"
@@ -112,7 +112,7 @@ echo "@ sha256 $(sha256sum </dev/vda | cut -d' ' -f1)"
 /// it once.
 fn stopped_and_reset(bench: &Bench) -> Result<()> {
     let kind = Kind::ExternalRaw;
-    let image = Image::create(bench, "disk.qcow2", kind, Maker::QemuImg, "", "32M")?;
+    let image = Image::new(bench, "disk.qcow2", kind, "32M")?;
     let service = Service::new(bench, &image.path)?;
     let mut qemu = qemu(bench, ROUNDS)?;
     qemu.args(["-monitor", "unix:monitor.sock,server=on,wait=off"]);
@@ -144,7 +144,7 @@ fn stopped_and_reset(bench: &Bench) -> Result<()> {
 /// guest goes on as if nothing had happened.
 fn started_again(bench: &Bench) -> Result<()> {
     let kind = Kind::Internal;
-    let image = Image::create(bench, "disk.qcow2", kind, Maker::QemuImg, "", "32M")?;
+    let image = Image::new(bench, "disk.qcow2", kind, "32M")?;
     let mut service = Some(Service::new(bench, &image.path)?);
     let mut qemu = qemu_with(bench, 2, ",reconnect=1", ROUNDS)?;
     qemu.arg("-no-reboot");

@@ -97,7 +97,7 @@ fn soak(bench: &Bench, minutes: u64) -> Result<()> {
         guest = guest.disk(&image.path, "");
         images.push(image);
     }
-    let copy = Image::create(bench, "copy", Kind::Internal, Maker::QemuImg, "", "1M")?;
+    let copy = Image::new(bench, "copy", Kind::Internal, "1M")?;
     let script = format!("{}{ROUNDS}", fio::jobs(&["vda", "vdb"]));
     let mut outside = Outside {
         bench,

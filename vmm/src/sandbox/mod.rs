@@ -25,7 +25,6 @@
 //! vmm.run()?;
 //! # Ok::<(), tandem_vmm::Error>(())
 //! ```
-
 //!
 //! All this needs the cargo feature `sandbox`. Without it, there is but [`Role`], and a
 //! [`Config`](crate::Config) that asks for it is refused.

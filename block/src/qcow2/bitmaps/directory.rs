@@ -17,7 +17,7 @@ const MAX_TABLE_SIZE: u32 = 0x0800_0000;
 /// Most bytes of a bitmap.
 pub(crate) const MAX_BITMAP_SIZE: u64 = 512 << 20;
 /// Longest name of a bitmap in bytes.
-pub(super) const MAX_NAME: usize = 1023;
+pub(crate) const MAX_BITMAP_NAME: usize = 1023;
 /// Granularities as powers of two.
 pub(super) const GRANULARITY_BITS: std::ops::RangeInclusive<u8> = 9..=31;
 /// The only type of bitmap: of dirty clusters.
@@ -178,7 +178,7 @@ fn is_sound(bitmap: &Bitmap, geometry: Geometry) -> bool {
         && bitmap.table_offset != 0
         && bitmap.table_offset < MAX_OFFSET
         && geometry.in_cluster(bitmap.table_offset) == 0
-        && (1..=MAX_NAME).contains(&bitmap.name.len())
+        && (1..=MAX_BITMAP_NAME).contains(&bitmap.name.len())
         && GRANULARITY_BITS.contains(&bitmap.granularity_bits)
 }
 

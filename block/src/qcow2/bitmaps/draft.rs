@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::bits::Bits;
-use super::directory::{self, Bitmap, GRANULARITY_BITS, MAX_BITMAP_SIZE, MAX_NAME, flags};
+use super::directory::{self, Bitmap, GRANULARITY_BITS, MAX_BITMAP_NAME, MAX_BITMAP_SIZE, flags};
 use super::tracked::Bitmaps;
 use super::{MAX_BITMAPS, MAX_BITMAPS_SIZE, load, total_size};
 use crate::qcow2::Qcow2;
@@ -174,9 +174,9 @@ impl Draft {
             let reason = "Too much space will be occupied by the bitmap. Use larger granularity";
             return Err(reason.to_owned());
         }
-        if name.len() > MAX_NAME {
+        if name.len() > MAX_BITMAP_NAME {
             return Err(format!(
-                "Name length exceeds maximum ({MAX_NAME} characters)"
+                "Name length exceeds maximum ({MAX_BITMAP_NAME} characters)"
             ));
         }
         if self.bitmaps.len() >= MAX_BITMAPS {

@@ -39,6 +39,7 @@ use crate::{Error, Result, Storage};
 
 use bits::Bits;
 pub use change::BitmapEditor;
+pub(crate) use directory::MAX_BITMAP_NAME;
 use directory::{Bitmap, Part};
 pub use dirty::DirtyBits;
 pub use draft::BitmapAction;

@@ -32,7 +32,7 @@ use crate::{Disk, Error, Result};
 
 use references::References;
 use table::MAX_TABLE_SIZE;
-pub(crate) use table::{Snapshot, SnapshotTable, encode, read_table};
+pub(crate) use table::{MIN_ENTRY_SIZE, Snapshot, SnapshotTable, encode, read_table};
 
 /// Most bytes of a snapshot's name that other programs read.
 const MAX_NAME: usize = 255;

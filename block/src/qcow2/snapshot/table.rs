@@ -67,6 +67,9 @@ struct Fixed {
     extra_len: U32,
 }
 
+/// Bytes of an entry without its variable parts.
+pub(crate) const MIN_ENTRY_SIZE: u64 = size_of::<Fixed>() as u64;
+
 /// The extra data that is known. An entry may have less.
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]

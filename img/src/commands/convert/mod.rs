@@ -360,9 +360,9 @@ fn check_backing(
 fn existing(args: &Parsed, name: &OsStr, size: u64) -> Result<Target, Failure> {
     let target = Target::existing(args, name)?;
     if args.has("bitmaps") && !target.can_have_bitmaps() {
-        return Err(bitmaps::unsupported(args, target.format().name()));
+        return Err(bitmaps::unsupported(args, target.opened.format().name()));
     }
-    let reason = if args.has("compress") && target.format() == ImageFormat::Raw {
+    let reason = if args.has("compress") && target.opened.format() == ImageFormat::Raw {
         "Compression not supported for this file format"
     } else if target.opened.disk().size() < size {
         "output file is smaller than input file"

@@ -200,14 +200,6 @@ impl Target {
         disk.bitmaps().map_or(true, |bitmaps| bitmaps.is_some())
     }
 
-    /// Its format.
-    pub fn format(&self) -> ImageFormat {
-        match self.opened {
-            Opened::Raw(_) | Opened::Other(_) => ImageFormat::Raw,
-            Opened::Qcow2(_) => ImageFormat::Qcow2,
-        }
-    }
-
     /// The disk, and the new image, which is committed once that is closed.
     pub fn into_parts(self) -> (Opened, Option<NewImage>) {
         (self.opened, self.new)

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use clap::{Args, Command, CommandFactory};
 use clap_mangen::Man as Page;
+use clap_mangen::roff::{Roff, roman};
 
 use crate::{Cli, complain, print};
 
@@ -59,55 +60,47 @@ fn page(command: Command) -> io::Result<Vec<u8>> {
     let mut page = Vec::new();
     man.render_title(&mut page)?;
     man.render_name_section(&mut page)?;
-    page.extend(synopsis(&usage).into_bytes());
+    synopsis(&usage).to_writer(&mut page)?;
     if has_commands {
         man.render_subcommands_section(&mut page)?;
     } else {
         man.render_options_section(&mut page)?;
     }
-    page.extend(sections(&notes.unwrap_or_default()).into_bytes());
+    sections(&notes.unwrap_or_default()).to_writer(&mut page)?;
     Ok(page)
 }
 
-fn synopsis(usage: &str) -> String {
-    let usage = escape(usage.trim_start_matches("Usage:").trim());
-    format!(".SH SYNOPSIS\n.nh\n.ad l\n{usage}\n.ad\n.hy\n")
+fn synopsis(usage: &str) -> Roff {
+    let mut roff = Roff::new();
+    roff.control("SH", ["SYNOPSIS"]);
+    roff.control("nh", []).control("ad", ["l"]);
+    roff.text([roman(usage.trim_start_matches("Usage:").trim())]);
+    roff.control("ad", []).control("hy", []);
+    roff
 }
 
 /// What stands below the options in the help: a title at the margin begins a section, and lines below
 /// it are kept as they are.
-fn sections(notes: &str) -> String {
-    let mut text = String::new();
+fn sections(notes: &str) -> Roff {
+    let mut roff = Roff::new();
     let mut is_kept = false;
     for line in notes.lines() {
         let title = line.strip_suffix(':').filter(|line| !line.starts_with(' '));
         let keep = title.is_none() && line.starts_with(' ') || line.is_empty() && is_kept;
         if keep != is_kept {
-            text += if keep { ".nf\n" } else { ".fi\n" };
+            roff.control(if keep { "nf" } else { "fi" }, []);
             is_kept = keep;
         }
         match title {
-            Some(title) => text += &format!(".SH {}\n", escape(&title.to_uppercase())),
-            None if line.is_empty() && !keep => text += ".PP\n",
-            None => text += &format!("{}\n", escape(line.strip_prefix("  ").unwrap_or(line))),
-        }
+            Some(title) => roff.control("SH", [&*title.to_uppercase()]),
+            None if line.is_empty() && !keep => roff.control("PP", []),
+            None => roff.text([roman(line.strip_prefix("  ").unwrap_or(line))]),
+        };
     }
     if is_kept {
-        text += ".fi\n";
+        roff.control("fi", []);
     }
-    text
-}
-
-/// `text` with nothing that roff takes for a command; what a shell is to get stays ASCII.
-fn escape(text: &str) -> String {
-    let text = text
-        .replace('\\', "\\e")
-        .replace('-', "\\-")
-        .replace('\'', "\\(aq");
-    match text.starts_with('.') {
-        true => format!("\\&{text}"),
-        false => text,
-    }
+    roff
 }
 
 #[cfg(test)]
@@ -118,8 +111,7 @@ mod tests {
     fn titles_begin_sections_and_their_lines_are_kept() {
         let notes = "Root disk:\n  a -b\n\n  .c\nExamples:\n    d\n\nEnd.";
         let expected =
-            ".SH ROOT DISK\n.nf\na \\-b\n\n\\&.c\n.fi\n.SH EXAMPLES\n.nf\n  d\n\n.fi\nEnd.\n";
-        assert_eq!(sections(notes), expected);
-        assert_eq!(escape("'\\"), "\\(aq\\e");
+            ".SH \"ROOT DISK\"\n.nf\na \\-b\n\n\\&.c\n.fi\n.SH EXAMPLES\n.nf\n  d\n\n.fi\nEnd.\n";
+        assert_eq!(sections(notes).to_roff(), expected);
     }
 }

@@ -16,10 +16,10 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use rustix::fs::{AtFlags, StatxFlags};
 use vm_memory::VolatileSlice;
 
+use super::units::{PAGE, Units};
+use super::vectored::{self, Direction};
 use crate::buffers::Buffers;
 use crate::disk::total_len;
-use crate::units::{PAGE, Units};
-use crate::vectored::{self, Direction};
 use crate::writers::Writers;
 use crate::{FileStamp, FileStorage, Storage};
 

@@ -14,7 +14,7 @@ use tandem_block::{
 
 use super::fault::Fault;
 use super::request::{Request, is_direct};
-use crate::image::opened;
+use crate::image::opened::Opened;
 use crate::image::{Image, PROBED, format_of, guessed_raw};
 use crate::output;
 
@@ -24,8 +24,8 @@ const PIECE: u64 = 2 << 20;
 const GUARDED: usize = 512;
 
 /// An open image.
-pub struct Opened {
-    top: opened::Opened,
+pub struct OpenImage {
+    top: Opened,
     /// What is written is compressed.
     compress: bool,
     /// A range is zeroed in units of so many bytes.
@@ -49,7 +49,7 @@ pub struct Zeroes {
     pub no_fallback: bool,
 }
 
-impl Opened {
+impl OpenImage {
     /// Opens the image of `request`.
     ///
     /// # Errors
@@ -72,11 +72,11 @@ impl Opened {
             output::complain(&guessed_raw(name));
         }
         let options = image.options(!writes, request.follow, request.files());
-        let opened = options.and_then(|options| opened::Opened::open_with_info(&image, &options));
+        let opened = options.and_then(|options| Opened::open_with_info(&image, &options));
         let (mut top, mut info) = opened.map_err(|e| e.reason())?;
         if request.snapshot {
             let (overlay, told) = overlay(top, &request)?;
-            (top, info) = (opened::Opened::Qcow2(Box::new(overlay)), Some(told));
+            (top, info) = (Opened::Qcow2(Box::new(overlay)), Some(told));
         }
         Ok(Self {
             is_guess: is_guess && !request.snapshot,
@@ -113,10 +113,7 @@ impl Opened {
 
     /// What the format is called.
     pub fn format(&self) -> &'static str {
-        match self.top {
-            opened::Opened::Qcow2(_) => ImageFormat::Qcow2.name(),
-            _ => ImageFormat::Raw.name(),
-        }
+        self.top.format().name()
     }
 
     /// Fails unless `len` bytes at `offset` lie within the disk: before memory is taken for them.
@@ -170,7 +167,7 @@ impl Opened {
     /// The image, if it can have the state of a virtual machine.
     fn with_vm_state(&self) -> Result<&Qcow2, Fault> {
         match &self.top {
-            opened::Opened::Qcow2(qcow2) => Ok(qcow2),
+            Opened::Qcow2(qcow2) => Ok(qcow2),
             _ => Err(Errno::OPNOTSUPP.into()),
         }
     }
@@ -231,7 +228,7 @@ impl Opened {
     /// The image, if it can have compressed clusters.
     fn compressible(&self) -> Result<&Qcow2, Fault> {
         match (&self.top, &self.info) {
-            (opened::Opened::Qcow2(qcow2), Some(info)) if !info.has_data_file => Ok(qcow2),
+            (Opened::Qcow2(qcow2), Some(info)) if !info.has_data_file => Ok(qcow2),
             _ => Err(Errno::OPNOTSUPP.into()),
         }
     }
@@ -335,7 +332,7 @@ impl Opened {
 
     /// Keeps what of a range, rounded to clusters, is still to be had from below.
     fn populate(&self, offset: u64, len: u64) -> Result<(), Fault> {
-        let opened::Opened::Qcow2(qcow2) = &self.top else {
+        let Opened::Qcow2(qcow2) = &self.top else {
             return Ok(());
         };
         self.check_range(offset, len)?;
@@ -382,16 +379,13 @@ fn read_info(path: &Path) -> Result<Info, String> {
 }
 
 /// An image on top of `base` that takes the writes, in a file that goes when it is closed.
-fn overlay(base: opened::Opened, request: &Request) -> Result<(Qcow2, Info), String> {
+fn overlay(base: Opened, request: &Request) -> Result<(Qcow2, Info), String> {
     let directory = Temporary::new().map_err(|e| format!("Could not get temporary file: {e}"))?;
     let path = directory.0.join("snapshot.qcow2");
     let options = CreateOptions {
         size: base.disk().size(),
         backing_file: Some(PathBuf::from("base")),
-        backing_format: Some(match base {
-            opened::Opened::Qcow2(_) => ImageFormat::Qcow2,
-            _ => ImageFormat::Raw,
-        }),
+        backing_format: Some(base.format()),
         ..CreateOptions::default()
     };
     create(&path, &options).map_err(|e| e.reason())?;

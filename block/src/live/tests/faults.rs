@@ -6,8 +6,8 @@ use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use super::commit::{Commit, pivot};
-use super::*;
+use crate::live::commit::{Commit, pivot};
+use crate::live::*;
 use crate::qcow2::{
     BackingName, BitmapAction, CheckOptions, CreateOptions, OpenOptions, check, create, stamp_base,
 };

@@ -1,6 +1,18 @@
 //! Positioned, vectored, synchronous I/O on what is below a disk.
+//!
+//! | module | what it knows |
+//! | --- | --- |
+//! | `file` | regular files and block devices |
+//! | `direct` | the same past the page cache |
+//! | `vectored` | the system calls that move data |
+//! | `nowait` | which of them need not wait for a device |
+//! | `units` | in which units a file works best |
 
+mod direct;
 mod file;
+mod nowait;
+mod units;
+mod vectored;
 
 use std::fmt::Debug;
 use std::io;
@@ -9,9 +21,10 @@ use std::os::fd::BorrowedFd;
 use vm_memory::VolatileSlice;
 
 use crate::FileStamp;
-use crate::units::Units;
 
+pub(crate) use direct::Direct;
 pub use file::FileStorage;
+pub use units::Units;
 
 /// One host file below a disk: image metadata, guest data, or both.
 ///

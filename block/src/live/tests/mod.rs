@@ -1,3 +1,5 @@
+mod faults;
+
 use super::*;
 use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::Mutex;

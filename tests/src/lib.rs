@@ -3,16 +3,13 @@
 //! `cargo test` runs the tests of this package that are in `tests/`: those that need no guest, and
 //! those with a guest that has no operating system (`bare-guest`). Those that need a real Linux
 //! guest are the *guest suite* (`cargo run -p tandem-tests --bin guest-suite`):
-//! a table of [cases] that boot Debian's stock kernel under `tandem run`, on disks made by
 //! `qemu-img` and `tandem-img`, and compare what the guest saw with what QEMU's tools see.
 //!
 //! ```text
-//!   guest-suite ── /dev/kvm can boot the stock kernel ──► cases ──► tandem run ──► guest
 //!       │                                                   ▲
 //!       └── else ──► QEMU (TCG, AMD SVM) ──► guest-suite ───┘
 //! ```
 //!
-//! Where the machine's `/dev/kvm` is missing or cannot run a stock kernel, the same program runs in
 //! an [emulated machine](emulated): QEMU's TCG emulates an AMD processor with nested paging, and
 //! the kernel in it offers a `/dev/kvm` with the semantics of the real one. Which way is taken is
 //! decided by [trying](guest::probe). Cases of `tandem serve` [need no KVM](suite::Case::without_kvm):
@@ -28,6 +25,7 @@
 //! | [`control`] | a client of the control socket, and a reader of the metrics |
 //! | [`cases`] | the cases of the guest suite |
 //! | [`suite`] | the runner |
+//! | [`page`] | commands of the documentation, performed as they are written there |
 //! | [`scratch`] | directories for tests |
 
 pub mod cases;
@@ -38,6 +36,7 @@ pub mod emulated;
 pub mod error;
 pub mod guest;
 pub mod lab;
+pub mod page;
 pub mod process;
 pub mod scratch;
 pub mod suite;

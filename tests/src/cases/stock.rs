@@ -10,12 +10,14 @@ use crate::disk::{Image, Kind, Maker};
 use crate::error::{Context, Result};
 use crate::guest::values;
 use crate::page::{Console, HOST, Terminal, plain, steps, type_line};
-use crate::process::{run, shown, stdout, watch};
+use crate::process::{memory, run, shown, stdout, watch};
 use crate::stock::{PAGE, SYSTEMS, System};
 use crate::suite::{Bench, Case};
 
 /// What the page makes of the file system.
 const SIZE: &str = "2G";
+/// The guest's memory in KiB.
+const MEMORY: u64 = 512 << 10;
 const CONSOLE: Console = Console {
     prompt: "root@guest:~# ",
     login: &[("login: ", "root"), ("Password: ", "secret")],
@@ -176,7 +178,8 @@ fn boot(bench: &Bench, system: System, disk: &str) -> Result<String> {
     let script = bench.scratch("script");
     fs::write(&script, format!("{SCRIPT:\n<1024}")).context("writing the script")?;
     let mut tandem = bench.tool(bench.tandem());
-    tandem.args(["run", "--memory=512M", "--cmdline=root=/dev/vda quiet"]);
+    tandem.args(["run", "--cmdline=root=/dev/vda quiet"]);
+    tandem.arg(format!("--memory={MEMORY}K"));
     tandem
         .arg("--kernel")
         .arg(system.file(bench.lab(), "vmlinuz"));
@@ -193,8 +196,12 @@ fn boot(bench: &Bench, system: System, disk: &str) -> Result<String> {
         if let Some((asks, answer)) = answers.peek()
             && plain(&said).ends_with(asks)
         {
+            let told = match *answer {
+                RUN => tell_memory(system, tandem.id()),
+                _ => Ok(()),
+            };
+            outcome = told.and_then(|()| type_line(tandem, answer));
             answers.next();
-            outcome = type_line(tandem, answer);
         }
     })?;
     bench.log(&format!("$ {}\n{}", shown(&tandem), ended.output));
@@ -202,6 +209,19 @@ fn boot(bench: &Bench, system: System, disk: &str) -> Result<String> {
     let status = ended.status.expect("it did not end in time");
     assert!(status.success(), "{status}");
     Ok(plain(&ended.output))
+}
+
+/// Tells how much memory `tandem`, the process `id`, takes for a guest that has booted and does nothing.
+fn tell_memory(system: System, id: u32) -> Result<()> {
+    let maps = fs::read_to_string(format!("/proc/{id}/smaps")).context("reading smaps")?;
+    let (guest, resident) = memory(&maps, MEMORY, "Rss:")?;
+    let (_, dirty) = memory(&maps, MEMORY, "Private_Dirty:")?;
+    println!(
+        "stock::{}: {} MiB of the guest's memory, and {resident} KiB, {dirty} KiB of them its own",
+        system.name(),
+        guest >> 10
+    );
+    Ok(())
 }
 
 /// The commands of the page, for this system: the disk, which has been made by those of its first part, is

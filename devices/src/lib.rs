@@ -130,6 +130,7 @@
 #![deny(missing_docs)]
 
 pub mod bus;
+pub mod pci;
 pub mod power;
 pub mod serial;
 pub mod virtio;

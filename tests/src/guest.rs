@@ -7,13 +7,13 @@
 
 use std::ffi::OsString;
 use std::fs;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
 use crate::error::{Context, Error, Result};
 use crate::lab::{Kernel, Lab};
+use crate::page::type_line;
 use crate::process::{self, Ended, command};
 use crate::suite::Bench;
 use crate::tree::Tree;
@@ -250,13 +250,6 @@ pub fn initrd(bench: &Bench, script: &str) -> Result<PathBuf> {
     let path = bench.scratch("initrd");
     fs::write(&path, initrd).context("writing the initrd")?;
     Ok(path)
-}
-
-/// Types a line.
-fn type_line(tandem: &mut Child, line: &str) -> Result<()> {
-    let console = tandem.stdin.as_mut();
-    let console = console.ok_or_else(|| Error::new("the console takes no input"))?;
-    writeln!(console, "{line}").context("typing on the console")
 }
 
 impl Boot {

@@ -44,6 +44,11 @@ impl Lab {
         Ok(lab)
     }
 
+    /// Where all of it is.
+    pub fn directory(&self) -> &Path {
+        &self.dir
+    }
+
     /// The stock kernel.
     pub fn kernel(&self, kind: Kernel) -> PathBuf {
         self.dir.join("kernel").join(match kind {

@@ -28,6 +28,8 @@
 //! | [`control`] | a client of the control socket, and a reader of the metrics |
 //! | [`cases`] | the cases of the guest suite |
 //! | [`suite`] | the runner |
+//! | [`page`] | commands of the documentation, performed as they are written there |
+//! | [`stock`] | Debian systems with their own initrds and root file systems |
 //! | [`scratch`] | directories for tests |
 
 pub mod cases;
@@ -38,7 +40,9 @@ pub mod emulated;
 pub mod error;
 pub mod guest;
 pub mod lab;
+pub mod page;
 pub mod process;
 pub mod scratch;
+pub mod stock;
 pub mod suite;
 pub mod tree;

@@ -107,6 +107,35 @@ pub fn watch(
     })
 }
 
+/// KiB of a process by the lines `key` (such as `Rss:`) of its `/proc/ID/smaps`: of the one mapping of
+/// `guest` KiB, which is its guest's memory, and of all others.
+pub fn memory(maps: &str, guest: u64, key: &str) -> Result<(u64, u64)> {
+    let value = |line: &str, key: &str| -> Option<u64> {
+        let value = line.strip_prefix(key)?.trim().strip_suffix(" kB")?;
+        value.parse().ok()
+    };
+    let sizes: Vec<_> = maps
+        .lines()
+        .filter_map(|line| value(line, "Size:"))
+        .collect();
+    if sizes.iter().filter(|size| **size == guest).count() != 1 {
+        let largest = sizes.iter().max();
+        return Err(Error::new(format!(
+            "which mapping is the guest's memory? the largest has {largest:?} KiB"
+        )));
+    }
+    let amounts = maps.lines().filter_map(|line| value(line, key));
+    let (mut of_guest, mut others) = (0, 0);
+    for (size, amount) in sizes.into_iter().zip(amounts) {
+        *(if size == guest {
+            &mut of_guest
+        } else {
+            &mut others
+        }) += amount;
+    }
+    Ok((of_guest, others))
+}
+
 /// Passes output on to this process's own, at once.
 pub fn echo(piece: &[u8]) {
     let mut out = std::io::stdout().lock();

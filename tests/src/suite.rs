@@ -15,12 +15,14 @@ use crate::error::{Context, Error, Result};
 use crate::guest::{base_initrd, tools_disk};
 use crate::lab::Lab;
 use crate::process;
+use crate::stock::System;
 
 /// A named test, which fails by an error or a panic.
 pub struct Case {
     name: String,
     run: Box<Test>,
     needs_kvm: bool,
+    system: Option<System>,
 }
 
 type Test = dyn Fn(&Bench) -> Result<()> + Send;
@@ -35,6 +37,7 @@ impl Case {
             name: name.into(),
             run: Box::new(run),
             needs_kvm: true,
+            system: None,
         }
     }
 
@@ -44,6 +47,19 @@ impl Case {
             needs_kvm: false,
             ..self
         }
+    }
+
+    /// The same case, which boots `system`. It runs only if its name is asked for.
+    pub fn of(self, system: System) -> Self {
+        Case {
+            system: Some(system),
+            ..self
+        }
+    }
+
+    /// The system that it boots, if that is not the busybox of all others.
+    pub fn system(&self) -> Option<System> {
+        self.system
     }
 
     /// Whether its guests need KVM: it runs in the emulated machine where there is none.

@@ -11,6 +11,7 @@ use kvm_bindings::{KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use tandem_devices::GuestMemory;
 use tandem_devices::bus::{Bus, BusDevice};
+use tandem_devices::pci::ConfigAddress;
 use tandem_devices::power::{AcpiPower, Keyboard, PowerEvent, PowerHandler};
 use tandem_devices::serial::SerialPort;
 use vmm_sys_util::eventfd::EventFd;
@@ -303,6 +304,11 @@ fn build_ports(vm: &VmFd, config: &Config, exit: &Arc<Exit>) -> Result<(Bus, Opt
             layout::POWER_PORT,
             AcpiPower::REGION_SIZE,
             Arc::new(AcpiPower::new(power)),
+        ),
+        (
+            ConfigAddress::PORT,
+            ConfigAddress::REGION_SIZE,
+            Arc::new(ConfigAddress::default()),
         ),
     ];
     if let Some(output) = &config.output {

@@ -12,6 +12,7 @@ use tandem_tests::emulated::Machine;
 use tandem_tests::error::{Context, Result};
 use tandem_tests::guest::probe;
 use tandem_tests::lab::{Kernel, Lab};
+use tandem_tests::stock::{SYSTEMS, System};
 use tandem_tests::suite::{Bench, Case, Runner, Setting, tools_beside};
 use tandem_tests::tree::Tree;
 
@@ -25,6 +26,7 @@ const LIMIT: Duration = Duration::from_secs(45 * 60);
 #[command(after_help = "Examples:
   guest-suite                     every case
   guest-suite roundtrip disks     the cases with one of these words in their names
+  guest-suite stock               those of whole Debian systems, which run only if they are asked for
   guest-suite --soak 60           one guest, operated for an hour
   guest-suite --on emulated       in the emulated machine, whatever KVM can do here")]
 struct Arguments {
@@ -85,7 +87,7 @@ fn main() -> ExitCode {
 fn run(arguments: &Arguments) -> Result<bool> {
     let wanted = |case: &Case| {
         let filters = &arguments.filters;
-        filters.is_empty()
+        (filters.is_empty() && case.system().is_none())
             || filters
                 .iter()
                 .any(|word| case.name().contains(word.as_str()))
@@ -114,7 +116,14 @@ fn run(arguments: &Arguments) -> Result<bool> {
         },
     };
     if arguments.sh.is_some() {
-        return run_emulated(arguments, &setting);
+        return run_emulated(arguments, &setting, &[]);
+    }
+    let systems: Vec<System> = SYSTEMS
+        .into_iter()
+        .filter(|system| cases.iter().any(|case| case.system() == Some(*system)))
+        .collect();
+    if arguments.initrd.is_none() {
+        systems.iter().try_for_each(|s| s.make(&setting.lab))?;
     }
     let runner = Runner {
         setting: setting.clone(),
@@ -128,7 +137,7 @@ fn run(arguments: &Arguments) -> Result<bool> {
     }
     if !with_kvm.is_empty() && !run_here(arguments, &setting)? {
         let passed = without.is_empty() || runner.run(without, others.len() + with_kvm.len());
-        return Ok(run_emulated(arguments, &setting)? && passed);
+        return Ok(run_emulated(arguments, &setting, &systems)? && passed);
     }
     Ok(runner.run(
         [with_kvm, without].into_iter().flatten().collect(),
@@ -150,12 +159,14 @@ fn run_here(arguments: &Arguments, setting: &Setting) -> Result<bool> {
 }
 
 /// Runs this program in the emulated machine, with the same arguments.
-fn run_emulated(arguments: &Arguments, setting: &Setting) -> Result<bool> {
+fn run_emulated(arguments: &Arguments, setting: &Setting, systems: &[System]) -> Result<bool> {
     let mut tree = Tree::default();
     for program in ["guest-suite", "tandem", "tandem-img"] {
         tree.program(setting.programs.join(program))?;
     }
-    for program in ["qemu-img", "qemu-io", "qemu-nbd", "mke2fs"] {
+    for program in [
+        "qemu-img", "qemu-io", "qemu-nbd", "mke2fs", "debugfs", "e2fsck",
+    ] {
         tree.program(program)?;
     }
     for kernel in [Kernel::BzImage, Kernel::Vmlinux] {
@@ -166,6 +177,9 @@ fn run_emulated(arguments: &Arguments, setting: &Setting) -> Result<bool> {
     tree.copy("/lab/busybox/bin/busybox", setting.lab.busybox());
     tree.copy("/lab/guest-initrd", &setting.initrd)
         .copy("/lab/guest-tools", tools_beside(&setting.initrd));
+    for system in systems {
+        system.copy_to(&mut tree, &setting.lab);
+    }
     tree.directory("/out/cases")
         .copy("/etc/mke2fs.conf", "/etc/mke2fs.conf");
 

@@ -13,6 +13,7 @@ pub fn cases() -> Vec<Case> {
     vec![
         Case::new("machine::eight_cpus_from_vmlinux", eight_cpus_from_vmlinux),
         Case::new("machine::memory_above_4_gib", memory_above_4_gib),
+        Case::new("machine::no_errors_of_the_kernel", no_errors_of_the_kernel),
         Case::new("machine::console_in_a_pipe", console_in_a_pipe),
         Case::new("machine::reboot_ends_with_0", reboot_ends_with_0),
         Case::new(
@@ -31,6 +32,17 @@ fn eight_cpus_from_vmlinux(bench: &Bench) -> Result<()> {
         .boot(r#"echo "@ cpus $(grep -c ^processor /proc/cpuinfo)""#)?
         .succeeded();
     assert_eq!(boot.value("cpus"), "8");
+    Ok(())
+}
+
+/// Linux finds nothing wrong with the machine: `journalctl` shows errors in red.
+fn no_errors_of_the_kernel(bench: &Bench) -> Result<()> {
+    let boot = Guest::new(bench)
+        .boot("dmesg -r | sed -n 's/^<[0-3]>/@ error /p'\necho \"@ lines $(dmesg | wc -l)\"")?
+        .succeeded();
+    let lines: usize = boot.value("lines").parse().expect("a number");
+    assert!(lines > 50, "{lines}");
+    assert_eq!(boot.values("error").collect::<Vec<_>>(), [""; 0]);
     Ok(())
 }
 

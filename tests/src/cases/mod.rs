@@ -13,6 +13,7 @@ mod roundtrip;
 mod sandbox;
 mod served;
 mod soak;
+mod stock;
 mod tour;
 
 pub use soak::case as soak;
@@ -22,6 +23,7 @@ use crate::suite::Case;
 /// Every case, the longest first, so that two jobs end at about the same time.
 pub fn all() -> Vec<Case> {
     [
+        stock::cases(),
         fio::cases(),
         features::cases(),
         backup::cases(),

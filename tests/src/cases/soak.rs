@@ -273,33 +273,12 @@ impl Outside<'_> {
         let maps = fs::read_to_string(of_process("smaps")).context("reading smaps")?;
         Ok(Sample {
             minute,
-            memory: resident(&maps)?,
+            memory: process::memory(&maps, GUEST_MEMORY, "Rss:")?.1,
             descriptors: entries("fd")?,
             threads: entries("task")?,
             acts: self.acts,
         })
     }
-}
-
-/// KiB that are resident, by `/proc/ID/smaps`, of all mappings but the guest's memory.
-fn resident(maps: &str) -> Result<u64> {
-    let value = |line: &str, key| -> Option<u64> {
-        let value = line.strip_prefix(key)?.trim().strip_suffix(" kB")?;
-        value.parse().ok()
-    };
-    let mut sizes = maps.lines().filter_map(|line| value(line, "Size:"));
-    if sizes.clone().filter(|size| *size == GUEST_MEMORY).count() != 1 {
-        let largest = sizes.by_ref().max();
-        return Err(Error::new(format!(
-            "which mapping is the guest's memory? the largest has {largest:?} KiB"
-        )));
-    }
-    let residents = maps.lines().filter_map(|line| value(line, "Rss:"));
-    let both = sizes.zip(residents);
-    Ok(both
-        .filter(|(size, _)| *size != GUEST_MEMORY)
-        .map(|(_, resident)| resident)
-        .sum())
 }
 
 impl fmt::Display for Sample {

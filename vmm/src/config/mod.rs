@@ -50,7 +50,9 @@ impl Config {
     /// * A kernel that panics restarts, which ends the VM, instead of hanging in it.
     /// * Restarts go through ACPI. On a hardware-reduced platform Linux would try EFI, which is not
     ///   there, and then jump to a BIOS, of which there is only as much as ends the VM.
-    pub const DEFAULT_CMDLINE: &str = "console=ttyS0 panic=-1 reboot=a";
+    /// * There are no PCI devices, and the way to ask for them is the first one: Linux would take it for
+    ///   missing otherwise, as no device answers, and report an error.
+    pub const DEFAULT_CMDLINE: &str = "console=ttyS0 panic=-1 reboot=a pci=conf1";
     /// RAM unless said otherwise: 512 MiB.
     pub const DEFAULT_MEMORY: u64 = 512 << 20;
     /// Least RAM: what is below 1 MiB belongs to the boot protocol and ACPI.

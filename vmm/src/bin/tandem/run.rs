@@ -30,7 +30,7 @@ pub struct Run {
     #[arg(long, value_name = "FILE")]
     initrd: Option<PathBuf>,
 
-    /// Kernel command line, added to "console=ttyS0 panic=-1 reboot=a"
+    /// Kernel command line, added to "console=ttyS0 panic=-1 reboot=a pci=conf1"
     #[arg(
         long,
         value_name = "TEXT",

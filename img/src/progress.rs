@@ -69,6 +69,11 @@ impl Progress {
         }
     }
 
+    /// Whether somebody sees how far the work has come, or has asked.
+    pub fn is_watched(&self) -> bool {
+        self.prints || !self.bar.is_hidden() || self.asked.load(Ordering::Relaxed)
+    }
+
     /// `done` of `total` has been done.
     pub fn set(&self, done: u64, total: u64) {
         let percent = percent(done, total);

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use tandem_block::qcow2::{CompressedCluster, Qcow2};
 use tandem_block::{Error, VolatileSlice};
 
-use super::source::{Sources, Status};
+use super::source::{Holes, Sources, Status};
 use super::sparse::{Detection, Part, is_zero};
 use crate::failure::Failure;
 use crate::getopt::Name;
@@ -17,6 +17,9 @@ use crate::workers::{Turn, Workers};
 
 /// Bytes that are copied at once, and more if a cluster has more.
 pub const PIECE: usize = 2 << 20;
+/// Bytes of a piece that are read and written at once where pieces need not wait for each other: what
+/// has been read is still in the processor's near caches then.
+pub const STEP: u64 = 256 << 10;
 /// Bytes of which the clusters are compressed at once: the first turns come soon.
 const COMPRESSED: u64 = 64 << 10;
 const SECTOR: u64 = 512;
@@ -37,6 +40,8 @@ pub struct Copy<'a> {
     pub backing_size: Option<u64>,
     /// How zeros are found that are not written; `None` if all are.
     pub sparse: Option<Detection>,
+    /// Whether pieces may be copied in steps of [`STEP`]; a limit on the rate is one for whole pieces.
+    pub in_steps: bool,
     /// Whether clusters of the target are compressed.
     pub compress: bool,
     /// Whether what cannot be read is left out.
@@ -60,19 +65,23 @@ struct Piece {
 impl Copy<'_> {
     /// Copies everything.
     pub fn run(&self, workers: Workers, progress: &Progress) -> Result<(), Failure> {
-        let mut total = 0;
-        let mut pieces = Pieces::new(self);
-        while let Some(piece) = pieces.next()? {
-            total += self.transferred(piece);
-        }
+        // All is looked at before only for somebody who wants to know how much there is, or to tell
+        // what cannot be looked at.
+        let mut total = match self.salvage {
+            true => Some(self.total()?),
+            false => None,
+        };
         let mut pieces = Pieces::new(self);
         let mut done = 0;
         let next = || {
             let piece = pieces.next()?;
-            if let Some(len) = piece.map(|piece| self.transferred(piece))
-                && len > 0
-            {
-                done += len;
+            let len = piece.map_or(0, |piece| self.transferred(piece));
+            done += len;
+            if len > 0 && progress.is_watched() {
+                let total = match total {
+                    Some(total) => total,
+                    None => *total.insert(self.total()?),
+                };
                 progress.set_percent(percent(done, total));
             }
             Ok(piece)
@@ -86,6 +95,16 @@ impl Copy<'_> {
         })
     }
 
+    /// Bytes of all pieces that are read or written.
+    fn total(&self) -> Result<u64, Failure> {
+        let mut total = 0;
+        let mut pieces = Pieces::new(self);
+        while let Some(piece) = pieces.next()? {
+            total += self.transferred(piece);
+        }
+        Ok(total)
+    }
+
     /// Bytes of `piece` that are read or written.
     fn transferred(&self, piece: Piece) -> u64 {
         match piece.status {
@@ -96,18 +115,13 @@ impl Copy<'_> {
     }
 
     fn copy(&self, piece: Piece, buffer: &mut [u8], turn: &Turn<'_>) -> Result<(), Failure> {
-        let buffer = match piece.status {
+        match piece.status {
             Status::Backing => return Ok(()),
             Status::Zero if self.sparse.is_some() => {
                 let write = || self.write_zeroes(piece.offset, piece.len);
                 return self.in_turn(piece, turn, write);
             }
-            Status::Zero | Status::Data => &mut buffer[..piece.len as usize],
-        };
-        if piece.status == Status::Zero {
-            buffer.fill(0);
-        } else {
-            if self.offload.load(Ordering::Relaxed) {
+            Status::Data if self.offload.load(Ordering::Relaxed) => {
                 let mut is_copied = false;
                 self.in_turn(piece, turn, || {
                     is_copied = self.offload(piece)?;
@@ -118,15 +132,40 @@ impl Copy<'_> {
                 }
                 self.offload.store(false, Ordering::Relaxed);
             }
-            self.read(buffer, piece.offset)?;
+            Status::Zero | Status::Data => {}
+        }
+        let step = match self.in_steps && self.sparse.is_none_or(|sparse| sparse.divides(STEP)) {
+            true => STEP,
+            false => u64::MAX,
+        };
+        let (mut at, end) = (piece.offset, piece.offset + piece.len);
+        while at < end {
+            let next = end.min((at / step).saturating_add(1).saturating_mul(step));
+            self.copy_step(piece, at, &mut buffer[..(next - at) as usize], turn)?;
+            at = next;
+        }
+        Ok(())
+    }
+
+    /// Copies what of `piece` lies at `offset` and fits into `buffer`.
+    fn copy_step(
+        &self,
+        piece: Piece,
+        offset: u64,
+        buffer: &mut [u8],
+        turn: &Turn<'_>,
+    ) -> Result<(), Failure> {
+        match piece.status {
+            Status::Data => self.read(piece, buffer, offset)?,
+            _ => buffer.fill(0),
         }
         match self.target {
             Opened::Qcow2(disk) if self.compress => {
-                let clusters = self.compress(disk, buffer, piece.offset);
+                let clusters = self.compress(disk, buffer, offset);
                 let clusters = clusters.map_err(|e| self.write_error(piece, &e))?;
                 self.in_turn(piece, turn, || self.write_compressed(disk, clusters))
             }
-            _ => self.in_turn(piece, turn, || self.write_data(buffer, piece.offset)),
+            _ => self.in_turn(piece, turn, || self.write_data(buffer, offset)),
         }
     }
 
@@ -149,12 +188,13 @@ impl Copy<'_> {
             .error(&format!("error while writing at byte {offset}: {cause}"))
     }
 
-    /// Reads what lies at `offset`. In a salvage, sectors that cannot be read become zero.
-    fn read(&self, buffer: &mut [u8], offset: u64) -> Result<(), Failure> {
+    /// Reads what of `piece` lies at `offset`. In a salvage, sectors that cannot be read become zero.
+    fn read(&self, piece: Piece, buffer: &mut [u8], offset: u64) -> Result<(), Failure> {
         match self.sources.read(buffer, offset) {
             Err(_) if self.salvage => {}
             Err(error) => {
-                let text = format!("error while reading at byte {offset}: {}", error.cause());
+                let (start, cause) = (piece.offset, error.cause());
+                let text = format!("error while reading at byte {start}: {cause}");
                 return Err(self.name.error(&text));
             }
             Ok(()) => return Ok(()),
@@ -284,6 +324,7 @@ struct Pieces<'a> {
     /// How it goes on from `offset` on, up to `end`.
     status: Status,
     end: u64,
+    holes: Holes,
 }
 
 impl<'a> Pieces<'a> {
@@ -293,6 +334,7 @@ impl<'a> Pieces<'a> {
             offset: 0,
             status: Status::Zero,
             end: 0,
+            holes: Holes::default(),
         }
     }
 
@@ -338,7 +380,10 @@ impl<'a> Pieces<'a> {
             len = len.min(end - offset);
         }
         let (status, len) = loop {
-            match copy.sources.status(offset, len, copy.has_backing) {
+            let found = copy
+                .sources
+                .status(offset, len, copy.has_backing, &mut self.holes);
+            match found {
                 Ok(found) => break found,
                 Err(error) if !copy.salvage => {
                     let cause = error.cause();

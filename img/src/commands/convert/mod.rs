@@ -10,7 +10,7 @@ mod target;
 use std::ffi::{OsStr, OsString};
 
 use clap::Command;
-use tandem_block::qcow2::{BitmapInfo, OpenOptions, SnapshotName};
+use tandem_block::qcow2::{BitmapInfo, DataFileLayout, OpenOptions, SnapshotName};
 use tandem_block::{Error, FileOptions, ImageFormat, NewImage};
 
 use crate::commands::create;
@@ -282,6 +282,7 @@ fn convert(
         has_backing,
         backing_size: made.backing_size,
         sparse,
+        in_steps: may_step(&made.opened) && request.rate == 0 && !args.has("compress"),
         compress: args.has("compress"),
         salvage: args.has("salvage"),
         quiet: args.has("quiet"),
@@ -384,6 +385,27 @@ fn workers(args: &Parsed, request: &Request, target: &Opened) -> Workers {
     Workers {
         threads,
         buffer: copy::PIECE.max(cluster),
-        in_order: !args.has("out-of-order"),
+        in_order: !args.has("out-of-order") && !has_places(target),
     }
+}
+
+/// Whether each cluster has its place in advance, so that the order of writes does not matter.
+fn has_places(target: &Opened) -> bool {
+    match target {
+        Opened::Raw(_) => true,
+        Opened::Qcow2(disk) => {
+            let layout = disk.data_file().map(|file| file.layout);
+            layout == Some(DataFileLayout::Standard)
+        }
+        Opened::Other(_) => false,
+    }
+}
+
+/// Whether pieces may be copied in steps: not if that makes parts of new clusters.
+fn may_step(target: &Opened) -> bool {
+    let has_whole_clusters = match target {
+        Opened::Qcow2(disk) => copy::STEP.is_multiple_of(disk.cluster_size()),
+        Opened::Raw(_) | Opened::Other(_) => true,
+    };
+    has_places(target) && has_whole_clusters
 }

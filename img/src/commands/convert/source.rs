@@ -1,10 +1,17 @@
 //! What is copied: one disk, or several, one behind the other.
 
-use std::os::fd::BorrowedFd;
+use std::ops::Range;
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 
-use tandem_block::{ExtentKind, Result, VolatileSlice, extent_in_chain};
+use rustix::fs::{SeekFrom, fstat, seek};
+use rustix::io::Errno;
+use tandem_block::{Disk, ExtentKind, Result, VolatileSlice, extent_in_chain};
 
 use crate::image::opened::Opened;
+
+/// Data is looked up for so many bytes at once, lest the lookups of a large disk with many holes
+/// begin with all of its tables each.
+const NEAR: u64 = 4 << 20;
 
 /// How a part of the source is copied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,6 +43,40 @@ pub struct FileRange<'a> {
     pub offset: u64,
     /// Its length.
     pub len: u64,
+}
+
+/// Holes of the files that have the data of images: clusters that are there may be zero for want of
+/// data.
+#[derive(Default)]
+pub struct Holes {
+    /// Where there is data, as was seen last, and in which file. It is not asked for again: finding
+    /// its end takes the longer the farther that is.
+    data: Option<(RawFd, Range<u64>)>,
+}
+
+impl Holes {
+    /// Whether `offset` of `file` is in a hole, and how many of the `len` bytes there are as that one.
+    /// What lies behind the end of the file is called data.
+    fn look(&mut self, file: BorrowedFd<'_>, offset: u64, len: u64) -> (bool, u64) {
+        let is_there =
+            |(fd, range): &&(RawFd, Range<u64>)| *fd == file.as_raw_fd() && range.contains(&offset);
+        if let Some((_, range)) = self.data.as_ref().filter(is_there) {
+            return (false, len.min(range.end - offset));
+        }
+        let next = match seek(file, SeekFrom::Data(offset)) {
+            // There is none up to the end.
+            Err(Errno::NXIO) => fstat(file).map_or(0, |stat| stat.st_size.unsigned_abs()),
+            next => next.unwrap_or(offset),
+        };
+        if next > offset {
+            return (true, len.min(next - offset));
+        }
+        let end = seek(file, SeekFrom::Hole(offset)).unwrap_or(u64::MAX);
+        // Another program may have cut the file meanwhile.
+        let end = end.max(offset.saturating_add(1));
+        self.data = Some((file.as_raw_fd(), offset..end));
+        (false, len.min(end - offset))
+    }
 }
 
 impl Sources {
@@ -80,20 +121,38 @@ impl Sources {
 
     /// How the bytes from `offset` on are copied: as many of `len` as are copied in one way. With
     /// `only_top`, what a backing file has is shown by the target's.
-    pub fn status(&self, offset: u64, len: u64, only_top: bool) -> Result<(Status, u64)> {
+    pub fn status(
+        &self,
+        offset: u64,
+        len: u64,
+        only_top: bool,
+        holes: &mut Holes,
+    ) -> Result<(Status, u64)> {
         let Some((opened, offset, len)) = self.at(offset, len) else {
             return Ok((Status::Zero, len));
         };
         let disk = opened.disk();
-        if only_top {
-            let extent = disk.extent(offset, len)?;
-            let below = disk.backing().map_or(0, |backing| backing.size());
-            if extent.kind == ExtentKind::Unallocated && offset < below {
-                return Ok((Status::Backing, extent.len.min(below - offset)));
-            }
-            return Ok((status_of(extent.kind), extent.len));
+        let find = |len| match only_top {
+            true => Ok((0, disk.extent(offset, len)?)),
+            false => extent_in_chain(disk, offset, len),
+        };
+        let (depth, mut extent) = find(len.min(NEAR))?;
+        if extent.kind != ExtentKind::Data && extent.len == NEAR {
+            extent = find(len)?.1;
         }
-        let (_, extent) = extent_in_chain(disk, offset, len)?;
+        let below = disk.backing().map_or(0, |backing| backing.size());
+        if only_top && extent.kind == ExtentKind::Unallocated && offset < below {
+            return Ok((Status::Backing, extent.len.min(below - offset)));
+        }
+        if let (Opened::Qcow2(_), ExtentKind::Data, Some(at), Some(file)) =
+            (opened, extent.kind, extent.offset, file_at(disk, depth))
+        {
+            let (is_hole, len) = holes.look(file, at, extent.len);
+            extent.len = len;
+            if is_hole {
+                extent.kind = ExtentKind::Zero;
+            }
+        }
         Ok((status_of(extent.kind), extent.len))
     }
 
@@ -118,19 +177,13 @@ impl Sources {
         let Some((opened, offset, len)) = self.at(offset, len) else {
             return Ok(None);
         };
-        let mut disk = opened.disk();
+        let disk = opened.disk();
         if let (Opened::Raw(_), Some(file)) = (opened, disk.host_file()) {
             return Ok(Some(FileRange { file, offset, len }));
         }
         let (depth, extent) = extent_in_chain(disk, offset, len)?;
-        for _ in 0..depth {
-            match disk.backing() {
-                Some(backing) => disk = backing,
-                None => return Ok(None),
-            }
-        }
         let (ExtentKind::Data, Some(offset), Some(file)) =
-            (extent.kind, extent.offset, disk.host_file())
+            (extent.kind, extent.offset, file_at(disk, depth))
         else {
             return Ok(None);
         };
@@ -142,9 +195,63 @@ impl Sources {
     }
 }
 
+/// The file that has the data of the disk `depth` steps below `disk` in its chain.
+fn file_at(mut disk: &dyn Disk, depth: usize) -> Option<BorrowedFd<'_>> {
+    for _ in 0..depth {
+        disk = disk.backing()?;
+    }
+    disk.host_file()
+}
+
 fn status_of(kind: ExtentKind) -> Status {
     match kind {
         ExtentKind::Data | ExtentKind::Compressed => Status::Data,
         ExtentKind::Zero | ExtentKind::Unallocated => Status::Zero,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::os::fd::AsFd;
+    use std::os::unix::fs::FileExt;
+
+    use super::*;
+
+    const PART: u64 = 1 << 20;
+
+    /// A file of four parts, of which those in `data` have data.
+    fn file(data: &[u64]) -> File {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(4 * PART).unwrap();
+        for part in data {
+            file.write_all_at(&vec![1; PART as usize], part * PART)
+                .unwrap();
+        }
+        file
+    }
+
+    #[test]
+    fn holes_are_told_from_data() {
+        let file = file(&[1, 2]);
+        let mut holes = Holes::default();
+        let mut look = |at, len| holes.look(file.as_fd(), at, len);
+        assert_eq!(look(0, 4 * PART), (true, PART));
+        assert_eq!(look(PART - 512, 512), (true, 512));
+        assert_eq!(look(PART, 3 * PART), (false, 2 * PART));
+        assert_eq!(look(2 * PART + 1, 3), (false, 3));
+        assert_eq!(look(3 * PART, 2 * PART), (true, PART));
+        // Behind the end.
+        assert_eq!(look(4 * PART, PART), (false, PART));
+        assert_eq!(look(9 * PART, PART), (false, PART));
+        assert_eq!(look(0, PART), (true, PART));
+    }
+
+    #[test]
+    fn what_was_seen_of_one_file_tells_nothing_of_another() {
+        let (full, empty) = (file(&[0, 1, 2, 3]), file(&[3]));
+        let mut holes = Holes::default();
+        assert_eq!(holes.look(full.as_fd(), 0, PART), (false, PART));
+        assert_eq!(holes.look(empty.as_fd(), 0, PART), (true, PART));
     }
 }

@@ -28,6 +28,11 @@ impl Detection {
         }
     }
 
+    /// Whether as much is found in parts that end at multiples of `step` as in the whole.
+    pub fn divides(self, step: u64) -> bool {
+        self.min == self.alignment && step.is_multiple_of(self.alignment as u64)
+    }
+
     /// What `bytes`, which are not empty and lie at `offset` of the disk, begin with.
     pub fn first(self, bytes: &[u8], offset: u64) -> Part {
         let (is_zero, mut end) = self.alike(bytes, offset);
@@ -111,6 +116,19 @@ mod tests {
             (1536, 0, "x-----x---", "x2 -4 x2 -2"),
         ] {
             assert_eq!(parts(min, offset, map), expected, "{min} {offset} {map}");
+        }
+    }
+
+    #[test]
+    fn parts_that_find_as_much_as_the_whole() {
+        for (min, divides) in [
+            (1, true),
+            (4096, true),
+            (1536, false),
+            (65536, true),
+            (131072, false),
+        ] {
+            assert_eq!(Detection::new(min).divides(65536), divides, "{min}");
         }
     }
 

@@ -108,7 +108,8 @@ pub fn watch(
 }
 
 /// KiB of a process by the lines `key` (such as `Rss:`) of its `/proc/ID/smaps`: of the `guest` KiB that are its
-/// guest's memory, in mappings that lie next to each other, and of all others.
+/// guest's memory, in mappings that lie next to each other, and of all others. Of several such, it is those with
+/// the most: others are addresses that are set aside.
 pub fn memory(maps: &str, guest: u64, key: &str) -> Result<(u64, u64)> {
     let mut mappings: Vec<(u64, u64, u64)> = Vec::new();
     for line in maps.lines() {
@@ -126,6 +127,7 @@ pub fn memory(maps: &str, guest: u64, key: &str) -> Result<(u64, u64)> {
         }
     }
     let total: u64 = mappings.iter().map(|mapping| mapping.2).sum();
+    let mut most = None;
     for at in 0..mappings.len() {
         let (start, mut end, mut amount) = (mappings[at].0, mappings[at].0, 0);
         for mapping in &mappings[at..] {
@@ -134,12 +136,13 @@ pub fn memory(maps: &str, guest: u64, key: &str) -> Result<(u64, u64)> {
             }
             (end, amount) = (mapping.1, amount + mapping.2);
             if end - start == guest << 10 {
-                return Ok((amount, total - amount));
+                most = most.max(Some(amount));
             }
         }
     }
     let text = "which mappings are the guest's memory?";
-    Err(Error::new(format!("{text} None have {guest} KiB")))
+    let most = most.ok_or_else(|| Error::new(format!("{text} None have {guest} KiB")))?;
+    Ok((most, total - most))
 }
 
 /// Passes output on to this process's own, at once.
@@ -158,7 +161,8 @@ mod tests {
         let maps = "0000-1000 rw-p 0 00:00 0 [heap]\nSize: 4 kB\nRss: 4 kB\nVmFlags: rd\n\
                     2000-4000 rw-p 0 00:00 0\nSize: 8 kB\nRss: 5 kB\n\
                     4000-5000 rw-p 0 00:00 0\nSize: 4 kB\nRss: 3 kB\n\
-                    6000-7000 rw-p 0 00:00 0\nSize: 4 kB\nRss: 2 kB\n";
+                    6000-7000 rw-p 0 00:00 0\nSize: 4 kB\nRss: 2 kB\n\
+                    a000-d000 ---p 0 00:00 0\nSize: 12 kB\nRss: 0 kB\n";
         assert_eq!(memory(maps, 12, "Rss:").unwrap(), (8, 6));
         assert_eq!(memory(maps, 4, "Rss:").unwrap(), (4, 10));
         assert!(memory(maps, 20, "Rss:").is_err());

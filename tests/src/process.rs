@@ -107,33 +107,42 @@ pub fn watch(
     })
 }
 
-/// KiB of a process by the lines `key` (such as `Rss:`) of its `/proc/ID/smaps`: of the one mapping of
-/// `guest` KiB, which is its guest's memory, and of all others.
+/// KiB of a process by the lines `key` (such as `Rss:`) of its `/proc/ID/smaps`: of the `guest` KiB that are its
+/// guest's memory, in mappings that lie next to each other, and of all others. Of several such, it is those with
+/// the most: others are addresses that are set aside.
 pub fn memory(maps: &str, guest: u64, key: &str) -> Result<(u64, u64)> {
-    let value = |line: &str, key: &str| -> Option<u64> {
-        let value = line.strip_prefix(key)?.trim().strip_suffix(" kB")?;
-        value.parse().ok()
-    };
-    let sizes: Vec<_> = maps
-        .lines()
-        .filter_map(|line| value(line, "Size:"))
-        .collect();
-    if sizes.iter().filter(|size| **size == guest).count() != 1 {
-        let largest = sizes.iter().max();
-        return Err(Error::new(format!(
-            "which mapping is the guest's memory? the largest has {largest:?} KiB"
-        )));
+    let mut mappings: Vec<(u64, u64, u64)> = Vec::new();
+    for line in maps.lines() {
+        let first = line.split(' ').next().unwrap_or_default();
+        let range = first.split_once('-').and_then(|(start, end)| {
+            let address = |text| u64::from_str_radix(text, 16).ok();
+            Some((address(start)?, address(end)?))
+        });
+        let amount = line.strip_prefix(key).map(|rest| rest.trim());
+        let amount = amount.and_then(|rest| rest.strip_suffix(" kB")?.parse::<u64>().ok());
+        match (range, amount, mappings.last_mut()) {
+            (Some((start, end)), ..) => mappings.push((start, end, 0)),
+            (_, Some(amount), Some(last)) => last.2 = amount,
+            _ => {}
+        }
     }
-    let amounts = maps.lines().filter_map(|line| value(line, key));
-    let (mut of_guest, mut others) = (0, 0);
-    for (size, amount) in sizes.into_iter().zip(amounts) {
-        *(if size == guest {
-            &mut of_guest
-        } else {
-            &mut others
-        }) += amount;
+    let total: u64 = mappings.iter().map(|mapping| mapping.2).sum();
+    let mut most = None;
+    for at in 0..mappings.len() {
+        let (start, mut end, mut amount) = (mappings[at].0, mappings[at].0, 0);
+        for mapping in &mappings[at..] {
+            if mapping.0 != end || end - start > guest << 10 {
+                break;
+            }
+            (end, amount) = (mapping.1, amount + mapping.2);
+            if end - start == guest << 10 {
+                most = most.max(Some(amount));
+            }
+        }
     }
-    Ok((of_guest, others))
+    let text = "which mappings are the guest's memory?";
+    let most = most.ok_or_else(|| Error::new(format!("{text} None have {guest} KiB")))?;
+    Ok((most, total - most))
 }
 
 /// Passes output on to this process's own, at once.
@@ -141,4 +150,21 @@ pub fn echo(piece: &[u8]) {
     let mut out = std::io::stdout().lock();
     // Nobody may be reading any more; the run's result does not depend on it.
     let _ = out.write_all(piece).and_then(|()| out.flush());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_of_a_guest_in_two_mappings() {
+        let maps = "0000-1000 rw-p 0 00:00 0 [heap]\nSize: 4 kB\nRss: 4 kB\nVmFlags: rd\n\
+                    2000-4000 rw-p 0 00:00 0\nSize: 8 kB\nRss: 5 kB\n\
+                    4000-5000 rw-p 0 00:00 0\nSize: 4 kB\nRss: 3 kB\n\
+                    6000-7000 rw-p 0 00:00 0\nSize: 4 kB\nRss: 2 kB\n\
+                    a000-d000 ---p 0 00:00 0\nSize: 12 kB\nRss: 0 kB\n";
+        assert_eq!(memory(maps, 12, "Rss:").unwrap(), (8, 6));
+        assert_eq!(memory(maps, 4, "Rss:").unwrap(), (4, 10));
+        assert!(memory(maps, 20, "Rss:").is_err());
+    }
 }

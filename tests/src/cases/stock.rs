@@ -203,6 +203,9 @@ fn boot(bench: &Bench, system: System, disk: &str) -> Result<String> {
             };
             outcome = told.and_then(|()| type_line(tandem, answer));
             answers.next();
+            if outcome.is_err() {
+                let _ = tandem.kill();
+            }
         }
     })?;
     bench.log(&format!("$ {}\n{}", shown(&tandem), ended.output));

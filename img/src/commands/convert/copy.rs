@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use tandem_block::qcow2::{CompressedCluster, Qcow2};
 use tandem_block::{Error, VolatileSlice};
 
-use super::source::{Holes, Sources, Status};
+use super::source::{Seen, Sources, Status};
 use super::sparse::{Detection, Part, is_zero};
 use crate::failure::Failure;
 use crate::getopt::Name;
@@ -324,7 +324,7 @@ struct Pieces<'a> {
     /// How it goes on from `offset` on, up to `end`.
     status: Status,
     end: u64,
-    holes: Holes,
+    seen: Seen,
 }
 
 impl<'a> Pieces<'a> {
@@ -334,7 +334,7 @@ impl<'a> Pieces<'a> {
             offset: 0,
             status: Status::Zero,
             end: 0,
-            holes: Holes::default(),
+            seen: Seen::default(),
         }
     }
 
@@ -382,7 +382,7 @@ impl<'a> Pieces<'a> {
         let (status, len) = loop {
             let found = copy
                 .sources
-                .status(offset, len, copy.has_backing, &mut self.holes);
+                .status(offset, len, copy.has_backing, &mut self.seen);
             match found {
                 Ok(found) => break found,
                 Err(error) if !copy.salvage => {

@@ -34,6 +34,8 @@ pub struct Copy<'a> {
     pub target: &'a Opened,
     /// Whether the target reads as zero.
     pub target_is_zero: bool,
+    /// Whether all is looked at before anything is copied, which finds what cannot be looked at.
+    pub looks_first: bool,
     /// Whether the target has a backing file that shows what that of the source does.
     pub has_backing: bool,
     /// Where that ends, if it is known.
@@ -65,9 +67,7 @@ struct Piece {
 impl Copy<'_> {
     /// Copies everything.
     pub fn run(&self, workers: Workers, progress: &Progress) -> Result<(), Failure> {
-        // All is looked at before only for somebody who wants to know how much there is, or to tell
-        // what cannot be looked at.
-        let mut total = match self.salvage {
+        let mut total = match self.looks_first {
             true => Some(self.total()?),
             false => None,
         };

@@ -111,7 +111,11 @@ pub fn command() -> Command {
             "NUMBER",
             "Copy up to NUMBER pieces at once: 1 to 16",
         ),
-        flag("out-of-order", Some('W'), "Write pieces in any order"),
+        flag(
+            "out-of-order",
+            Some('W'),
+            "Write pieces in any order, as is done anyway where all have their places",
+        ),
         value(
             "rate-limit",
             Some('r'),

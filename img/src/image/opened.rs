@@ -12,7 +12,7 @@ use crate::image::opts::With;
 /// An open disk.
 pub enum Opened {
     /// A raw disk.
-    Raw(Raw),
+    Raw(Box<Raw>),
     /// A qcow2 disk.
     Qcow2(Box<Qcow2>),
     /// A raw disk that is more than a file.
@@ -52,7 +52,10 @@ impl Opened {
             return Ok(layers::open(format, path, with, options)?.0);
         }
         Ok(match format {
-            ImageFormat::Raw => Self::Raw(Raw::open_with(path, options.read_only, options.files)?),
+            ImageFormat::Raw => {
+                let raw = Raw::open_with(path, options.read_only, options.files)?;
+                Self::Raw(Box::new(raw))
+            }
             ImageFormat::Qcow2 => {
                 let qcow2 = Qcow2::open(path, options)?;
                 let checked = with.check_cluster_size(qcow2.cluster_size());
@@ -73,7 +76,7 @@ impl Opened {
     /// The disk.
     pub fn disk(&self) -> &dyn Disk {
         match self {
-            Self::Raw(raw) => raw,
+            Self::Raw(raw) => &**raw,
             Self::Qcow2(qcow2) => &**qcow2,
             Self::Other(disk) => &**disk,
         }
@@ -82,7 +85,7 @@ impl Opened {
     /// The disk, to be the backing file of another.
     pub fn into_disk(self) -> Box<dyn Disk> {
         match self {
-            Self::Raw(raw) => Box::new(raw),
+            Self::Raw(raw) => raw,
             Self::Qcow2(qcow2) => qcow2,
             Self::Other(disk) => disk,
         }

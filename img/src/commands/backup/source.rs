@@ -82,7 +82,7 @@ impl Local {
         let options = image.options(read_only, follow, FileOptions::default());
         let opened = options.and_then(|options| Opened::open(image, &options));
         let disk = Arc::new(match opened.map_err(|e| e.reason())? {
-            Opened::Raw(disk) => LiveDisk::new(disk),
+            Opened::Raw(disk) => LiveDisk::new(*disk),
             Opened::Qcow2(disk) => LiveDisk::new(*disk),
             Opened::Other(_) => return Err("a backup is of a file".to_owned()),
         });

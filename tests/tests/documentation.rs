@@ -6,6 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use tandem_vmm::DiskConfig;
+use tandem_vmm::control::COMMANDS;
 
 const ROOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
 
@@ -78,18 +79,28 @@ fn each_link_leads_somewhere() {
     assert!(links > 30, "{links}");
 }
 
-/// What the first column of the table below the heading `title` of a page has in code.
-fn first_column(page: &str, title: &str) -> BTreeSet<String> {
+/// What the first column of the table that begins with `head` has in code.
+fn first_column(page: &str, head: &str) -> BTreeSet<String> {
     let lines = prose(&Path::new(ROOT).join(page));
-    let section = lines.iter().skip_while(|line| *line != title).skip(1);
-    let section = section.take_while(|line| !line.starts_with('#'));
-    let rows = section.filter_map(|line| line.strip_prefix("| `"));
-    rows.map(|row| row.split('`').next().unwrap().to_owned())
-        .collect()
+    let table = lines.iter().skip_while(|line| !line.starts_with(head));
+    let table = table.skip(1).take_while(|line| line.starts_with('|'));
+    let cells = table.filter_map(|line| line.strip_prefix("| `")?.split(" | ").next());
+    let names = cells.flat_map(|cell| cell.split('`').step_by(2));
+    names.map(str::to_owned).collect()
+}
+
+fn set(names: &[&str]) -> BTreeSet<String> {
+    names.iter().map(|name| (*name).to_owned()).collect()
 }
 
 #[test]
 fn each_disk_key_is_described() {
-    let known = DiskConfig::KEYS.iter().map(|key| (*key).to_owned());
-    assert_eq!(first_column("docs/run.md", "## `--disk`"), known.collect());
+    let described = first_column("docs/run.md", "| key |");
+    assert_eq!(described, set(DiskConfig::KEYS));
+}
+
+#[test]
+fn each_control_command_is_described() {
+    let described = first_column("docs/control.md", "| `command` |");
+    assert_eq!(described, set(COMMANDS));
 }

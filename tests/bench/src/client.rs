@@ -1,7 +1,8 @@
 //! A client of vhost-user-blk on one queue: the library behind libblkio, and memory that it shares
 //! with the server.
 
-use std::os::fd::AsRawFd;
+use std::fs::File;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -65,6 +66,18 @@ pub struct Taken {
     pub doorbells: f64,
 }
 
+/// Memory as a virtual machine shares it, for all requests in flight.
+pub fn memory() -> MmapRegion<()> {
+    // SAFETY: the name is a string of C, and no other memory is passed.
+    let fd = unsafe { libc::memfd_create(c"blocks".as_ptr(), libc::MFD_CLOEXEC) };
+    assert!(fd >= 0, "memory");
+    // SAFETY: the descriptor is new, and nobody else's.
+    let file = File::from(unsafe { OwnedFd::from_raw_fd(fd) });
+    let length = DEPTH * BLOCK;
+    file.set_len(length as u64).unwrap();
+    MmapRegion::from_file(FileOffset::new(file, 0), length).unwrap()
+}
+
 /// A front end.
 pub struct Client {
     transport: Box<VirtioBlkTransport>,
@@ -86,12 +99,10 @@ impl Client {
         let queues = VirtioBlkQueue::setup_queues(&mut *transport, 1, QUEUE_SIZE).unwrap();
         let mut queue = queues.into_iter().next().unwrap();
         queue.set_used_notif_enabled(true);
-        let file = tempfile::tempfile().unwrap();
-        let length = DEPTH * BLOCK;
-        file.set_len(length as u64).unwrap();
-        let fd = file.as_raw_fd();
-        let memory = MmapRegion::from_file(FileOffset::new(file, 0), length).unwrap();
+        let memory = memory();
         let address = memory.as_ptr() as usize;
+        let fd = memory.file_offset().unwrap().file().as_raw_fd();
+        let length = memory.size();
         transport.map_mem_region(address, length, fd, 0).unwrap();
         Self {
             transport,

@@ -25,6 +25,8 @@ struct Piece {
 pub struct Floor {
     file: File,
     pieces: Vec<Piece>,
+    /// Bytes of a request.
+    length: u64,
     /// The first piece of each request, and the end of those of the last.
     starts: Vec<usize>,
 }
@@ -65,11 +67,13 @@ impl Floor {
         Self {
             file: open_file(&holder),
             pieces,
+            length,
             starts,
         }
     }
 
-    /// What each of the requests `number` × `count` and on takes, as [`crate::work::piece`] counts.
+    /// What each of the requests `number` × `count` and on takes, as [`crate::work::piece`] counts. They
+    /// go to the places for one that `buffer` has, one behind the other.
     pub fn time(
         &self,
         clock: Clock,
@@ -79,14 +83,18 @@ impl Floor {
         number: usize,
     ) -> f64 {
         let first = number % ((self.starts.len() - 1) / count) * count;
-        let pieces = &self.pieces[self.starts[first]..self.starts[first + count]];
+        let requests = self.starts[first..=first + count].windows(2);
+        let mut places = (0..buffer.len()).step_by(self.length as usize).cycle();
         let before = clock();
-        for piece in pieces {
-            let part = &mut buffer[piece.from as usize..][..piece.length as usize];
-            match work {
-                Work::Read => Target::read(&self.file, part, piece.at),
-                Work::TryRead => Target::try_read(&self.file, part, piece.at),
-                _ => Target::write(&self.file, part, piece.at),
+        for request in requests {
+            let place = places.next().unwrap_or_default();
+            for piece in &self.pieces[request[0]..request[1]] {
+                let part = &mut buffer[place + piece.from as usize..][..piece.length as usize];
+                match work {
+                    Work::Read => Target::read(&self.file, part, piece.at),
+                    Work::TryRead => Target::try_read(&self.file, part, piece.at),
+                    _ => Target::write(&self.file, part, piece.at),
+                }
             }
         }
         (clock() - before) / count as f64

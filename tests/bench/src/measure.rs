@@ -102,26 +102,56 @@ impl Turns {
                 for i in 0..count {
                     let i = (i + turn) % count;
                     let Contender { run, floor, .. } = &mut contenders[i];
-                    // What the system has of the file is as near for the first of the two as for the other.
-                    if let Some(floor) = floor {
-                        floor(2 * turn + 3);
+                    let (samples, above) = &mut pieces[i];
+                    match floor {
+                        Some(floor) => {
+                            let [bare, difference] = side_by_side(run, floor, turn);
+                            samples.push(bare);
+                            above.push(difference);
+                        }
+                        None => samples.push(run(turn)),
                     }
-                    // Requests of another turn, as the data of this one are in the processor's caches.
-                    pieces[i].0.push(run(2 * turn));
-                    pieces[i]
-                        .1
-                        .extend(floor.as_mut().map(|floor| floor(2 * turn + 1)));
                 }
             }
-            for (series, (samples, floor)) in series.iter_mut().zip(pieces) {
-                series.samples.push(Summary::of(&samples).median);
-                if !floor.is_empty() {
-                    series.floor.push(Summary::of(&floor).median);
+            for (series, (samples, above)) in series.iter_mut().zip(pieces) {
+                let median = Summary::of(&samples).median;
+                if above.is_empty() {
+                    series.samples.push(median);
+                } else {
+                    series.samples.push(median + Summary::of(&above).median);
+                    series.floor.push(median);
                 }
             }
         }
         series
     }
+}
+
+/// What the floor of turn `turn` takes, and how much more the work does. Both are done twice, one of them
+/// first and last, so that what changes meanwhile, or is left in the processor's caches, tells on both.
+fn side_by_side<'a>(
+    run: &'a mut dyn FnMut(usize) -> f64,
+    floor: &'a mut dyn FnMut(usize) -> f64,
+    turn: usize,
+) -> [f64; 2] {
+    // Requests of another turn each time, as the data of the last are in the processor's caches.
+    let number = 5 * turn;
+    // The one before all finds what the system has of the file far away, and is not counted.
+    floor(number);
+    let (outer, inner) = if turn.is_multiple_of(2) {
+        (floor, run)
+    } else {
+        (run, floor)
+    };
+    let first = outer(number + 1);
+    let between = inner(number + 2) + inner(number + 3);
+    let around = first + outer(number + 4);
+    let [bare, own] = if turn.is_multiple_of(2) {
+        [around, between]
+    } else {
+        [between, around]
+    };
+    [bare / 2.0, (own - bare) / 2.0]
 }
 
 /// Median and spread.
@@ -395,6 +425,24 @@ mod tests {
         };
         let series = turns.run(vec![contender("a"), contender("b")]);
         assert_eq!(*order.borrow(), "abbaabba");
-        assert_eq!(series[0].samples, [1.0, 5.0]);
+        assert_eq!(series[0].samples, [0.5, 2.5]);
+    }
+
+    #[test]
+    fn what_changes_meanwhile_tells_on_both() {
+        let time = std::cell::Cell::new(0.0);
+        let passes = |cost: f64| {
+            time.set(time.get() + 10.0);
+            time.get() + cost
+        };
+        let contender = Contender::tandem(|_| passes(3.0)).with_floor(|_| passes(0.0));
+        let turns = Turns {
+            rounds: 1,
+            pieces: 3,
+        };
+        let series = &turns.run(vec![contender])[0];
+        assert_eq!(series.samples[0] - series.floor[0], 3.0);
+        // Of five turns in the second piece, those in the middle.
+        assert_eq!(series.floor[0], f64::midpoint(80.0, 90.0));
     }
 }

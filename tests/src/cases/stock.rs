@@ -176,7 +176,8 @@ fn convert(bench: &Bench, by: &Path, options: &[&str], from: &Path, to: &Path) -
 /// Logs in and runs [`SCRIPT`]. What the guest has said.
 fn boot(bench: &Bench, system: System, disk: &str) -> Result<String> {
     let script = bench.scratch("script");
-    fs::write(&script, format!("{SCRIPT:\n<1024}")).context("writing the script")?;
+    // The full kernel looks for partition tables of all kinds, as far as here.
+    fs::write(&script, format!("{SCRIPT:\n<16384}")).context("writing the script")?;
     let mut tandem = bench.tool(bench.tandem());
     tandem.args(["run", "--cmdline=root=/dev/vda quiet"]);
     tandem.arg(format!("--memory={MEMORY}K"));

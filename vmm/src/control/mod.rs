@@ -35,6 +35,7 @@ pub use error::ControlError;
 pub(crate) use growth::GrowthWatch;
 pub use images::CommitBase;
 pub use jobs::JobInfo;
+pub use protocol::COMMANDS;
 pub use socket::ControlSocket;
 
 /// The means to operate a VM, from any thread, before it runs, while it runs and when it has ended.

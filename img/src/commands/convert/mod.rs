@@ -114,7 +114,7 @@ pub fn command() -> Command {
         flag(
             "out-of-order",
             Some('W'),
-            "Write pieces in any order, as is done anyway where all have their places",
+            "Write pieces in any order, as is done anyway where each cluster has its place",
         ),
         value(
             "rate-limit",

@@ -119,7 +119,7 @@ impl<'a> Plan<'a> {
             .map_err(|reason| self.failed(args, &reason))?;
         let backing_size = backing.as_ref().map(|backing| backing.size());
         let disk = match self.format {
-            ImageFormat::Raw => new.open_raw(cache).map(Box::new).map(Opened::Raw),
+            ImageFormat::Raw => new.open_raw(cache).map(|raw| Opened::Raw(Box::new(raw))),
             ImageFormat::Qcow2 => {
                 let options = OpenOptions {
                     files: FileOptions {

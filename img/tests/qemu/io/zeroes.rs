@@ -70,7 +70,7 @@ fn subclusters() {
     });
     for case in [
         "disk :: write -z 1k 4k :: write -z 9k 100 :: write -zn 12k 3k :: write -z 16k 50k",
-        "disk :: write -P 1 130k 1k :: write -z 129k 1k :: write -z 140k 60k :: map",
+        "disk :: write -P 1 130k 2k :: write -z 129k 1k :: write -z 140k 60k :: map",
         "disk :: write -z 70k 3k :: write -zu 71k 4k :: read -P 0 71k 4k :: read -P 0 140k 60k",
     ] {
         same(&both, case);

@@ -39,7 +39,11 @@ pub fn rows(suite: &mut Suite) {
         let contenders = vec![
             Contender::bare(|turn| {
                 forget(&bare);
-                threads(&bare, piece(&offsets, TURN, turn))
+                threads(&bare, piece(&offsets, TURN, turn), DEPTH)
+            }),
+            Contender::aside("bare, 16 threads", |turn| {
+                forget(&bare);
+                threads(&bare, piece(&offsets, TURN, turn), 16)
             }),
             served(
                 "Tandem",
@@ -99,12 +103,12 @@ fn forget(file: &File) {
     assert_eq!(error, 0);
 }
 
-/// What goes by for a request, if as many threads as there are requests in flight make them.
-fn threads(file: &File, offsets: &[u64]) -> f64 {
+/// What goes by for a request, if so many threads make them.
+fn threads(file: &File, offsets: &[u64], count: usize) -> f64 {
     let left = Mutex::new(offsets.iter());
     let before = clock::wall();
     thread::scope(|scope| {
-        for _ in 0..DEPTH {
+        for _ in 0..count {
             scope.spawn(|| {
                 let mut buffer = Buffer::new(BLOCK as usize);
                 let next = || left.lock().unwrap().next().copied();

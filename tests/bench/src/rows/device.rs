@@ -1,25 +1,27 @@
 //! The device without a virtual machine: requests through a queue in shared memory, over vhost-user.
 
 use std::cell::RefCell;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::requests::BLOCK;
-use crate::client::{Client, Taken, qemu, tandem};
+use crate::client::{Client, Taken, memory, qemu, tandem};
 use crate::clock;
+use crate::floor::Floor;
 use crate::image::{Kind, image};
 use crate::measure::{Contender, Goal, Line, Role, Series, Summary, Unit};
 use crate::plot::{Plot, number};
 use crate::suite::Suite;
-use crate::target::{fill_image, open_file};
-use crate::work::{Buffer, Work, fill, in_order, piece, shuffled};
+use crate::target::fill_image;
+use crate::work::{Work, in_order, shuffled};
 
 const SIZE: u64 = 256 << 20;
 const TURN: usize = 8000;
 
-/// The servers, each with an image of its own, and the bare file.
+/// The servers, each with an image of its own.
 struct Servers {
     clients: Vec<(&'static str, Role, RefCell<Client>)>,
-    bare: std::fs::File,
+    /// Tandem's image.
+    own: PathBuf,
     _dir: tempfile::TempDir,
 }
 
@@ -43,6 +45,17 @@ impl Servers {
                 tandem(&program, &disk("open"), ",queues=1", false, socket("b")),
             ),
             (
+                "polling 20 µs",
+                Role::Aside,
+                tandem(
+                    &program,
+                    &disk("poll"),
+                    ",queues=1,poll=20",
+                    true,
+                    socket("e"),
+                ),
+            ),
+            (
                 "QEMU",
                 Role::Peer,
                 qemu(&disk("qemu"), "threads", socket("c")),
@@ -53,14 +66,12 @@ impl Servers {
                 qemu(&disk("uring"), "io_uring", socket("d")),
             ),
         ];
-        let bare = open_file(&dir.path().join("bare"));
-        fill(&bare, SIZE);
         Self {
             clients: clients
                 .into_iter()
                 .map(|(name, role, client)| (name, role, RefCell::new(client)))
                 .collect(),
-            bare,
+            own,
             _dir: dir,
         }
     }
@@ -73,10 +84,16 @@ impl Servers {
             .map(|_| RefCell::new(Vec::new()))
             .collect();
         let mut contenders = Vec::new();
-        let mut buffer = Buffer::new(BLOCK as usize);
+        let floor = Floor::new(&self.own, Kind::Internal, offsets, BLOCK);
+        let memory = memory();
         contenders.push(Contender::bare(move |turn| {
-            let offsets = piece(offsets, TURN, turn);
-            Work::Read.time(clock::thread, &self.bare, buffer.bytes(), offsets)
+            // SAFETY: so many blocks are mapped as long as `memory` is there, and nobody else uses them.
+            let places =
+                unsafe { std::slice::from_raw_parts_mut(memory.as_ptr(), depth * BLOCK as usize) };
+            // Others than the server reads in this turn, and its last ones are not left in the caches.
+            let mut time = |turn| floor.time(clock::thread, Work::TryRead, places, TURN, turn);
+            time(turn + 2);
+            time(turn + 4)
         }));
         for ((name, role, client), taken) in self.clients.iter().zip(&taken) {
             contenders.push(Contender::new(name, *role, move |turn| {
@@ -145,7 +162,10 @@ pub fn rows(suite: &mut Suite) {
         if (name, depth) == ("random", 32) {
             line.goals.push(Goal::AboveBare(150.0));
         }
-        suite.add(line.note(measured.note));
+        suite.add(line.note(format!(
+            "{}<br>bare: the same calls to the same file and as many places",
+            measured.note
+        )));
         let line = Line::new(
             format!("{text}, time that goes by"),
             Unit::Nanoseconds,

@@ -16,7 +16,7 @@ use crate::work::{Buffer, Work, fill, piece, shuffled};
 pub const SIZE: u64 = 512 << 20;
 pub const BLOCK: u64 = 4096;
 /// Requests of a turn.
-const TURN: usize = 4000;
+const TURN: usize = 1000;
 
 pub fn rows(suite: &mut Suite) {
     for (work, name) in [(Work::Read, "read"), (Work::Write, "overwrite")] {
@@ -99,7 +99,7 @@ fn measure(suite: &Suite, dir: TempDir, kind: Kind, work: Work, bitmaps: usize) 
             }
         });
     }
-    suite.turns(9).run(contenders)
+    suite.turns(25).run(contenders)
 }
 
 /// Somebody with the part that he has.

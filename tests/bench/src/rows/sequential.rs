@@ -15,7 +15,7 @@ use crate::work::{Buffer, Work, fill, in_order, piece, shuffled};
 const SIZE: u64 = 256 << 20;
 const BLOCK: u64 = 1 << 20;
 const CLUSTER: u64 = 64 << 10;
-const TURN: usize = 32;
+const TURN: usize = 4;
 
 pub fn rows(suite: &mut Suite) {
     for (work, name) in [(Work::Read, "read"), (Work::Write, "overwrite")] {
@@ -93,7 +93,7 @@ fn measure(suite: &Suite, text: String, work: Work, kind: Kind, run: Option<u64>
             floor.time(clock::thread, work, buffer.borrow_mut().bytes(), TURN, turn)
         }));
     }
-    let series = suite.turns(15).run(contenders);
+    let series = suite.turns(25).run(contenders);
     Line::new(text, Unit::Nanoseconds, series).goal(Goal::OfBare(0.99))
 }
 

@@ -10,7 +10,36 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::{Control, ControlError, device_name};
-use crate::config::parse_memory;
+use crate::config::{listed, parse_memory};
+
+/// The commands of the control socket.
+pub const COMMANDS: &[&str] = &[
+    "status",
+    "disks",
+    "metrics",
+    "flush",
+    "pause",
+    "resume",
+    "resize",
+    "shutdown",
+    "commit",
+    "rebase",
+    "fork",
+    "jobs",
+    "job-cancel",
+    "bitmaps",
+    "bitmap-add",
+    "bitmap-remove",
+    "bitmap-enable",
+    "bitmap-disable",
+    "bitmap-clear",
+    "bitmap-merge",
+    "bitmap-transaction",
+    "backups",
+    "backup-begin",
+    "backup-read",
+    "backup-end",
+];
 
 /// Most bytes of a request, without the end of its line.
 pub(super) const MAX_LINE: usize = 64 << 10;
@@ -24,12 +53,7 @@ pub(super) enum RequestError {
     TooLong,
     #[error("the request has no \"command\" that is a string")]
     NoCommand,
-    #[error(
-        "unknown command '{0}'; known are status, disks, metrics, flush, pause, resume, resize, \
-         shutdown, commit, rebase, fork, jobs, job-cancel, bitmaps, bitmap-add, bitmap-remove, \
-         bitmap-enable, bitmap-disable, bitmap-clear, bitmap-merge, bitmap-transaction, backups, \
-         backup-begin, backup-read and backup-end"
-    )]
+    #[error("unknown command '{0}'; known are {known}", known = listed(COMMANDS, "and"))]
     UnknownCommand(String),
     #[error("{0}")]
     Argument(String),

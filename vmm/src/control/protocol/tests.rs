@@ -154,17 +154,13 @@ fn resizes() {
 #[test]
 fn each_command_that_is_told_of_is_known() {
     let (control, _dir) = control();
-    let (_, text) = error(&control, r#"{"command":"fly"}"#);
-    let (_, known) = text.split_once("known are ").unwrap();
-    let known: Vec<_> = known
-        .split([',', ' '])
-        .filter(|word| !["", "and"].contains(word))
-        .collect();
-    assert_eq!(known.len(), 25);
-    for command in known {
+    for command in COMMANDS {
         let answer = ask(&control, &json!({"command": command}).to_string());
         assert_ne!(answer["error"]["kind"], "unknown-command", "{command}");
     }
+    let (_, text) = error(&control, r#"{"command":"fly"}"#);
+    assert!(text.contains("'fly'; known are status, disks, "), "{text}");
+    assert!(text.ends_with(", backup-read and backup-end"), "{text}");
 }
 
 #[test]

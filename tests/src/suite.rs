@@ -49,7 +49,7 @@ impl Case {
         }
     }
 
-    /// The same case, which boots `system`. It runs only if its name is asked for.
+    /// The same case, which boots `system`.
     pub fn of(self, system: System) -> Self {
         Case {
             system: Some(system),
@@ -60,6 +60,24 @@ impl Case {
     /// The system that it boots, if that is not the busybox of all others.
     pub fn system(&self) -> Option<System> {
         self.system
+    }
+
+    /// Whether it runs where the cases with one of `words` in their names are to, or all if there are none.
+    /// One of a system, which takes minutes to make, does so only if it is the systems that are asked
+    /// for, and not a kind of disk that others have, too.
+    pub fn is_asked_for(&self, words: &[String]) -> bool {
+        let means_systems = |word: &String| match self.system {
+            Some(system) => ["stock", system.suite]
+                .iter()
+                .any(|name| word.contains(name)),
+            None => true,
+        };
+        match words {
+            [] => self.system.is_none(),
+            _ => words
+                .iter()
+                .any(|word| self.name.contains(word) && means_systems(word)),
+        }
     }
 
     /// Whether its guests need KVM: it runs in the emulated machine where there is none.
@@ -346,6 +364,26 @@ fn indented(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::stock::SYSTEMS;
+
+    #[test]
+    fn systems_run_only_if_they_are_asked_for() {
+        let case = |name| Case::new(name, |_| Ok(()));
+        let plain = case("roundtrip::internal");
+        let of_system = case("stock::bookworm_internal").of(SYSTEMS[0]);
+        for (words, expected) in [
+            ("", [true, false]),
+            ("internal", [true, false]),
+            ("stock", [false, true]),
+            ("bookworm_internal", [false, true]),
+            ("trixie", [false, false]),
+            ("trixie internal bookworm", [true, true]),
+        ] {
+            let words: Vec<_> = words.split_whitespace().map(str::to_owned).collect();
+            let found = [&plain, &of_system].map(|case| case.is_asked_for(&words));
+            assert_eq!(found, expected, "{words:?}");
+        }
+    }
 
     #[test]
     fn the_last_lines() {

@@ -558,6 +558,26 @@ fn salvage() {
     assert!(cluster(2).iter().all(|byte| *byte == 1));
 }
 
+/// Nothing is written to a target that is there before all of the source has been looked at.
+#[test]
+fn a_damaged_source_leaves_what_is_there() {
+    let both = Both::new(|place| {
+        place.make("create -q -f qcow2 damaged 8M");
+        place.qemu_io("damaged", &["write -P 1 0 8M"]);
+        let mut image = fs::read(place.path("damaged")).unwrap();
+        // The entry of the last cluster leads into the middle of one.
+        image[0x40000 + 127 * 8 + 6] |= 2;
+        fs::write(place.path("damaged"), image).unwrap();
+        targets(place);
+    });
+    for place in [&both.qemu, &both.tandem] {
+        let run = place.run(&words("convert -n damaged rtgt"));
+        assert_eq!(run.status, Some(1), "{}", run.stderr);
+        let target = fs::read(place.path("rtgt")).unwrap();
+        assert!(target.iter().all(|byte| *byte == 9));
+    }
+}
+
 /// A rate that makes the copy take a while.
 #[test]
 fn rate_limit() {

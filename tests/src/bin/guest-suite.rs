@@ -85,13 +85,7 @@ fn main() -> ExitCode {
 
 /// Whether every case passed.
 fn run(arguments: &Arguments) -> Result<bool> {
-    let wanted = |case: &Case| {
-        let filters = &arguments.filters;
-        (filters.is_empty() && case.system().is_none())
-            || filters
-                .iter()
-                .any(|word| case.name().contains(word.as_str()))
-    };
+    let wanted = |case: &Case| case.is_asked_for(&arguments.filters);
     let (cases, others) = match arguments.soak {
         Some(minutes) => (vec![cases::soak(minutes)], Vec::new()),
         None => cases::all().into_iter().partition(wanted),

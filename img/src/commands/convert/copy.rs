@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use tandem_block::qcow2::{CompressedCluster, Qcow2};
 use tandem_block::{Error, VolatileSlice};
 
-use super::source::{Holes, Sources, Status};
+use super::source::{Seen, Sources, Status};
 use super::sparse::{Detection, Part, is_zero};
 use crate::failure::Failure;
 use crate::getopt::Name;
@@ -34,6 +34,8 @@ pub struct Copy<'a> {
     pub target: &'a Opened,
     /// Whether the target reads as zero.
     pub target_is_zero: bool,
+    /// Whether all is looked at before anything is copied, which finds what cannot be looked at.
+    pub looks_first: bool,
     /// Whether the target has a backing file that shows what that of the source does.
     pub has_backing: bool,
     /// Where that ends, if it is known.
@@ -65,9 +67,7 @@ struct Piece {
 impl Copy<'_> {
     /// Copies everything.
     pub fn run(&self, workers: Workers, progress: &Progress) -> Result<(), Failure> {
-        // All is looked at before only for somebody who wants to know how much there is, or to tell
-        // what cannot be looked at.
-        let mut total = match self.salvage {
+        let mut total = match self.looks_first {
             true => Some(self.total()?),
             false => None,
         };
@@ -324,7 +324,7 @@ struct Pieces<'a> {
     /// How it goes on from `offset` on, up to `end`.
     status: Status,
     end: u64,
-    holes: Holes,
+    seen: Seen,
 }
 
 impl<'a> Pieces<'a> {
@@ -334,7 +334,7 @@ impl<'a> Pieces<'a> {
             offset: 0,
             status: Status::Zero,
             end: 0,
-            holes: Holes::default(),
+            seen: Seen::default(),
         }
     }
 
@@ -382,7 +382,7 @@ impl<'a> Pieces<'a> {
         let (status, len) = loop {
             let found = copy
                 .sources
-                .status(offset, len, copy.has_backing, &mut self.holes);
+                .status(offset, len, copy.has_backing, &mut self.seen);
             match found {
                 Ok(found) => break found,
                 Err(error) if !copy.salvage => {

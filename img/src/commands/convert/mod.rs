@@ -283,6 +283,8 @@ fn convert(
         target: &made.opened,
         // All zeros are written to a new image if that is what is wanted.
         target_is_zero: made.is_zero && (sparse.is_some() || args.has("no-create")),
+        // A target that is there stays as it is then; and a salvage tells of it before.
+        looks_first: args.has("no-create") || args.has("salvage"),
         has_backing,
         backing_size: made.backing_size,
         sparse,

@@ -5,13 +5,9 @@ use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 
 use rustix::fs::{SeekFrom, fstat, seek};
 use rustix::io::Errno;
-use tandem_block::{Disk, ExtentKind, Result, VolatileSlice, extent_in_chain};
+use tandem_block::{Disk, Extent, ExtentKind, Result, VolatileSlice, extent_in_chain};
 
 use crate::image::opened::Opened;
-
-/// Data is looked up for so many bytes at once, lest the lookups of a large disk with many holes
-/// begin with all of its tables each.
-const NEAR: u64 = 4 << 20;
 
 /// How a part of the source is copied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,16 +41,40 @@ pub struct FileRange<'a> {
     pub len: u64,
 }
 
-/// Holes of the files that have the data of images: clusters that are there may be zero for want of
-/// data.
+/// What was seen last of the sources. It is not asked for again: finding the end of a part takes the
+/// longer the farther that is.
 #[derive(Default)]
-pub struct Holes {
-    /// Where there is data, as was seen last, and in which file. It is not asked for again: finding
-    /// its end takes the longer the farther that is.
+pub struct Seen {
+    /// How a range of the sources is stored, and by which disk of its chain.
+    extent: Option<(Range<u64>, usize, Extent)>,
+    /// Where there is data in a file that has that of an image, and which: clusters that are there may
+    /// lie in holes.
     data: Option<(RawFd, Range<u64>)>,
 }
 
-impl Holes {
+impl Seen {
+    /// How the bytes from `offset` on are stored, up to `len`, as `find` tells.
+    fn extent(
+        &mut self,
+        offset: u64,
+        len: u64,
+        find: impl FnOnce() -> Result<(usize, Extent)>,
+    ) -> Result<(usize, Extent)> {
+        let is_there = |(range, ..): &&(Range<u64>, usize, Extent)| range.contains(&offset);
+        if let Some((range, depth, extent)) = self.extent.as_ref().filter(is_there) {
+            let skip = offset - range.start;
+            let extent = Extent {
+                len: len.min(range.end - offset),
+                offset: extent.offset.map(|at| at + skip),
+                ..*extent
+            };
+            return Ok((*depth, extent));
+        }
+        let (depth, extent) = find()?;
+        self.extent = Some((offset..offset + extent.len, depth, extent));
+        Ok((depth, extent))
+    }
+
     /// Whether `offset` of `file` is in a hole, and how many of the `len` bytes there are as that one.
     /// What lies behind the end of the file is called data.
     fn look(&mut self, file: BorrowedFd<'_>, offset: u64, len: u64) -> (bool, u64) {
@@ -126,20 +146,17 @@ impl Sources {
         offset: u64,
         len: u64,
         only_top: bool,
-        holes: &mut Holes,
+        seen: &mut Seen,
     ) -> Result<(Status, u64)> {
+        let start = offset;
         let Some((opened, offset, len)) = self.at(offset, len) else {
             return Ok((Status::Zero, len));
         };
         let disk = opened.disk();
-        let find = |len| match only_top {
+        let (depth, mut extent) = seen.extent(start, len, || match only_top {
             true => Ok((0, disk.extent(offset, len)?)),
             false => extent_in_chain(disk, offset, len),
-        };
-        let (depth, mut extent) = find(len.min(NEAR))?;
-        if extent.kind != ExtentKind::Data && extent.len == NEAR {
-            extent = find(len)?.1;
-        }
+        })?;
         let below = disk.backing().map_or(0, |backing| backing.size());
         if only_top && extent.kind == ExtentKind::Unallocated && offset < below {
             return Ok((Status::Backing, extent.len.min(below - offset)));
@@ -147,7 +164,7 @@ impl Sources {
         if let (Opened::Qcow2(_), ExtentKind::Data, Some(at), Some(file)) =
             (opened, extent.kind, extent.offset, file_at(disk, depth))
         {
-            let (is_hole, len) = holes.look(file, at, extent.len);
+            let (is_hole, len) = seen.look(file, at, extent.len);
             extent.len = len;
             if is_hole {
                 extent.kind = ExtentKind::Zero;
@@ -215,6 +232,10 @@ mod tests {
     use std::fs::File;
     use std::os::fd::AsFd;
     use std::os::unix::fs::FileExt;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    use tandem_block::{Error, Limits};
 
     use super::*;
 
@@ -234,8 +255,8 @@ mod tests {
     #[test]
     fn holes_are_told_from_data() {
         let file = file(&[1, 2]);
-        let mut holes = Holes::default();
-        let mut look = |at, len| holes.look(file.as_fd(), at, len);
+        let mut seen = Seen::default();
+        let mut look = |at, len| seen.look(file.as_fd(), at, len);
         assert_eq!(look(0, 4 * PART), (true, PART));
         assert_eq!(look(PART - 512, 512), (true, 512));
         assert_eq!(look(PART, 3 * PART), (false, 2 * PART));
@@ -250,8 +271,75 @@ mod tests {
     #[test]
     fn what_was_seen_of_one_file_tells_nothing_of_another() {
         let (full, empty) = (file(&[0, 1, 2, 3]), file(&[3]));
-        let mut holes = Holes::default();
-        assert_eq!(holes.look(full.as_fd(), 0, PART), (false, PART));
-        assert_eq!(holes.look(empty.as_fd(), 0, PART), (true, PART));
+        let mut seen = Seen::default();
+        assert_eq!(seen.look(full.as_fd(), 0, PART), (false, PART));
+        assert_eq!(seen.look(empty.as_fd(), 0, PART), (true, PART));
+    }
+
+    /// 1 TiB of data, and as much of zeros, of which it is counted how often they are asked for.
+    struct Counted(Arc<AtomicU64>);
+
+    const HALF: u64 = 1 << 40;
+
+    impl Disk for Counted {
+        fn size(&self) -> u64 {
+            2 * HALF
+        }
+
+        fn limits(&self) -> Limits {
+            Limits::new(512, true)
+        }
+
+        fn read_at(&self, _: &[VolatileSlice<'_>], _: u64) -> Result<()> {
+            Err(Error::ReadOnly)
+        }
+
+        fn write_at(&self, _: &[VolatileSlice<'_>], _: u64) -> Result<()> {
+            Err(Error::ReadOnly)
+        }
+
+        fn write_zeroes(&self, _: u64, _: u64, _: bool) -> Result<()> {
+            Err(Error::ReadOnly)
+        }
+
+        fn discard(&self, _: u64, _: u64) -> Result<()> {
+            Err(Error::ReadOnly)
+        }
+
+        fn flush(&self) -> Result<()> {
+            Ok(())
+        }
+
+        fn extent(&self, offset: u64, len: u64) -> Result<Extent> {
+            self.0.fetch_add(1, Ordering::Relaxed);
+            let (kind, end) = match offset < HALF {
+                true => (ExtentKind::Data, HALF),
+                false => (ExtentKind::Zero, 2 * HALF),
+            };
+            Ok(Extent {
+                len: len.min(end - offset),
+                kind,
+                offset: Some(offset),
+            })
+        }
+    }
+
+    /// Whoever goes on piece by piece does not have the end of a part found again for each.
+    #[test]
+    fn each_part_is_asked_for_once() {
+        let count = Arc::new(AtomicU64::new(0));
+        let disk = || Opened::Other(Box::new(Counted(count.clone())));
+        let sources = Sources::new(vec![disk(), disk()]).unwrap();
+        let (mut seen, mut at) = (Seen::default(), 0);
+        while at < sources.size() {
+            let len = (1 << 30).min(sources.size() - at);
+            let left = sources.size() - at;
+            let (status, found) = sources.status(at, left, false, &mut seen).unwrap();
+            let is_data = at % (2 * HALF) < HALF;
+            assert_eq!(status == Status::Data, is_data, "{at}");
+            assert_eq!(found, HALF - at % HALF, "{at}");
+            at += len;
+        }
+        assert_eq!(count.load(Ordering::Relaxed), 4);
     }
 }

@@ -103,9 +103,11 @@ impl Raw {
         &self.file
     }
 
-    /// Whether the `len` bytes at `offset` are known to be a hole of a file that nobody writes.
-    pub(crate) fn is_hole(&self, offset: u64, len: u64) -> Result<bool> {
-        Ok(self.read_only && self.hole.covers(&self.file, offset..offset + len)?)
+    /// Whether the `len` bytes at `offset` are known to be a hole of a file that nobody writes. Where the
+    /// file cannot be asked they are not.
+    pub(crate) fn is_hole(&self, offset: u64, len: u64) -> bool {
+        let covers = || self.hole.covers(&self.file, offset..offset + len);
+        self.read_only && covers().unwrap_or(false)
     }
 
     pub(crate) fn from_file(file: ImageFile, read_only: bool) -> Result<Self> {

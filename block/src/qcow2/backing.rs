@@ -453,7 +453,7 @@ impl Qcow2 {
         self.find_only_zeros(range, |disk, at, len| {
             let is_hole = match disk.as_image() {
                 Some(ImageRef::Qcow2(image)) => return image.extent(at, len),
-                Some(ImageRef::Raw(raw)) => raw.is_hole(at, len)?,
+                Some(ImageRef::Raw(raw)) => raw.is_hole(at, len),
                 None => false,
             };
             let kind = if is_hole {

@@ -326,6 +326,7 @@ impl ImageOpts {
         below.with().map_err(failed)?;
         let finished = below.finish(format.unwrap_or(ImageFormat::Qcow2));
         finished.map_err(failed)?;
+        below.refuse_other_content().map_err(failed)?;
         match (file, format) {
             (Some(file), _) if file.disk.is_some() || file.rules.is_some() => {
                 Err(failed("A backing file must be a file".to_owned()))
@@ -420,6 +421,18 @@ impl ImageOpts {
                 unsupported(format, name)
             },
         )
+    }
+
+    /// Refuses what makes a backing file show something else than it does by its name: it is opened by that.
+    fn refuse_other_content(&self) -> Result<(), String> {
+        let is_other = |name: &&String| {
+            let node = name.split('.').next().unwrap_or_default();
+            matches!(node, "offset" | "size" | "data-file" | "backing")
+        };
+        match self.0.keys().find(is_other) {
+            Some(name) => Err(format!("Option 'backing.{name}' is not supported")),
+            None => Ok(()),
+        }
     }
 
     /// Refuses what is for an image's backing file, which is not opened.

@@ -178,6 +178,31 @@ fn other_files_are_used() {
     both.same_bytes("r");
 }
 
+/// QEMU would show something else.
+#[test]
+fn a_part_of_a_backing_file_is_refused() {
+    let both = Both::new(images);
+    let raw = "backing.driver=raw,backing.file.filename=r";
+    let qcow2 = "backing.driver=qcow2,backing.file.filename=a";
+    for (below, name, value) in [
+        (raw, "offset", "512"),
+        (raw, "size", "512"),
+        (qcow2, "data-file.filename", "other.raw"),
+        (qcow2, "backing.driver", "raw"),
+        (qcow2, "backing", ""),
+    ] {
+        let image = format!("driver=qcow2,file.filename=b,{below},backing.{name}={value}");
+        let found = both.tandem.run(&["map", "--image-opts", &image]);
+        let expected = format!("Option 'backing.{name}' is not supported");
+        assert!(
+            found.stderr.contains(&expected),
+            "{image}: {}",
+            found.stderr
+        );
+        assert_eq!(found.status, Some(1), "{image}");
+    }
+}
+
 #[test]
 fn json_names_mean_the_same() {
     let both = Both::new(images);

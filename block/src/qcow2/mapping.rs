@@ -230,7 +230,12 @@ impl Qcow2 {
             if end == len {
                 break;
             }
-            let run = self.run_in_slice(offset + end, len - end)?;
+            let run = match self.look(offset + end, len - end)? {
+                Ok(run) => run,
+                // It is for whoever asks for what is there.
+                Err(_) if end > 0 => break,
+                Err(bad) => return Err(self.bad_entry(bad)),
+            };
             let kind = *first.get_or_insert(run.kind);
             if !run.kind.continues(kind.advanced(end)) {
                 break;

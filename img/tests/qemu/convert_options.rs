@@ -576,6 +576,12 @@ fn a_damaged_source_leaves_what_is_there() {
         let target = fs::read(place.path("rtgt")).unwrap();
         assert!(target.iter().all(|byte| *byte == 9));
     }
+    // What is before it does not fail.
+    for place in [&both.qemu, &both.tandem] {
+        let run = place.run(&words("convert damaged new"));
+        let place = "error while reading block status at offset 8323072: ";
+        assert!(run.stderr.contains(place), "{}", run.stderr);
+    }
 }
 
 /// A rate that makes the copy take a while.

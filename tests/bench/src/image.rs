@@ -3,8 +3,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use tandem_block::{ImageFormat, Preallocation};
 use tandem_block::qcow2::{BitmapEditor, CreateOptions, DataFileLayout, OpenOptions, create};
+use tandem_block::{ImageFormat, Preallocation};
 
 /// How an image has its data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -3,8 +3,11 @@
 use std::path::Path;
 use std::sync::{Arc, LazyLock};
 
-use tandem_block::qcow2::{AmendOptions, BitmapEditor, CompressionType, CreateOptions, DataFileLayout, OpenOptions, Qcow2, create};
-use tandem_block::{ImageFormat, Disk, Raw, VolatileSlice};
+use tandem_block::qcow2::{
+    AmendOptions, BitmapEditor, CompressionType, CreateOptions, DataFileLayout, OpenOptions, Qcow2,
+    create,
+};
+use tandem_block::{Disk, ImageFormat, Raw, VolatileSlice};
 
 use crate::memory::Memory;
 use crate::places::{Place, places};

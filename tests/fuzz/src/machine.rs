@@ -13,8 +13,10 @@ use std::sync::{LazyLock, Mutex};
 use std::thread::{self, JoinHandle};
 
 use serde_json::Value;
-use tandem_block::qcow2::{AmendOptions, BitmapEditor, CreateOptions, DataFileLayout, OpenOptions, Qcow2, create};
-use tandem_block::{ImageFormat, Disk, VolatileSlice};
+use tandem_block::qcow2::{
+    AmendOptions, BitmapEditor, CreateOptions, DataFileLayout, OpenOptions, Qcow2, create,
+};
+use tandem_block::{Disk, ImageFormat, VolatileSlice};
 use tandem_vmm::control::{Control, fuzzing};
 use tandem_vmm::sandbox::{Enforced, FileRules, confine_files};
 use tempfile::TempDir;

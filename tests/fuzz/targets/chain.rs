@@ -5,8 +5,11 @@ use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
 use libfuzzer_sys::fuzz_target;
-use tandem_block::qcow2::{Backing, CheckOptions, Commit, Follow, Info, OpenOptions, Qcow2, Repair, check, find_backing, set_backing_name};
-use tandem_block::{ImageFormat, Disk, FileOptions, Result, VolatileSlice, extent_in_chain};
+use tandem_block::qcow2::{
+    Backing, CheckOptions, Commit, Follow, Info, OpenOptions, Qcow2, Repair, check, find_backing,
+    set_backing_name,
+};
+use tandem_block::{Disk, FileOptions, ImageFormat, Result, VolatileSlice, extent_in_chain};
 use tandem_fuzz::feedback;
 use tandem_fuzz::files::{Directory, is_secret, set_names};
 use tandem_fuzz::input::Input;
@@ -95,12 +98,7 @@ fn make(file: &str, follow: Follow, input: &mut Input<'_>) {
 }
 
 fn options(follow: Follow, input: &mut Input<'_>) -> OpenOptions {
-    let format = input.choose(&[
-        None,
-        None,
-        Some(ImageFormat::Qcow2),
-        Some(ImageFormat::Raw),
-    ]);
+    let format = input.choose(&[None, None, Some(ImageFormat::Qcow2), Some(ImageFormat::Raw)]);
     let backing = match input.byte() {
         0..200 => Backing::Named,
         200..216 => Backing::NamedAs(format.unwrap_or(ImageFormat::Raw)),

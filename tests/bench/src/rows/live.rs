@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use tandem_block::qcow2::{Base, CreateOptions, OpenOptions, OverlayOptions, OverlayPlace, create};
-use tandem_block::{ImageFormat, BackupOptions, Disk, LiveDisk};
+use tandem_block::{BackupOptions, Disk, ImageFormat, LiveDisk};
 use vm_memory::VolatileSlice;
 
 use super::requests::BLOCK;

@@ -4,7 +4,7 @@ use std::ffi::OsStr;
 
 use clap::Arg;
 use tandem_block::qcow2::Follow;
-use tandem_block::{CacheMode, ImageFormat, Locking};
+use tandem_block::{CacheMode, FileOptions, ImageFormat, Locking};
 
 use crate::failure::Failure;
 use crate::getopt::{Parsed, flag, value};
@@ -99,6 +99,14 @@ pub fn cache_option(id: &'static str, letter: char, what: &str) -> Arg {
     let modes = listed(CacheMode::ALL, CacheMode::name);
     let help = format!("Cache mode of {what}: {modes}");
     value(id, Some(letter), "MODE", "").help(help)
+}
+
+/// How the files of an image that is written are used.
+pub fn files(args: &Parsed) -> Result<FileOptions, Failure> {
+    Ok(FileOptions {
+        cache: cache(args, "cache")?,
+        ..FileOptions::default()
+    })
 }
 
 /// What that option says.

@@ -34,6 +34,11 @@ impl L1Entry {
         self.0 & COPIED != 0
     }
 
+    /// Whether there is a table that may be.
+    pub fn owns_table(self) -> bool {
+        self.offset() != 0 && self.is_copied()
+    }
+
     /// Bits that must be zero.
     pub fn reserved(self) -> u64 {
         self.0 & !(OFFSET_MASK | COPIED)

@@ -24,10 +24,6 @@ pub(crate) struct L1Table {
     new: Mutex<BTreeSet<usize>>,
 }
 
-fn owns_table(entry: L1Entry) -> bool {
-    entry.offset() != 0 && entry.is_copied()
-}
-
 /// Checks entry `index` of an L1 table of an image of `file_size` bytes.
 ///
 /// # Errors
@@ -106,12 +102,6 @@ impl L1Table {
         entries.map(L1Entry::offset).filter(|offset| *offset != 0)
     }
 
-    /// Whether the entry at `index` has an L2 table of its own.
-    #[inline]
-    pub fn owns_table(&self, index: usize) -> bool {
-        owns_table(self.get(index))
-    }
-
     /// Gives the entry at `index` an L2 table from `make`, unless it has one of its own already.
     /// `make` is told the offset of the one that it shares with snapshots, or 0; a shared one is
     /// returned, and has one user less.
@@ -122,7 +112,7 @@ impl L1Table {
     ) -> Result<Option<u64>> {
         let mut new = lock(&self.new);
         let old = self.get(index);
-        if owns_table(old) {
+        if old.owns_table() {
             return Ok(None);
         }
         let entry = L1Entry::new(make(old.offset())?);

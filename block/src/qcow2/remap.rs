@@ -86,7 +86,7 @@ impl Qcow2 {
     /// none: an empty one, or a copy of the one that it shares with snapshots.
     #[inline]
     pub(super) fn own_table(&self, index: usize) -> Result<()> {
-        match self.l1.owns_table(index) {
+        match self.l1.get(index).owns_table() {
             true => Ok(()),
             false => self.make_table(index),
         }

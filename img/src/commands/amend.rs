@@ -5,11 +5,11 @@ use std::sync::LazyLock;
 
 use clap::Command;
 use tandem_block::qcow2::{self, AmendOptions};
-use tandem_block::{Error, FileOptions, ImageFormat};
+use tandem_block::{Error, ImageFormat};
 
 use crate::commands::create;
 use crate::common_options::{
-    cache, cache_option, follow, follow_option, format_option, image_opts_option, object_option,
+    cache_option, files, follow, follow_option, format_option, image_opts_option, object_option,
     progress_option, quiet_option,
 };
 use crate::failure::Failure;
@@ -133,10 +133,7 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
     if args.operands.len() != 1 {
         return Err(args.name.error("Expecting one image file name"));
     }
-    let files = FileOptions {
-        cache: cache(args, "cache")?,
-        ..FileOptions::default()
-    };
+    let files = files(args)?;
     args.refuse_objects()?;
     let image = Image::from_args(args)?;
     image.warn_of_guess();

@@ -2,10 +2,10 @@
 
 use clap::Command;
 use tandem_block::qcow2::Commit;
-use tandem_block::{Error, FileOptions, ImageFormat};
+use tandem_block::{Error, ImageFormat};
 
 use crate::common_options::{
-    cache, cache_option, follow, follow_option, format_option, image_opts_option, object_option,
+    cache_option, files, follow, follow_option, format_option, image_opts_option, object_option,
     progress_option, quiet_option,
 };
 use crate::failure::Failure;
@@ -68,10 +68,7 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
         return Err(args.name.usage("Expecting one image file name"));
     }
     let follow = follow(args)?;
-    let files = FileOptions {
-        cache: cache(args, "cache")?,
-        ..FileOptions::default()
-    };
+    let files = files(args)?;
     args.refuse_objects()?;
     let image = Image::from_args(args)?;
     image.warn_of_guess();

@@ -12,7 +12,7 @@ use tandem_block::qcow2::{
 use tandem_block::{CacheMode, Disk, Error, FileOptions, ImageFormat, Locking};
 
 use crate::common_options::{
-    cache, cache_option, follow, follow_option, format_option, image_opts_option, locking,
+    cache, cache_option, files, follow, follow_option, format_option, image_opts_option, locking,
     object_option, progress_option, quiet_option,
 };
 use crate::failure::Failure;
@@ -84,10 +84,7 @@ pub fn run(args: &Parsed) -> Result<(), Failure> {
         return Err(args.name.usage(text));
     }
     let progress = Progress::new(args);
-    let files = FileOptions {
-        cache: cache(args, "cache")?,
-        ..FileOptions::default()
-    };
+    let files = files(args)?;
     let source_cache = cache(args, "backing-cache")?;
     args.refuse_objects()?;
     let image = Image::from_args(args)?;

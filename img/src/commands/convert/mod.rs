@@ -415,3 +415,39 @@ fn may_step(target: &Opened) -> bool {
     };
     has_places(target) && has_whole_clusters
 }
+
+#[cfg(test)]
+mod tests {
+    use tandem_block::qcow2::{CreateOptions, Qcow2, create};
+
+    use super::*;
+
+    /// What the allocator places is written in order, and the rest by all threads at once.
+    #[test]
+    fn standard_data_files_have_places_for_clusters() {
+        let dir = tempfile::tempdir().unwrap();
+        let has_places = |name: &str, options: CreateOptions| {
+            let path = dir.path().join(name);
+            let data_file = options.data_file.map(|name| dir.path().join(name));
+            let options = CreateOptions {
+                size: 1 << 20,
+                data_file,
+                ..options
+            };
+            create(&path, &options).unwrap();
+            let disk = Qcow2::open(&path, &OpenOptions::default()).unwrap();
+            super::has_places(&Opened::Qcow2(Box::new(disk)))
+        };
+        let external = |name: &str, layout, data_file_raw| CreateOptions {
+            data_file: Some(name.into()),
+            data_file_layout: layout,
+            data_file_raw,
+            ..CreateOptions::default()
+        };
+        assert!(!has_places("internal", CreateOptions::default()));
+        let (standard, packed) = (DataFileLayout::Standard, DataFileLayout::Packed);
+        assert!(!has_places("packed", external("a", packed, false)));
+        assert!(has_places("external", external("b", standard, false)));
+        assert!(has_places("raw", external("c", standard, true)));
+    }
+}

@@ -9,7 +9,7 @@
 mod common;
 
 use common::{Memory, assert_clean, new_image, open, read, write};
-use tandem_block::qcow2::CreateOptions;
+use tandem_block::qcow2::{CreateOptions, DataFileLayout};
 use tandem_block::{Disk, Error};
 
 fn internal(size: u64, cluster_size: u64) -> Memory {
@@ -50,6 +50,37 @@ fn the_file_does_not_grow_while_there_are_free_clusters() {
         disk.flush().unwrap();
         drop(disk);
         assert_clean(&image);
+    }
+}
+
+/// Though there is a free cluster before.
+#[test]
+fn a_cluster_goes_behind_that_before_it_on_the_disk() {
+    for is_packed in [false, true] {
+        let mut options = CreateOptions {
+            size: 64 * 4096,
+            cluster_size: 4096,
+            ..CreateOptions::default()
+        };
+        if is_packed {
+            options.data_file = Some("data".into());
+            options.data_file_layout = DataFileLayout::Packed;
+        }
+        let data = is_packed.then(Memory::default);
+        let disk = open(&new_image(&options), data.as_ref()).unwrap();
+        let place = |cluster: u64| disk.extent(cluster * 4096, 4096).unwrap().offset.unwrap();
+        write(&disk, 0, 8 * 4096, 1).unwrap();
+        let places: Vec<_> = (0..8).map(place).collect();
+        for cluster in [1, 5] {
+            disk.discard(cluster * 4096, 4096).unwrap();
+        }
+        // Twice: what has lost its mapping comes back once that is durable.
+        disk.flush().unwrap();
+        disk.flush().unwrap();
+        write(&disk, 5 * 4096, 512, 2).unwrap();
+        assert_eq!(place(5), places[5]);
+        write(&disk, 40 * 4096, 512, 2).unwrap();
+        assert_eq!(place(40), places[1], "the lowest, with nothing before it");
     }
 }
 
@@ -131,7 +162,9 @@ fn a_device_for_the_image_has_an_end() {
         }
         // Header, refcount table and block, L1 and L2 table.
         assert_eq!(written, 32 - 5);
+        let writes = device.writes();
         assert!(write(&disk, written * cluster + 512, 512, 1).is_err());
+        assert_eq!(device.writes(), writes, "nothing is tried behind the end");
         disk.flush().unwrap();
         disk.discard(3 * cluster, cluster).unwrap();
         write(&disk, 200 * cluster, cluster, 99).unwrap();

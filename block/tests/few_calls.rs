@@ -68,6 +68,32 @@ fn copy_on_write_is_one_write() {
     assert_eq!(read(&disk, 600, 400), [7; 400]);
 }
 
+/// As by a commit while the disk is in use, which opens the base for writing.
+#[test]
+fn what_has_come_into_a_hole_below_is_seen() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    file.as_file().set_len(4 << 20).unwrap();
+    let base = Arc::new(Raw::open(file.path(), false).unwrap());
+    let image = new_image(&CreateOptions {
+        size: 4 << 20,
+        backing_file: Some("base".into()),
+        backing_format: Some(ImageFormat::Raw),
+        ..CreateOptions::default()
+    });
+    let disk = Qcow2::with_backing(
+        Path::new("image"),
+        Box::new(image),
+        None,
+        Some(base.clone()),
+        &OpenOptions::default(),
+    )
+    .unwrap();
+    write(&disk, CLUSTER, 512, 5).unwrap();
+    write(&*base, 2 * CLUSTER, CLUSTER, 7).unwrap();
+    write(&disk, 2 * CLUSTER, 512, 5).unwrap();
+    assert_eq!(read(&disk, 2 * CLUSTER + 512, 512), [7; 512]);
+}
+
 /// A new cluster is filled up only with what an image, or a raw disk, below has for it.
 #[test]
 fn what_is_empty_below_is_not_copied() {

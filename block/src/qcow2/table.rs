@@ -158,11 +158,12 @@ mod tests {
     fn holes_and_what_lies_past_the_end_are_empty() {
         const AT: u64 = 512;
         let file = tempfile::NamedTempFile::new().unwrap();
-        // In the first piece, behind a hole, and at the end, which cuts an entry.
+        // In the first piece, the first of the next, behind a hole, and at the end, which cuts an entry.
         let last = (5 << 20) / ENTRY_SIZE;
         let entries = [
             (0, 7),
             (3, 8),
+            (READ_CHUNK as u64 / ENTRY_SIZE, 6),
             ((3 << 20) / ENTRY_SIZE + 5, 9),
             (last, 1 << 56),
         ];
@@ -187,7 +188,7 @@ mod tests {
             found
         };
         assert_eq!(read(u64::MAX / ENTRY_SIZE / 2), entries);
-        assert_eq!(read(last), entries[..3]);
+        assert_eq!(read(last), entries[..4]);
         assert_eq!(read(4), entries[..2]);
         assert_eq!(read(3), entries[..1]);
         assert_eq!(read(0), []);
